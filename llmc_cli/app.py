@@ -1,0 +1,102 @@
+"""The command line's entry: the one tuple of commands, and how their failures end."""
+
+import errno
+import functools
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from llmc_cli.commands import bench, convert, decode, prepro, sample, train, verify
+from llmc_cli.errors import LlmcError
+from llmc_cli.formats.errors import FormatError
+
+COMMANDS = (prepro.prepro, convert.convert, train.train, sample.sample, decode.decode, verify.verify, bench.bench)
+
+PASSIVE_THREADS = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
+"""BLAS and numba take turns; a pool that spins while the other works costs half the machine. Libraries read these when
+they load, so the program sets them before any command imports NumPy; importing this package changes nothing."""
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a bug of ours, never confused with a failed check
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with every failure turned into a line or two on stderr and its exit status."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except (typer.Exit, SystemExit):
+            raise
+        except BrokenPipeError:
+            # The reader has gone (`llmc decode … | head`). Python flushes stdout once more at exit: let it go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except Exception as error:
+            if os.environ.get("LLMC_DEBUG") == "1":
+                raise
+            message, status = explain(error)
+            print(f"llmc: {message}", file=sys.stderr)
+            raise typer.Exit(status) from None
+
+    return run
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The message and the exit status that ``error`` ends the program with."""
+    if isinstance(error, LlmcError):
+        return str(error), error.exit_code
+    if isinstance(error, FormatError):
+        return str(error), 3
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error or 'an allocation failed'}", 4
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", 4 if error.errno == errno.ENOSPC else 3
+    return f"internal error: {type(error).__name__}: {error}\nset LLMC_DEBUG=1 to see where", INTERNAL_ERROR
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmc {importlib.metadata.version('llmc-cli')}")
+        raise typer.Exit
+
+
+app = typer.Typer(name="llmc", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def llmc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train, sample, convert and check GPT-2 language models."""
+
+
+for _command in COMMANDS:
+    app.command()(guarded(_command))
+
+
+def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
+    """Unwind the stack, so that half-written files are removed."""
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    for name, value in PASSIVE_THREADS.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, end_on_sigterm)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
 """The operations that a backend offers, one signature each.
 
 Letters: B sequences, T positions, N = B·T rows, C channels, NH heads, HS = C/NH head size, F hidden width,
-V vocabulary, Vp its padded size, S sequences in a cache. Outputs come first, then inputs, then options. Every array is C-contiguous
-and of the backend's ``dtype`` (float64 in the reference, float32 on the CPU) unless a comment says otherwise; token ids
-and positions are int32. An operation allocates nothing that grows from call to call, prints nothing and knows nothing
-of models. Each docstring says per output whether it is *overwritten* or *added to*; ``acc`` switches the outputs it
-names from the first to the second. Outputs must not overlap inputs unless a docstring allows it.
+V vocabulary, Vp its padded size, S sequences in a cache. Outputs come first, then inputs, then options. Every array is
+C-contiguous and of the backend's ``dtype`` (float64 in the reference, float32 on the CPU) unless a comment says
+otherwise; token ids and positions are int32. An operation allocates nothing once warm, prints nothing
+and knows nothing of models. Each docstring says per output whether it is *overwritten* or *added to*; ``acc`` switches
+the outputs it names from the first to the second. Outputs must not overlap inputs unless a docstring allows it.
 
 The names, signatures and their order are the same in every backend; a test compares them.
 """
@@ -23,7 +23,7 @@ HYPER = ("lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2", "
 
 
 class Kernels(Protocol):
-    """One backend. Where it keeps scratch memory, it grows to the largest call and then stays."""
+    """One backend. Where it keeps scratch memory, it grows to the largest call and stays so."""
 
     name: str
     dtype: Any

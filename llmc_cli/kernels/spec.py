@@ -54,8 +54,9 @@ class Kernels(Protocol):
         x: Array, delta: Array | None, w: Array, b: Array, eps: float,
     ) -> None:  # fmt: skip
         """res (N,C) = x (N,C) + delta (N,C), then y (N,C) = (res - mean) · rstd · w (C,) + b (C,) with each row's mean
-        (N,) and rstd (N,) = 1/sqrt(variance + eps), the population variance. res may be x itself; without delta
-        it is not written (and x is what is normalized). All outputs overwritten. Layer normalization: Ba et al. 2016, arXiv:1607.06450."""
+        (N,) and rstd (N,) = 1/sqrt(variance + eps), the population variance. res may be x itself; without delta it is
+        not written, and x is what is normalized. All outputs overwritten. Layer normalization: Ba et al. 2016,
+        arXiv:1607.06450."""
         ...
 
     def residual_norm_backward(

@@ -1,0 +1,265 @@
+"""GPT-2 (Radford et al. 2019), forward and backward, written out over a backend's operations.
+
+The residual stream is a chain of fused steps: each norm first adds what the branch before it made. The stream is kept
+after each branch: ``res_att[layer]`` behind the attention, ``res_mlp[layer]`` behind the MLP.
+"""
+
+import numpy as np
+
+from llmc_cli.arena import Arena
+from llmc_cli.kernels.spec import Array, Kernels, Weight
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.layout import parameter_shapes
+
+ALIGN = 16  # elements: 64 bytes of float32, a cache line
+
+MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
+
+
+def activation_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
+    """What the forward pass keeps for the backward pass."""
+    L, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
+    return {
+        "encoded": (N, C),
+        "ln1": (L, N, C),
+        "ln1_mean": (L, N),
+        "ln1_rstd": (L, N),
+        "qkv": (L, B, T, 3 * C),
+        "att": (L, B, T, C),
+        "lse": (L, B, NH, T),
+        "res_att": (L, N, C),
+        "ln2": (L, N, C),
+        "ln2_mean": (L, N),
+        "ln2_rstd": (L, N),
+        "fc": (L, N, 4 * C),
+        "gelu": (L, N, 4 * C),
+        "res_mlp": (L, N, C),
+        "lnf": (N, C),
+        "lnf_mean": (N,),
+        "lnf_rstd": (N,),
+        "branch": (N, C),
+        "losses": (N,),
+    }
+
+
+def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
+    """Scratch that the backward pass uses again in every layer."""
+    C, N = config.channels, B * T
+    return {"dres": (N, C), "dbranch": (N, C), "dfc": (N, 4 * C), "dqkv": (B, T, 3 * C)}
+
+
+def cache_shapes(config: ModelConfig, S: int, T: int) -> dict[str, tuple[int, ...]]:
+    """Keys and values of S sequences of up to T positions."""
+    shape = (config.num_layers, S, config.num_heads, T, config.head_size)
+    return {"keys": shape, "values": shape}
+
+
+class GPT2:
+    """A model: its parameters, and on demand the memory to train it.
+
+    The parameters live in one arena in the order of a model file. ``prepare`` makes the rest once; after that neither
+    ``forward`` nor ``backward`` allocates.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        self.config, self.kernels = config, kernels
+        self.params = Arena(kernels.alloc, parameter_shapes(config), kernels.dtype)
+        self.head: Weight = kernels.bind(self.params["wte"])
+        self.weights: dict[str, list[Weight]] = {
+            name: [kernels.bind(layer) for layer in self.params[name]] for name in MATRICES
+        }
+
+    def publish(self) -> None:
+        """Tell the backend that the parameters have changed."""
+        self.kernels.publish([self.head, *(weight for name in MATRICES for weight in self.weights[name])])
+
+    def prepare(self, B: int, T: int, train: bool = True) -> None:
+        """Allocate the activations of a batch (B,T), T ≤ max_seq_len, and with ``train`` the gradients."""
+        alloc, dtype = self.kernels.alloc, self.kernels.dtype
+        self.B, self.T = B, T
+        self.positions = alloc((B * T,), np.int32)
+        self.positions[:] = np.tile(np.arange(T, dtype=np.int32), B)
+        self.acts = Arena(alloc, activation_shapes(self.config, B, T), dtype, ALIGN)
+        if train:
+            self.grads = Arena(alloc, parameter_shapes(self.config), dtype)
+            self.scratch = Arena(alloc, gradient_shapes(self.config, B, T), dtype, ALIGN)
+
+    @staticmethod
+    def rows(x: Array) -> Array:
+        """(B,T,K) as (N,K)."""
+        return x.reshape(-1, x.shape[-1])
+
+    def forward(self, ids: Array) -> None:
+        """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T)."""
+        k, p, a, eps = self.kernels, self.params, self.acts, self.config.norm_eps
+        self.ids = ids.reshape(-1)  # (N,), read again by backward
+        k.embedding_forward(a["encoded"], p["wte"], p["wpe"], self.ids, self.positions)
+        stream, delta, branch = a["encoded"], None, a["branch"]
+        for layer in range(self.config.num_layers):
+            # the stream after this norm's addition is the one that the layer before has room for
+            res = a["res_mlp"][layer - 1] if layer else stream
+            k.residual_norm_forward(
+                res,
+                a["ln1"][layer],
+                a["ln1_mean"][layer],
+                a["ln1_rstd"][layer],
+                stream,
+                delta,
+                p["ln1w"][layer],
+                p["ln1b"][layer],
+                eps,
+            )
+            k.linear_forward(self.rows(a["qkv"][layer]), a["ln1"][layer], self.weights["qkvw"][layer], p["qkvb"][layer])
+            k.attention_forward(a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads)
+            k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], p["attprojb"][layer])
+            k.residual_norm_forward(
+                a["res_att"][layer], a["ln2"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer],
+                res, branch, p["ln2w"][layer], p["ln2b"][layer], eps,
+            )  # fmt: skip
+            k.linear_gelu_forward(
+                a["gelu"][layer], a["fc"][layer], a["ln2"][layer], self.weights["fcw"][layer], p["fcb"][layer]
+            )
+            k.linear_forward(branch, a["gelu"][layer], self.weights["fcprojw"][layer], p["fcprojb"][layer])
+            stream, delta = a["res_att"][layer], branch
+        k.residual_norm_forward(
+            a["res_mlp"][-1], a["lnf"], a["lnf_mean"], a["lnf_rstd"], stream, delta, p["lnfw"], p["lnfb"], eps
+        )
+
+    def loss(self, targets: Array) -> Array:
+        """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; a view that the next call overwrites."""
+        k, a = self.kernels, self.acts
+        V = self.config.vocab_size
+        k.head_loss(a["losses"], None, None, a["lnf"], self.head, targets.reshape(-1), V, 0.0, False)
+        return a["losses"]
+
+    def backward(self, targets: Array, dloss: float, acc: bool) -> Array:
+        """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
+        added to what is there with ``acc``."""
+        k, p, g, a, s = self.kernels, self.params, self.grads, self.acts, self.scratch
+        dres, dbranch, V = s["dres"], s["dbranch"], self.config.vocab_size
+        k.head_loss(a["losses"], dbranch, g["wte"], a["lnf"], self.head, targets.reshape(-1), V, dloss, acc)
+        k.residual_norm_backward(
+            dres, g["lnfw"], g["lnfb"],
+            dbranch, a["res_mlp"][-1], a["lnf_mean"], a["lnf_rstd"], p["lnfw"], None, acc,
+        )  # fmt: skip
+        for layer in reversed(range(self.config.num_layers)):
+            # MLP branch: dres is the gradient of both the stream and the branch's output
+            k.gelu_linear_backward(
+                s["dfc"],
+                g["fcprojw"][layer],
+                g["fcprojb"][layer],
+                dres,
+                a["gelu"][layer],
+                a["fc"][layer],
+                self.weights["fcprojw"][layer],
+                acc,
+            )
+            k.linear_backward(
+                dbranch, g["fcw"][layer], g["fcb"][layer], s["dfc"], a["ln2"][layer], self.weights["fcw"][layer], acc
+            )
+            k.residual_norm_backward(
+                dres, g["ln2w"][layer], g["ln2b"][layer],
+                dbranch, a["res_att"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
+            )  # fmt: skip
+            # attention branch
+            k.linear_backward(
+                dbranch, g["attprojw"][layer], g["attprojb"][layer],
+                dres, self.rows(a["att"][layer]), self.weights["attprojw"][layer], acc,
+            )  # fmt: skip
+            dout = dbranch.reshape(a["att"][layer].shape)  # (B, T, C)
+            k.attention_backward(
+                s["dqkv"], dout, a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads
+            )
+            k.linear_backward(
+                dbranch,
+                g["qkvw"][layer],
+                g["qkvb"][layer],
+                self.rows(s["dqkv"]),
+                a["ln1"][layer],
+                self.weights["qkvw"][layer],
+                acc,
+            )
+            res = a["res_mlp"][layer - 1] if layer else a["encoded"]
+            k.residual_norm_backward(
+                dres, g["ln1w"][layer], g["ln1b"][layer],
+                dbranch, res, a["ln1_mean"][layer], a["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
+            )  # fmt: skip
+        k.embedding_backward(g["wte"], g["wpe"], dres, self.ids, self.positions, acc)
+        return a["losses"]
+
+    def logits(self, rows: slice) -> Array:
+        """After ``forward``: the logits (R,V) of a range of the N rows, in memory of their own."""
+        hidden = self.acts["lnf"][rows]
+        logits = self.kernels.alloc((len(hidden), self.config.vocab_size), self.kernels.dtype)
+        self.kernels.head_logits(logits, hidden, self.head)
+        return logits
+
+    def extend(self, cache: "Cache", ids: Array) -> Array:
+        """Feed ids (S,T) behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a view that the
+        next call overwrites. The caller sees to it that the cache has room."""
+        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
+        S, T = ids.shape
+        N, C = S * T, self.config.channels
+        a = cache.scratch(N)
+        k.embedding_forward(a["stream"], p["wte"], p["wpe"], ids.reshape(-1), cache.positions(T))
+        delta = None
+        for layer in range(self.config.num_layers):
+            k.residual_norm_forward(
+                a["stream"],
+                a["norm"],
+                a["mean"],
+                a["rstd"],
+                a["stream"],
+                delta,
+                p["ln1w"][layer],
+                p["ln1b"][layer],
+                eps,
+            )
+            k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
+            out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
+            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, cache.lengths, NH)
+            k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], p["attprojb"][layer])
+            k.residual_norm_forward(
+                a["stream"],
+                a["norm"],
+                a["mean"],
+                a["rstd"],
+                a["stream"],
+                a["branch"],
+                p["ln2w"][layer],
+                p["ln2b"][layer],
+                eps,
+            )
+            k.linear_gelu_forward(a["gelu"], a["fc"], a["norm"], self.weights["fcw"][layer], p["fcb"][layer])
+            k.linear_forward(a["branch"], a["gelu"], self.weights["fcprojw"][layer], p["fcprojb"][layer])
+            delta = a["branch"]
+        k.residual_norm_forward(
+            a["stream"], a["norm"], a["mean"], a["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
+        )
+        cache.lengths += T
+        return a["norm"].reshape(S, T, C)
+
+
+class Cache:
+    """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once."""
+
+    def __init__(self, model: GPT2, S: int, T: int, R: int) -> None:
+        alloc, dtype, C = model.kernels.alloc, model.kernels.dtype, model.config.channels
+        self.S, self.T = S, T
+        arena = Arena(alloc, cache_shapes(model.config, S, T), dtype, ALIGN)
+        self.keys, self.values = arena["keys"], arena["values"]
+        self.lengths = alloc((S,), np.int32)
+        shapes = {"stream": (R, C), "norm": (R, C), "mean": (R,), "rstd": (R,), "qkv": (R, 3 * C), "att": (R, C),
+                  "branch": (R, C), "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
+        self._scratch = Arena(alloc, shapes, dtype, ALIGN)
+        self._positions = alloc((R,), np.int32)
+
+    def scratch(self, N: int) -> dict[str, Array]:
+        """The first N rows of each scratch array."""
+        return {name: view[:N] for name, view in self._scratch.items()}
+
+    def positions(self, T: int) -> Array:
+        """The positions (S·T,) of the next T tokens of each sequence."""
+        positions = self._positions[: self.S * T]
+        positions[:] = (self.lengths[:, None] + np.arange(T, dtype=np.int32)).reshape(-1)
+        return positions

@@ -1,0 +1,96 @@
+"""Random numbers that equal those of PyTorch's CPU generator and of the C trainer, draw for draw."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 16  # PyTorch makes normals sixteen at a time: the vector path of its CPU kernel
+CHUNK = BLOCK << 16  # elements made at once: bounds the scratch memory
+
+
+class MersenneTwister:
+    """mt19937 (Matsumoto and Nishimura 1998), seeded as PyTorch and NumPy's RandomState seed it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._bits = np.random.MT19937()
+        self._bits.state = np.random.RandomState(seed).get_state(legacy=False)  # noqa: NPY002, the seeding in question
+        self.drawn = False
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        """The next n 32-bit words."""
+        self.drawn = self.drawn or n > 0
+        return np.asarray(self._bits.random_raw(n), np.uint64)
+
+    def uniform(self, n: int) -> NDArray[np.float32]:
+        """n floats in [0, 1), 24 bits each."""
+        return (self.words(n) & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+
+    def fill_normal(self, out: NDArray[np.floating], std: float) -> None:
+        """Fill a flat array with normals of mean 0, as ``torch.Tensor.normal_`` does for 16 elements or more.
+
+        (Below 16 PyTorch goes another way; here the first of sixteen are taken.)
+        """
+        if out.size < BLOCK:
+            out[:] = _box_muller(self.uniform(BLOCK), std)[: out.size]
+            return
+        whole = out.size // BLOCK * BLOCK
+        for start in range(0, whole, CHUNK):
+            stop = min(start + CHUNK, whole)
+            out[start:stop] = _box_muller(self.uniform(stop - start), std)
+        if whole < out.size:
+            self.words(out.size - whole)
+            out[-BLOCK:] = _box_muller(self.uniform(BLOCK), std)
+
+    def permute(self, order: NDArray[np.int32]) -> None:
+        """Shuffle in place: for i = n-1 … 1, swap i with word % (i+1)."""
+        n = order.size
+        partners = self.words(max(n - 1, 0)) % np.arange(n, 1, -1, dtype=np.uint64)
+        values = order.tolist()
+        for i, j in zip(range(n - 1, 0, -1), partners.tolist(), strict=True):
+            values[i], values[j] = values[j], values[i]
+        order[:] = values
+
+    @property
+    def state(self) -> tuple[NDArray[np.uint32], int]:
+        """The 624 words and how many of them are drawn: 0 only where none ever was."""
+        state = self._bits.state["state"]
+        return np.asarray(state["key"], np.uint32), state["pos"] if self.drawn else 0
+
+    @state.setter
+    def state(self, value: tuple[NDArray[np.uint32], int]) -> None:
+        key, position = value
+        self.drawn = position > 0
+        # a freshly seeded generator has its first 624 words still to make: NumPy says so by position 624
+        self._bits.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position or 624}}
+
+
+def _box_muller(uniforms: NDArray[np.float32], std: float) -> NDArray[np.float32]:
+    """Normals from uniforms, pairs (i, i+8) within each sixteen (Box and Muller 1958)."""
+    u = uniforms.reshape(-1, 2, BLOCK // 2)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0] + np.float32(1e-12)))
+    angle = np.float32(2 * math.pi) * u[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1) * np.float32(std)
+
+
+class Xorshift:
+    """xorshift64* (Vigna 2016, arXiv:1402.6246), the C trainer's small generator."""
+
+    MASK = (1 << 64) - 1
+
+    def __init__(self, seed: int) -> None:
+        self.state = seed
+
+    def word(self) -> int:
+        """The next 32 bits."""
+        s = self.state
+        s ^= s >> 12
+        s ^= (s << 25) & self.MASK
+        s ^= s >> 27
+        self.state = s
+        return ((s * 0x2545F4914F6CDD1D) & self.MASK) >> 32
+
+    def uniform(self) -> float:
+        """A float32 in [0, 1), 24 bits."""
+        return (self.word() >> 8) / 16777216.0

@@ -26,7 +26,8 @@ class AdamW:
     ) -> None:
         kernels, params = model.kernels, model.params
         self.model, self.beta1, self.beta2 = model, beta1, beta2
-        self.m, self.v = kernels.alloc(params.flat.shape, kernels.dtype), kernels.alloc(params.flat.shape, kernels.dtype)
+        self.m = kernels.alloc(params.flat.shape, kernels.dtype)
+        self.v = kernels.alloc(params.flat.shape, kernels.dtype)
         self.segments = kernels.alloc((len(params), 3), np.int64)
         for row, (name, view) in enumerate(params.items()):
             self.segments[row] = params.offsets[name], math.prod(view.shape), name in decayed

@@ -15,7 +15,7 @@ class MersenneTwister:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._bits = np.random.MT19937()
-        self._bits.state = np.random.RandomState(seed).get_state(legacy=False)  # noqa: NPY002, the seeding in question
+        self._bits.state = np.random.RandomState(seed).get_state(legacy=False)
         self.drawn = False
 
     def words(self, n: int) -> NDArray[np.uint64]:

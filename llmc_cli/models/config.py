@@ -15,11 +15,12 @@ class ModelConfig:
     num_layers: int  # L
     num_heads: int  # NH
     channels: int  # C
+    padded_vocab_size: int = 0  # Vp; 0: the usual padding
     norm_eps: float = 1e-5
 
-    @property
-    def padded_vocab_size(self) -> int:  # Vp
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    def __post_init__(self) -> None:
+        padded = self.padded_vocab_size or -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        object.__setattr__(self, "padded_vocab_size", padded)  # the class is frozen
 
     @property
     def head_size(self) -> int:  # HS

@@ -1,0 +1,137 @@
+"""Batches of tokens from shards, in order or shuffled, the same as the C trainer draws them."""
+
+import glob
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc_cli.errors import DataError
+from llmc_cli.formats.header import HEADER_BYTES
+from llmc_cli.formats.shard import read_shard
+from llmc_cli.random import MersenneTwister
+
+SHUFFLE_SEED = 42
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a ``Batches`` stands: enough to go on from there."""
+
+    shard: int
+    sample: int  # the next one to read
+    shard_order: NDArray[np.int32] | None = None  # these three only where shuffled
+    sample_order: NDArray[np.int32] | None = None
+    generator: tuple[NDArray[np.uint32], int] | None = None
+
+
+class Batches:
+    """Samples of B·T+1 tokens from the shards that a glob names, sorted by name; goes round for ever.
+
+    ``next`` fills ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, and allocates nothing but where
+    a shard begins. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
+    permuted at the start and at each epoch, the order of samples in each shard.
+    """
+
+    def __init__(
+        self, pattern: str, B: int, T: int, vocab_size: int, shuffle: bool = False, seed: int = SHUFFLE_SEED
+    ) -> None:
+        self.paths = [Path(name) for name in sorted(glob.glob(pattern))]
+        if not self.paths:
+            raise DataError(f"{pattern}: no such file; `llmc prepro` makes token shards")
+        self.B, self.T, self.vocab_size, self.shuffle = B, T, vocab_size, shuffle
+        self.shards = [read_shard(path) for path in self.paths]
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            if self._samples(shard.tokens) == 0:
+                raise DataError(
+                    f"{path}: {shard.tokens.size:,} tokens, where a batch of {B} x {T} takes {B * T + 1:,}; "
+                    "take a smaller batch or sequence length"
+                )
+        self.num_tokens = sum(shard.tokens.size for shard in self.shards)
+        self.num_samples = sum(self._samples(shard.tokens) for shard in self.shards)
+        self._buffer = np.zeros(B * T + 1, np.int32)
+        self._unsigned = self._buffer.view(np.uint32)
+        self.inputs = self._buffer[:-1].reshape(B, T)
+        self.targets = self._buffer[1:].reshape(B, T)
+        self._shard, self._sample = 0, 0
+        if shuffle:
+            self._generator = MersenneTwister(seed)
+            self._shard_order = np.arange(len(self.shards), dtype=np.int32)
+            self._generator.permute(self._shard_order)
+            self._shuffle_samples()
+
+    def rewind(self) -> None:
+        """Go back to the first sample of data that is read in order."""
+        self._shard, self._sample = 0, 0
+
+    def next(self) -> None:
+        """Put the next sample into ``inputs`` and ``targets``; DataError where a token is none of the vocabulary."""
+        if self._sample >= self._samples(self._tokens):
+            self._advance()
+        sample = int(self._sample_order[self._sample]) if self.shuffle else self._sample
+        start = sample * self.B * self.T
+        np.copyto(self._buffer, self._tokens[start : start + self.B * self.T + 1], casting="same_kind")
+        largest = int(self._unsigned.max())
+        if largest >= self.vocab_size:
+            where = start + int(self._unsigned.argmax())
+            raise DataError(
+                f"{self._path}: token {largest} at position {where}, where the model knows 0 to {self.vocab_size - 1}; "
+                "was it made with another tokenizer?"
+            )
+        self._sample += 1
+
+    @property
+    def position(self) -> Position:
+        if not self.shuffle:
+            return Position(self._shard, self._sample)
+        return Position(
+            self._shard, self._sample, self._shard_order.copy(), self._sample_order.copy(), self._generator.state
+        )
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._shard, self._sample = position.shard, position.sample
+        if self.shuffle:
+            assert position.shard_order is not None and position.sample_order is not None and position.generator
+            self._shard_order = position.shard_order.copy()
+            self._sample_order = position.sample_order.copy()
+            self._generator.state = position.generator
+
+    def fingerprint(self) -> str:
+        """A hash over the names, sizes and headers of the shards: the same data gives the same."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(HEADER_BYTES))
+        return digest.hexdigest()
+
+    def _samples(self, tokens: NDArray[np.unsignedinteger]) -> int:
+        return int((tokens.size - 1) // (self.B * self.T))
+
+    @property
+    def _index(self) -> int:
+        return int(self._shard_order[self._shard]) if self.shuffle else self._shard
+
+    @property
+    def _path(self) -> Path:
+        return self.paths[self._index]
+
+    @property
+    def _tokens(self) -> NDArray[np.unsignedinteger]:
+        return self.shards[self._index].tokens
+
+    def _advance(self) -> None:
+        self._sample = 0
+        self._shard += 1
+        if self._shard == len(self.shards):
+            self._shard = 0
+            if self.shuffle:
+                self._generator.permute(self._shard_order)
+        if self.shuffle:
+            self._shuffle_samples()
+
+    def _shuffle_samples(self) -> None:
+        self._sample_order = np.arange(self._samples(self._tokens), dtype=np.int32)
+        self._generator.permute(self._sample_order)

@@ -92,17 +92,24 @@ class Output:
 
     @contextlib.contextmanager
     def progress(
-        self, what: str, total: float | None, unit: Callable[[float], str] = str
+        self, what: str, total: float | None, unit: Callable[[float], str] = str, terminal_only: bool = False
     ) -> Iterator[Callable[[float], None]]:
-        """Yields a function that takes the amount done so far, of ``total`` (None: unknown), told through ``unit``."""
-        if self.quiet:
+        """Yields a function that takes the amount done so far, of ``total`` (None: unknown), told through ``unit``:
+        a bar on a terminal, elsewhere a line now and then, or nothing with ``terminal_only``."""
+        if self.quiet or (terminal_only and not sys.stderr.isatty()):
             yield lambda done: None
         elif sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}")
-            with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            with Progress(
+                *columns,
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # results go above the bar, but never from a file to the terminal
+            ) as bar:
                 task = bar.add_task(what, total=total, amount="")
                 yield lambda done: bar.update(task, completed=done, amount=unit(done))
         else:

@@ -47,4 +47,4 @@ def arena_bytes(shapes: Shapes, dtype: Any, align: int = 1) -> int:
     end = 0
     for shape in shapes.values():
         end = -(-end // align) * align + math.prod(shape)
-    return end * np.dtype(dtype).itemsize
+    return end * int(np.dtype(dtype).itemsize)

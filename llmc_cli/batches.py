@@ -30,8 +30,8 @@ class Position:
 class Batches:
     """Samples of B·T+1 tokens from the shards that a glob names, sorted by name; goes round for ever.
 
-    ``next`` fills ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, and allocates nothing but where
-    a shard begins. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
+    ``next`` fills ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, and allocates nothing but at
+    the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
     permuted at the start and at each epoch, the order of samples in each shard.
     """
 
@@ -82,6 +82,17 @@ class Batches:
             )
         self._sample += 1
 
+    def accepts(self, position: Position) -> bool:
+        """Whether ``position`` is one in this data."""
+        if not 0 <= position.shard < len(self.shards) or self.shuffle != (position.shard_order is not None):
+            return False
+        if position.shard_order is None or position.sample_order is None:
+            return position.sample <= self._samples(self.shards[position.shard].tokens)
+        if position.shard_order.size != len(self.shards):
+            return False
+        samples = self._samples(self.shards[int(position.shard_order[position.shard])].tokens)
+        return position.sample <= position.sample_order.size == samples
+
     @property
     def position(self) -> Position:
         if not self.shuffle:
@@ -94,7 +105,8 @@ class Batches:
     def position(self, position: Position) -> None:
         self._shard, self._sample = position.shard, position.sample
         if self.shuffle:
-            assert position.shard_order is not None and position.sample_order is not None and position.generator
+            assert position.shard_order is not None and position.sample_order is not None
+            assert position.generator is not None
             self._shard_order = position.shard_order.copy()
             self._sample_order = position.sample_order.copy()
             self._generator.state = position.generator

@@ -12,11 +12,13 @@ CHUNK = BLOCK << 16  # elements made at once: bounds the scratch memory
 class MersenneTwister:
     """mt19937 (Matsumoto and Nishimura 1998), seeded as PyTorch and NumPy's RandomState seed it."""
 
+    drawn: bool
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._bits = np.random.MT19937()
-        self._bits.state = np.random.RandomState(seed).get_state(legacy=False)
-        self.drawn = False
+        _, words, *_ = np.random.RandomState(seed).get_state()
+        self.state = np.asarray(words, np.uint32), 0
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """The next n 32-bit words."""

@@ -10,8 +10,11 @@ from llmc_cli.arena import Arena
 from llmc_cli.kernels.spec import Array, Kernels, Weight
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_shapes
+from llmc_cli.random import MersenneTwister
 
 ALIGN = 16  # elements: 64 bytes of float32, a cache line
+
+STD = 0.02  # of fresh weights
 
 MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
 
@@ -263,3 +266,22 @@ class Cache:
         positions = self._positions[: self.S * T]
         positions[:] = (self.lengths[:, None] + np.arange(T, dtype=np.int32)).reshape(-1)
         return positions
+
+
+def initialize(model: GPT2, seed: int) -> None:
+    """Fresh weights, the same as PyTorch's for the same seed to float rounding.
+
+    One stream of normals: wte (its V rows), wpe, then layer by layer the four matrices; standard deviation 0.02, of
+    the two projections into the stream divided by sqrt(2L) (Radford et al. 2019). Norm weights are 1, the rest is 0.
+    """
+    generator, p, config = MersenneTwister(seed), model.params, model.config
+    p.flat[:] = 0
+    for name in ("ln1w", "ln2w", "lnfw"):
+        p[name][:] = 1
+    generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD)
+    generator.fill_normal(p["wpe"].reshape(-1), STD)
+    for layer in range(config.num_layers):
+        for name in MATRICES:
+            scale = (2 * config.num_layers) ** -0.5 if name.endswith("projw") else 1.0
+            generator.fill_normal(p[name][layer].reshape(-1), STD * scale)
+    model.publish()

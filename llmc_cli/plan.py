@@ -1,0 +1,128 @@
+"""What a training run is asked for, and what it will take."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc_cli.arena import arena_bytes
+from llmc_cli.device import Backend
+from llmc_cli.errors import MissingError, UsageError
+from llmc_cli.models import gpt2
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
+
+USUAL_SHARE = 0.6  # of the matmul ceiling that a whole step reaches, for the expected time
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of ``llmc train``, named as there; 0 or None switches a feature off."""
+
+    model: str
+    data: str
+    val_data: str
+    out: Path | None = None
+    checkpoint_every: int = 0
+    keep: int = 0
+    major_every: int = 0
+    resume: bool = False
+    force: bool = False
+    batch: int = 4
+    seq_len: int = 1024
+    total_batch: int | None = None
+    steps: int | None = None
+    schedule: str = "cosine"
+    lr: float = 3e-4
+    warmup: int = 0
+    lr_final: float = 1.0
+    weight_decay: float = 0.0
+    skip_loss_z: float = 0.0
+    skip_grad_z: float = 0.0
+    val_every: int = 20
+    val_steps: int = 20
+    sample_every: int = 20
+    sample_tokens: int = 64
+    overfit: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    shuffle: bool = True
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Memory in bytes, by use; seconds None where nothing was measured."""
+
+    model: str
+    config: ModelConfig
+    device: str
+    precision: str
+    threads: int
+    batch: int
+    seq_len: int
+    accumulation: int
+    first_step: int
+    steps: int
+    train_tokens: int
+    val_tokens: int
+    memory: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.config)
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.config, self.seq_len)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len * self.accumulation
+
+    @property
+    def total_memory(self) -> int:
+        return sum(self.memory.values())
+
+    def expected_seconds(self, peak_flops: float) -> float:
+        """From the matmul ceiling, at the usual share of it; validation and samples not counted."""
+        steps = self.steps - self.first_step
+        return steps * self.tokens_per_step * self.flops_per_token / (USUAL_SHARE * peak_flops)
+
+
+def accumulation(options: TrainOptions) -> int:
+    """Micro-steps per update."""
+    tokens = options.batch * options.seq_len
+    total = tokens if options.total_batch is None else options.total_batch
+    if total % tokens:
+        raise UsageError(f"--total-batch {total} is not a multiple of batch x sequence length = {tokens}")
+    return total // tokens
+
+
+def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) -> dict[str, int]:
+    """Bytes of each arena that training allocates."""
+    B, T, dtype = options.batch, options.seq_len, backend.kernels.dtype
+    parameters = arena_bytes(parameter_shapes(config), dtype)
+    activations = arena_bytes(gpt2.activation_shapes(config, B, T), dtype, gpt2.ALIGN)
+    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), dtype, gpt2.ALIGN)
+    workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
+    return {
+        "parameters": parameters,
+        "gradients": parameters,
+        "moments": 2 * parameters,
+        "activations": activations,
+        "workspace": scratch + workspace,
+    }
+
+
+def check_memory(plan: Plan) -> None:
+    """MissingError where the plan exceeds the machine's memory, before anything is allocated."""
+    if not hasattr(os, "sysconf"):  # Windows has no such call and refuses the allocation itself
+        return
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if plan.total_memory > installed:
+        raise MissingError(
+            f"training {plan.model} at {plan.batch} x {plan.seq_len} takes {plan.total_memory / 1e9:.1f} GB of memory, "
+            f"and this machine has {installed / 1e9:.1f} GB; take a smaller model, batch or sequence length"
+        )

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from llmc_cli.batches import Batches
+from llmc_cli.errors import DataError
+from llmc_cli.formats.shard import write_shard
+from llmc_cli.random import MersenneTwister
+
+
+@pytest.fixture
+def two_shards(tmp_path):
+    """Shards of 25 and 14 tokens: 4 and 2 samples at B·T = 6."""
+    write_shard(tmp_path / "a_0.bin", np.arange(25))
+    write_shard(tmp_path / "a_1.bin", np.arange(100, 114))
+    return str(tmp_path / "a_*.bin")
+
+
+def starts(batches, count):
+    """The first token of each of the next samples."""
+    seen = []
+    for _ in range(count):
+        batches.next()
+        seen.append(int(batches.inputs[0, 0]))
+    return seen
+
+
+def test_in_order(two_shards):
+    batches = Batches(two_shards, 2, 3, 200)
+    assert starts(batches, 6) == [0, 6, 12, 18, 100, 106]
+    assert starts(batches, 1) == [0]
+
+
+def test_inputs_and_targets(two_shards):
+    batches = Batches(two_shards, 2, 3, 200)
+    batches.next()
+    assert batches.inputs.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert batches.targets.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert batches.inputs.dtype == batches.targets.dtype == np.int32
+    assert batches.inputs.flags.c_contiguous and batches.targets.flags.c_contiguous
+
+
+def test_shuffled_as_the_c_trainer_does(two_shards):
+    generator = MersenneTwister(42)
+    shards = np.arange(2, dtype=np.int32)
+    bases, counts = [0, 100], [4, 2]
+    expected = []
+    for _ in range(2):  # epochs; the shard order is permuted in place, again and again
+        generator.permute(shards)
+        for shard in shards:
+            samples = np.arange(counts[shard], dtype=np.int32)
+            generator.permute(samples)
+            expected += [bases[shard] + 6 * int(sample) for sample in samples]
+    assert starts(Batches(two_shards, 2, 3, 200, shuffle=True), 12) == expected
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("after", range(8))
+def test_position_goes_on(two_shards, shuffle, after):
+    batches = Batches(two_shards, 2, 3, 200, shuffle=shuffle)
+    starts(batches, after)
+    position = batches.position
+    expected = starts(batches, 20)
+    other = Batches(two_shards, 2, 3, 200, shuffle=shuffle)
+    assert other.accepts(position)
+    other.position = position
+    assert starts(other, 20) == expected
+
+
+def test_position_of_other_data_is_not_accepted(two_shards):
+    position = Batches(two_shards, 2, 3, 200, shuffle=True).position
+    assert not Batches(two_shards, 1, 3, 200, shuffle=True).accepts(position)
+    assert not Batches(two_shards, 2, 3, 200).accepts(position)
+    assert not Batches(two_shards.replace("*", "0"), 2, 3, 200, shuffle=True).accepts(position)
+
+
+def test_a_position_does_not_move_with_its_batches(two_shards):
+    batches = Batches(two_shards, 2, 3, 200, shuffle=True)
+    position = batches.position
+    before = position.sample_order.copy()
+    starts(batches, 7)
+    np.testing.assert_array_equal(position.sample_order, before)
+
+
+def test_counts(two_shards):
+    batches = Batches(two_shards, 2, 3, 200)
+    assert (batches.num_tokens, batches.num_samples) == (39, 6)
+
+
+def test_token_outside_the_vocabulary(two_shards):
+    batches = Batches(two_shards, 2, 3, 110)
+    starts(batches, 5)
+    with pytest.raises(DataError, match=r"a_1.bin: token 112 at position 12"):
+        batches.next()
+
+
+def test_no_files(tmp_path):
+    with pytest.raises(DataError, match="llmc prepro"):
+        Batches(str(tmp_path / "*.bin"), 1, 1, 10)
+
+
+def test_shard_smaller_than_a_batch(two_shards):
+    with pytest.raises(DataError, match=r"14 tokens, where a batch of 2 x 8 takes 17"):
+        Batches(two_shards, 2, 8, 200)
+
+
+def test_fingerprint_knows_the_data(two_shards, tmp_path):
+    first = Batches(two_shards, 2, 3, 200).fingerprint()
+    assert first == Batches(two_shards, 1, 2, 200).fingerprint()
+    write_shard(tmp_path / "a_1.bin", np.arange(100, 115))
+    assert first != Batches(two_shards, 2, 3, 200).fingerprint()

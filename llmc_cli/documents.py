@@ -19,8 +19,8 @@ from llmc_cli.errors import DataError, MissingError, UsageError
 
 PIECE = 1 << 18  # characters
 LINE_LIMIT = 1 << 28  # bytes of one line of a .jsonl file, which must be in memory as a whole
+REPORT_EVERY = 1 << 20  # bytes
 SEPARATOR = b"<|endoftext|>"  # on a line of its own in a .txt file it ends a document
-BOM = codecs.BOM_UTF8
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -133,16 +133,25 @@ def read_documents(
 
 
 class _Counted:
-    """A file whose lines are read up to a limit and counted."""
+    """A file that counts what is read of it; ``on_bytes`` hears of it now and then."""
 
     def __init__(self, file: BinaryIO, done: int, on_bytes: Callable[[int], None]) -> None:
         self._file, self.done, self._on_bytes = file, done, on_bytes
+        self._told = done
 
-    def readline(self, limit: int) -> bytes:
-        line = self._file.readline(limit)
-        self.done += len(line)
-        self._on_bytes(self.done)
-        return line
+    def read_lines(self, size: int) -> bytes:
+        """``size`` bytes and the rest of the line they end in, or up to as many again."""
+        return self._count(self._file.read(size) + self._file.readline(size))
+
+    def read_line(self, limit: int) -> bytes:
+        return self._count(self._file.readline(limit))
+
+    def _count(self, content: bytes) -> bytes:
+        self.done += len(content)
+        if self.done - self._told >= REPORT_EVERY:
+            self._told = self.done
+            self._on_bytes(self.done)
+        return content
 
 
 def _plain(file: _Counted, name: str) -> Iterator[Piece]:
@@ -155,19 +164,22 @@ def _plain(file: _Counted, name: str) -> Iterator[Piece]:
     document = _Document()
     position = 0
     fresh = True  # the next bytes are the start of a line
-    while line := file.readline(PIECE):
-        if position == 0 and line.startswith(BOM):
-            line, position = line[len(BOM) :], len(BOM)
-        if fresh and line.rstrip(b"\r\n") == SEPARATOR:
-            yield from document.end()
-        else:
-            try:
-                text = utf8.decode(line)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(name, position - len(utf8.getstate()[0]) + error.start) from None
-            yield from document.add(text)
-        position += len(line)
-        fresh = line.endswith(b"\n")
+    while block := file.read_lines(PIECE):
+        if position == 0 and block.startswith(codecs.BOM_UTF8):
+            position = len(codecs.BOM_UTF8)
+            block = block[position:]
+        # Line by line is slow, and only needed where a separator is near.
+        for lines in block.splitlines(keepends=True) if SEPARATOR in block else [block]:
+            if fresh and lines.rstrip(b"\r\n") == SEPARATOR:
+                yield from document.end()
+            else:
+                try:
+                    text = utf8.decode(lines)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(name, position - len(utf8.getstate()[0]) + error.start) from None
+                yield from document.add(text)
+            position += len(lines)
+            fresh = lines.endswith(b"\n")
     if unfinished := utf8.getstate()[0]:
         raise _not_utf8(name, position - len(unfinished))
     yield from document.end()
@@ -177,7 +189,7 @@ def _json_lines(file: _Counted, name: str) -> Iterator[Piece]:
     """A document a line: the string under "text". Empty lines, and texts of white space only, are left out."""
     number = 0
     start = 0
-    while line := file.readline(LINE_LIMIT + 1):
+    while line := file.read_line(LINE_LIMIT + 1):
         number += 1
         where = f"{name}, line {number}"
         if len(line) > LINE_LIMIT:

@@ -25,6 +25,7 @@ Ending: TypeAlias = Literal["", "end-of-text", "stop", "length"]
 SEED = 1337  # the C trainer's
 USUAL_TOKENS = 256  # made where nobody says how many, and the context has room
 SAFE_EXPONENT = 64.0  # sums of V float32 exponentials of up to this neither overflow nor vanish
+SMALLEST = 1e-37  # that float32 can divide by, not far below anything that makes a difference
 PROMPT_ROWS = 256  # positions of a prompt that go through the model at once: bounds the scratch memory
 CACHE_BYTES = 1 << 30  # of the sequences that go through the model together
 MOST_TOGETHER = 32
@@ -73,7 +74,7 @@ def scale(logits: Logits, temperature: float) -> Logits:
     if temperature == 1:
         return logits
     with np.errstate(over="ignore"):  # minus infinity is what a quotient beyond float's range should become
-        return (logits - logits.max()) / temperature
+        return (logits - logits.max()) / max(temperature, SMALLEST)
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
@@ -144,6 +145,7 @@ def pick(logits: Logits, coin: float) -> int:
 
 def choose(logits: Logits, settings: Settings, coins: Xorshift) -> int:
     """The next token's id; draws one coin, or none at temperature 0. DataError where logits are NaN or infinite."""
+    logits = logits.astype(np.float32, copy=False)  # whatever the backend, the C trainer's arithmetic
     best = int(np.argmax(logits))  # the first of equal ones; a NaN where there is one
     if not math.isfinite(logits[best]):
         raise DataError("the model's logits are not finite; look for NaN or inf in its file with `llmc verify`")

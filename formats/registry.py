@@ -78,7 +78,7 @@ def identify(path: str | Path) -> Kind:
     """
     path = Path(path)
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(32)
     if len(start) >= 4 and (kind := KIND_OF_MAGIC.get(int.from_bytes(start[:4], "little"))):
         return kind
     if start.startswith(b"PK") and _is_torch_zip(path):

@@ -1,0 +1,54 @@
+"""How every kernel of this folder is compiled.
+
+A kernel is a function over whole arrays with one signature, compiled when its module is imported and kept in the cache
+that ``cache.load_kernels`` chose before. A helper is inlined into kernels and compiled with them.
+
+Kernels are parallel over outputs and split their work in pieces whose size does not depend on the number of threads, so
+that the same inputs give the same bits. Of fast mathematics only those parts are allowed that keep NaN and infinity:
+``REORDER`` lets sums be vectorized, ``CONTRACT`` makes fused multiply-adds.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from numba import njit
+from numba.core import types
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+CONTRACT = {"contract"}
+REORDER = {"contract", "reassoc", "nsz", "arcp"}
+
+void, boolean, int64, float32, float64 = types.void, types.boolean, types.int64, types.float32, types.float64
+float1 = types.float32[::1]
+float2 = types.float32[:, ::1]
+double1 = types.float64[::1]
+int1 = types.int32[::1]
+long2 = types.int64[:, ::1]
+
+caching = True
+"""Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""
+
+
+def kernel(*arguments: Any, fastmath: set[str]) -> Callable[[Function], Function]:
+    """Compile the decorated function for exactly these argument types."""
+
+    def compile_now(function: Function) -> Function:
+        compiled: Function = njit(
+            void(*arguments), parallel=True, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
+        )(function)
+        return compiled
+
+    return compile_now
+
+
+def helper(fastmath: set[str], inline: bool = True) -> Callable[[Function], Function]:
+    """Compile the decorated function as part of the kernels that call it."""
+
+    def compile_later(function: Function) -> Function:
+        compiled: Function = njit(fastmath=fastmath, error_model="numpy", boundscheck=False, forceinline=inline)(
+            function
+        )
+        return compiled
+
+    return compile_later

@@ -1,0 +1,64 @@
+"""What stands around a matrix product: bias before it, activation behind it, sums over rows beside it."""
+
+import numpy as np
+from numba import prange
+
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, float1, float2, kernel
+from llmc_cli.kernels.cpu.exponential import ONE, exp
+
+PIECE = 4096  # elements a task
+BLOCK = 64  # columns a task
+
+SLOPE = np.float32(2.0 * np.sqrt(2.0 / np.pi))
+CUBIC = np.float32(SLOPE * 0.044715)
+CUBIC_SLOPE = np.float32(3.0 * SLOPE * 0.044715)
+LIMIT = np.float32(10.0)  # gelu' is 0 or 1 beyond it, and the products below would overflow
+
+
+@kernel(float2, float1, fastmath=REORDER)
+def fill_rows(y, b):  # type: ignore[no-untyped-def]
+    """y (N,O) = b (O,) in each row: the product is then added to it, which costs BLAS no more than overwriting."""
+    N, O = y.shape  # noqa: E741
+    for i in prange(N):
+        for j in range(O):
+            y[i, j] = b[j]
+
+
+@kernel(float1, float2, boolean, fastmath=REORDER)
+def sum_rows(out, x, acc):  # type: ignore[no-untyped-def]
+    """out (O,) = or += the sum of x (N,O) over rows."""
+    N, O = x.shape  # noqa: E741
+    for block in prange((O + BLOCK - 1) // BLOCK):
+        start, stop = block * BLOCK, min(O, (block + 1) * BLOCK)
+        if not acc:
+            for j in range(start, stop):
+                out[j] = np.float32(0.0)
+        even = N - N % 4
+        for i in range(0, even, 4):
+            for j in range(start, stop):
+                out[j] += (x[i, j] + x[i + 1, j]) + (x[i + 2, j] + x[i + 3, j])
+        for i in range(even, N):
+            for j in range(start, stop):
+                out[j] += x[i, j]
+
+
+@kernel(float1, float1, fastmath=CONTRACT)
+def gelu_forward(act, pre):  # type: ignore[no-untyped-def]
+    """act = pre/2 · (1 + tanh(u/2)) = pre / (1 + exp(-u)), u = SLOPE · (pre + 0.044715 pre³), all (P,)."""
+    for piece in prange((pre.size + PIECE - 1) // PIECE):
+        for i in range(piece * PIECE, min(pre.size, (piece + 1) * PIECE)):
+            x = pre[i]
+            act[i] = x / (ONE + exp(-x * (SLOPE + CUBIC * (x * x))))
+
+
+@kernel(float1, float1, fastmath=CONTRACT)
+def gelu_backward(dpre, pre):  # type: ignore[no-untyped-def]
+    """dpre ·= gelu'(pre) = s + pre · s · (1 - s) · du/dpre, s = 1 / (1 + exp(-u))."""
+    for piece in prange((pre.size + PIECE - 1) // PIECE):
+        for i in range(piece * PIECE, min(pre.size, (piece + 1) * PIECE)):
+            x = pre[i]
+            x = LIMIT if x > LIMIT else x
+            x = -LIMIT if x < -LIMIT else x
+            e = exp(-x * (SLOPE + CUBIC * (x * x)))
+            s = ONE / (ONE + e)
+            dpre[i] *= s + x * s * (e * s) * (SLOPE + CUBIC_SLOPE * (x * x))

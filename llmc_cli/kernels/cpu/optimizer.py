@@ -1,0 +1,51 @@
+"""The norm of the gradients, and AdamW."""
+
+import numpy as np
+from numba import prange
+
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, double1, float1, float64, helper, kernel, long2
+
+PIECE = 16384  # elements a task
+
+
+@helper(REORDER, inline=False)
+def piece_sum(g, start, stop):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(start, stop):
+        x = np.float64(g[i])
+        total += x * x
+    return total
+
+
+@kernel(double1, double1, float1, fastmath=CONTRACT)
+def sum_squares(out, pieces, g):  # type: ignore[no-untyped-def]
+    """out (1,) = the sum of g² (P,), by way of as many equal ``pieces`` as there is room for."""
+    count = pieces.size
+    length = (g.size + count - 1) // count
+    for piece in prange(count):
+        pieces[piece] = piece_sum(g, min(g.size, piece * length), min(g.size, (piece + 1) * length))
+    total = 0.0
+    for piece in range(count):
+        total += pieces[piece]
+    out[0] = total
+
+
+@kernel(float1, float1, float1, float1, long2, double1, float64, fastmath=CONTRACT)
+def adamw(master, m, v, g, segments, hyper, scale):  # type: ignore[no-untyped-def]
+    """One pass over all four arrays (P,); each task walks the segments that its piece meets."""
+    lr, eps, clip = np.float32(hyper[0]), np.float32(hyper[3]), np.float32(scale)
+    keep1, keep2 = np.float32(hyper[1]), np.float32(hyper[2])
+    take1, take2 = np.float32(1.0 - hyper[1]), np.float32(1.0 - hyper[2])
+    per_correction1, per_correction2 = np.float32(1.0 / hyper[5]), np.float32(1.0 / hyper[6])
+    for piece in prange((g.size + PIECE - 1) // PIECE):
+        for k in range(segments.shape[0]):
+            start = max(piece * PIECE, segments[k, 0])
+            stop = min((piece + 1) * PIECE, segments[k, 0] + segments[k, 1])
+            decay = np.float32(hyper[4] * segments[k, 2])
+            for i in range(start, stop):
+                gradient = clip * g[i]
+                first = keep1 * m[i] + take1 * gradient
+                second = keep2 * v[i] + take2 * (gradient * gradient)
+                m[i], v[i] = first, second
+                step = (first * per_correction1) / (np.sqrt(second * per_correction2) + eps)
+                master[i] -= lr * (step + decay * master[i])

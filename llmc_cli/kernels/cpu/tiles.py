@@ -1,0 +1,104 @@
+"""A small matrix product that stays in registers: what attention is made of.
+
+The vectors are LLVM's own, of the width this machine has, so one source serves AVX-512, AVX2 and NEON.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
+
+
+def vector_shape() -> tuple[int, int]:
+    """Lanes of a vector, and rows of a tile: rows x 2 accumulators, two vectors and a broadcast fit the registers."""
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 8
+    if features.get("avx"):
+        return 8, 4
+    return 4, 8 if features.get("neon") else 4
+
+
+LANES, ROWS = vector_shape()
+COLUMNS = 2 * LANES
+
+
+@intrinsic
+def tile_product(
+    typing_context: Any, c: Any, at_c: Any, ldc: Any, a: Any, at_a: Any, row_a: Any, step_a: Any,
+    b: Any, at_b: Any, ldb: Any, depth: Any, acc: Any,
+) -> Any:  # fmt: skip
+    """One tile (ROWS, COLUMNS) of ``multiply``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        _, at_c, ldc, _, at_a, row_a, step_a, _, at_b, ldb, depth, acc = args
+
+        def address(position: int, offset: Any) -> Any:
+            data = context.make_array(signature.args[position])(context, builder, args[position]).data
+            return builder.gep(data, [offset])
+
+        def vectors(pointer: Any) -> list[Any]:
+            """Where the two vectors of a row lie."""
+            places = [pointer, builder.gep(pointer, [ir.Constant(ir.IntType(64), LANES)])]
+            return [builder.bitcast(place, vector.as_pointer()) for place in places]
+
+        def load(place: Any) -> Any:
+            loaded = builder.load(place)
+            loaded.align = 4
+            return loaded
+
+        multiply_add = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{LANES}f32"
+        )
+        whole = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        rows = [address(0, at_c)]
+        for _ in range(1, ROWS):
+            rows.append(builder.gep(rows[-1], [ldc]))
+        places = [place for row in rows for place in vectors(row)]
+        sums = [cgutils.alloca_once(builder, vector) for _ in places]
+        with builder.if_else(builder.trunc(acc, ir.IntType(1))) as (add, overwrite):
+            with add:
+                for place, total in zip(places, sums, strict=True):
+                    builder.store(load(place), total)
+            with overwrite:
+                for total in sums:
+                    builder.store(ir.Constant(vector, [0.0] * LANES), total)
+        with cgutils.for_range(builder, depth) as loop:
+            element = address(3, builder.add(at_a, builder.mul(loop.index, step_a)))
+            row_b = address(7, builder.add(at_b, builder.mul(loop.index, ldb)))
+            factors = [load(place) for place in vectors(row_b)]
+            for i in range(ROWS):
+                lane = builder.insert_element(
+                    ir.Constant(vector, ir.Undefined), load(element), ir.Constant(ir.IntType(32), 0)
+                )
+                broadcast = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), whole)
+                for factor, total in zip(factors, sums[2 * i : 2 * i + 2], strict=True):
+                    builder.store(builder.call(multiply_add, [broadcast, factor, builder.load(total)]), total)
+                if i + 1 < ROWS:
+                    element = builder.gep(element, [row_a])
+        for place, total in zip(places, sums, strict=True):
+            builder.store(builder.load(total), place).align = 4
+        return context.get_dummy_value()
+
+    array, size = types.float32[::1], types.int64
+    expected = types.void(array, size, size, array, size, size, size, array, size, size, size, types.boolean)
+    return expected, generate
+
+
+@helper(CONTRACT, inline=False)
+def multiply(c, at_c, ldc, a, at_a, row_a, step_a, b, at_b, ldb, rows, columns, depth, acc):  # type: ignore[no-untyped-def]
+    """c (rows,columns) = or, with ``acc``, += a (rows,depth) · b (depth,columns).
+
+    Each matrix lies in a flat array: c and b at an offset with a leading dimension, a with a distance between rows and
+    one between the elements of a row, so that it may be a transpose. rows is a multiple of ROWS, columns of COLUMNS.
+    """
+    for i in range(0, rows, ROWS):
+        for j in range(0, columns, COLUMNS):
+            tile_product(
+                c, at_c + i * ldc + j, ldc, a, at_a + i * row_a, row_a, step_a, b, at_b + j, ldb, depth, acc
+            )  # fmt: skip

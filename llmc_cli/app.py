@@ -14,12 +14,9 @@ import typer
 from llmc_cli.commands import bench, convert, decode, prepro, sample, train, verify
 from llmc_cli.errors import LlmcError
 from llmc_cli.formats.errors import FormatError
+from llmc_cli.waiting import wait_passively
 
 COMMANDS = (prepro.prepro, convert.convert, train.train, sample.sample, decode.decode, verify.verify, bench.bench)
-
-PASSIVE_THREADS = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
-"""BLAS and numba take turns; a pool that spins while the other works costs half the machine. Libraries read these when
-they load, so the program sets them before any command imports NumPy; importing this package changes nothing."""
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a bug of ours, never confused with a failed check
 
@@ -82,8 +79,13 @@ def llmc(
     """Train, sample, convert and check GPT-2 language models."""
 
 
+def unwrapped(docstring: str) -> str:
+    """Each paragraph on one line: the help breaks lines to the terminal's width itself."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
+
+
 for _command in COMMANDS:
-    app.command()(guarded(_command))
+    app.command(help=unwrapped(_command.__doc__ or ""))(guarded(_command))
 
 
 def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
@@ -92,8 +94,7 @@ def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
 
 
 def main() -> None:
-    for name, value in PASSIVE_THREADS.items():
-        os.environ.setdefault(name, value)
+    wait_passively()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
     app()
 

@@ -228,6 +228,21 @@ def test_logits_with_and_without_cache_agree(model, chunk, monkeypatch):
     assert np.abs(np.concatenate(found) - whole[39:]).max() < 1e-10
 
 
+def test_float32_kernels_agree_with_and_without_cache(model, backend):
+    ours = load_model(FIXTURES / "sampling_model.bin", backend.kernels)
+    ids = np.random.default_rng(1).integers(0, 120, (1, 96)).astype(np.int32)
+    for either in (ours, model):
+        either.prepare(1, 96, train=False)
+        either.forward(ids)
+    stepper = Stepper(ours, Cache(ours, 1, 96, 30))
+    found = [stepper.read(ids[0, :30].tolist()).copy()]
+    found += [stepper.step([token]).copy() for token in ids[0, 30:].tolist()]
+    assert np.abs(np.concatenate(found) - ours.logits(slice(29, None))).max() < 1e-4
+    assert np.abs(np.concatenate(found) - model.logits(slice(29, None))).max() < 1e-4
+    for case in GOLDEN:
+        assert ids_of(generate(ours, case["prompt"], GREEDY, 64)) == case["ids"]
+
+
 def naive_samples(model, prompt, settings, count, sample):
     """Tokens by whole forward passes over the growing sequence."""
     ids, coins = list(prompt), generator(settings.seed, sample)

@@ -53,6 +53,12 @@ class Output:
         """A line of the result, at once, also into a pipe."""
         print(text, flush=True)
 
+    def text(self, part: str) -> None:
+        """A part of a result that is text, at once and as it is: UTF-8, no newline added or translated."""
+        sys.stdout.flush()
+        sys.stdout.buffer.write(part.encode())
+        sys.stdout.buffer.flush()
+
     def document(self, content: dict[str, Any]) -> None:
         """The result as JSON on one line: the whole of it, or one event of a stream."""
         print(json.dumps({"schema": SCHEMA, **finite(content)}, allow_nan=False), flush=True)

@@ -1,7 +1,5 @@
 """formats/atomic.py: a file appears whole or not at all."""
 
-import os
-
 import pytest
 
 from llmc_cli.formats.atomic import atomic_write
@@ -26,7 +24,6 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
 def test_a_file_gets_the_permissions_of_a_plain_one(tmp_path):
     (tmp_path / "plain").touch()
     with atomic_write(tmp_path / "atomic"):

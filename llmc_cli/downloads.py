@@ -23,7 +23,7 @@ Progress = Callable[[int, int | None], None]
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 """Waits between attempts that bring nothing; one that brings bytes starts the row anew."""
 
-BLOCK = 1 << 18
+BLOCK = 1 << 14  # bytes; those of a block that a broken connection cuts off are lost
 PASSING = (408, 425, 429)  # statuses below 500 that a later attempt may not meet
 
 

@@ -1,6 +1,5 @@
 """The header of 256 int32 slots, 1,024 bytes, that every llm.c file but the headerless one begins with."""
 
-import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -57,7 +56,7 @@ def set_uint64(slots: Slots, slot: int, value: int) -> None:
 
 def check_size(path: str | Path, expected: int, why: str) -> None:
     """Raise SizeError unless the file has exactly ``expected`` bytes; ``why`` says what asks for them."""
-    found = os.stat(path).st_size  # noqa: PTH116 (paths come as str or Path)
+    found = Path(path).stat().st_size
     if found != expected:
         remedy = "it is cut off: fetch or write it anew" if found < expected else "there is more than belongs to it"
         raise SizeError(path, f"{found:,} bytes", f"{expected:,} ({why})", remedy)

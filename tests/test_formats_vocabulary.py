@@ -1,5 +1,7 @@
 """formats/vocabulary.py: the tokenizer table."""
 
+import hashlib
+import importlib.resources
 import struct
 import tracemalloc
 
@@ -30,6 +32,21 @@ def test_version_1_means_gpt2_end_of_text(tmp_path):
     content = header(20240328, 1, 50257) + b"".join(b"\x01" + token for token in GPT2_SIZED)
     assert (tmp_path / "v").read_bytes() == content
     assert read_vocabulary(tmp_path / "v") == Vocabulary(GPT2_SIZED, 50256, 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "digest"),
+    [
+        (1, "72c44782644dccc955e1b775d0d7552a594bbb54bfc6141e31373324d486956d"),
+        (2, "6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13"),
+    ],
+)
+def test_gpt2_table_is_byte_for_byte_that_of_the_c_project(tmp_path, version, digest):
+    with importlib.resources.as_file(importlib.resources.files("llmc_cli.assets") / "gpt2_tokenizer.bin") as path:
+        table = read_vocabulary(path)
+    write_vocabulary(tmp_path / "v", table.tokens, table.end_of_text, version)
+    assert hashlib.sha256((tmp_path / "v").read_bytes()).hexdigest() == digest
+    assert read_vocabulary(tmp_path / "v") == table._replace(version=version)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -252,7 +252,8 @@ class _Document:
 
 
 def cut_before(text: str, start: int, limit: int) -> int:
-    """Where to cut ``text`` between ``start`` and ``limit``, both excluded, ``limit`` the last resort: see the top."""
+    """Where to cut ``text``, which goes on behind ``limit``: between ``start`` and ``limit`` as the top of this file
+    says, or at ``limit``."""
     at = text.rfind(" ", start + 1, limit)
     while at > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():

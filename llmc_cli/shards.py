@@ -273,17 +273,17 @@ class _Lane:
 
 
 def _serve(connection: Connection, name: str) -> None:
-    """A worker's life: batches in, ids out (or what went wrong, as text), until the pipe or the process is closed."""
+    """A worker's life: batches in, ids out, until the pipe or the process is ended. What goes wrong is sent as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where _interrupts_held cannot: the parent sees to the end
-    tokenizer = load_tokenizer(name)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+    try:
+        tokenizer = load_tokenizer(name)
         while True:
-            batch: Batch = connection.recv()
-            try:
-                answer: Tokens | str = encode_batch(tokenizer, batch)
-            except Exception as error:
-                answer = f"{type(error).__name__}: {error}"
-            connection.send(answer)
+            connection.send(encode_batch(tokenizer, connection.recv()))
+    except EOFError:
+        pass  # the parent is gone
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc_cli import documents
@@ -61,6 +61,7 @@ def test_sections():
     assert list(shakespeare_sections("a\n\n")) == [Piece("a\n\n", True), Piece("", True)]
 
 
+@settings(deadline=None)
 @given(st.text("ab\n"))
 def test_sections_lose_nothing(text):
     assert "".join(piece.text for piece in shakespeare_sections(text)) == text
@@ -144,6 +145,7 @@ def test_plain_text(tmp_path, content, expected):
     assert list(read_documents(["-"], io.BytesIO(content))) == pieces
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "é", "🙂", " ", "\n", "\r", "<|endoftext|>", "\n<|endoftext|>\n", "word"])))
 def test_plain_text_does_not_depend_on_the_blocks_it_is_read_in(parts):
     content = "".join(parts).encode()
@@ -254,6 +256,7 @@ def test_where_to_cut(text, at):
     assert cut_before("xyz" + text, 3, 11) == at + 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "I'll", "12", "é", "…", " ", "  ", "\n", "\t", "\u3000", "\u00a0", " b"])))
 def test_cuts_do_not_change_the_ids(parts):
     """At a single space, or a line break that follows a word, GPT-2 begins a new word anyway."""

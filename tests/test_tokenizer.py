@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc_cli import tokenizer as module
@@ -69,6 +69,7 @@ def test_special_tokens_in_text_are_text(gpt2):
     assert gpt2.decode_bytes(ids) == b"a<|endoftext|>b"
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_round_trip(text):
     tokenizer = load_once()
@@ -215,6 +216,7 @@ def test_a_token_too_long_for_the_table(tmp_path):
         write_tokenizer_table(tmp_path / "t.bin", load_tokenizer(str(tmp_path)))
 
 
+@settings(deadline=None)
 @given(text=st.text(min_size=1), data=st.data())
 def test_a_stream_of_text(text, data):
     """However the ids arrive, the text is the same, and no piece holds half a character."""

@@ -1,9 +1,174 @@
-"""`llmc verify`."""
+"""``llmc verify``."""
 
-from llmc_cli.commands import options
-from llmc_cli.errors import MissingError
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmc_cli.commands import options, render
+from llmc_cli.errors import CheckError, DataError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmc_cli.comparison import Check
+    from llmc_cli.device import Backend
+
+CHECK_COLUMNS = "name", "what", "max |reference|", "max error", "mean error", "bound", "ok"
+FILE_COLUMNS = "file", "kind", "version", "content", "ok"
 
 
-def verify(quiet: options.Quiet = False) -> None:
-    """Not there yet."""
-    raise MissingError("verify: not yet")
+def verify(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE…]",
+            help="Files and folders to check; with --state, the model. Without any, the kernels are checked.",
+            show_default=False,
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="DEBUG_STATE", help="Logits, loss and gradients that the model must give."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="AdamW steps behind them, on the state's batch.")] = 10,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            "--losses",
+            metavar="FILE",
+            help="The losses of these steps, one a line; - reads stdin.  [default: the float64 reference's, computed]",
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check the kernels of this machine, files, or a model against its debug state.
+
+    Without FILE: every kernel against a float64 reference, and a tiny model's training. With files: what each is, and
+    whether it is whole; a MODEL among them bounds the token ids and gives the sizes of the others. With --state: the
+    MODEL's logits, loss, gradients and some training steps. Exit status 1: a check failed; 3: a file is bad.
+    """
+    output = render.Output(json, quiet)
+    if state is None and losses is not None:
+        raise UsageError("--losses goes with --state")
+    if state is not None:
+        if not files or len(files) != 1:
+            raise UsageError(f"--state takes one MODEL, and {len(files or [])} files are given")
+        verify_state(output, files[0], state, steps, losses, (device, precision, threads))
+    elif files:
+        verify_files(output, files)
+    else:
+        verify_kernels(output, (device, precision, threads))
+
+
+def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) -> None:
+    from llmc_cli.device import open_kernels
+    from llmc_cli.verification import check_kernels, kernel_check_count
+
+    backend = open_kernels(*where, output.note)
+    show_checks(output, backend, check_kernels(backend.kernels), kernel_check_count(), {})
+
+
+def verify_state(
+    output: render.Output,
+    model: Path,
+    state: Path,
+    steps: int,
+    losses: str | None,
+    where: tuple[str, str, int | None],
+) -> None:
+    import sys
+
+    from llmc_cli.device import open_kernels
+    from llmc_cli.verification import check_state, parse_losses, state_check_count
+
+    expected = None
+    if losses is not None:
+        content = sys.stdin.buffer.read() if losses == "-" else Path(losses).read_bytes()
+        expected = parse_losses(content.decode("utf-8", "replace"), "stdin" if losses == "-" else losses, steps)
+    backend = open_kernels(*where, output.note)
+    checks = check_state(model, state, backend.kernels, steps, expected)
+    show_checks(output, backend, checks, state_check_count(steps), {"model": str(model), "state": str(state)})
+
+
+def show_checks(
+    output: render.Output, backend: "Backend", checks: "Iterator[Check]", total: int, subject: dict[str, str]
+) -> None:
+    """Run the checks, tell them with what they ran on, and raise CheckError where one failed."""
+    import dataclasses
+
+    from llmc_cli.verification import versions
+
+    machine = {
+        **subject,
+        "device": backend.device,
+        "precision": backend.precision,
+        "threads": str(backend.threads),
+        "runs on": backend.description,
+        **versions(),
+    }
+    if not output.json:
+        output.table(("environment", ""), list(machine.items()))
+    done: list[Check] = []
+    with output.progress("verifying", total, lambda count: f"{count:.0f} checks") as tell:
+        for check in checks:
+            done.append(check)
+            tell(len(done))
+    failed = [check for check in done if not check.ok]
+    if output.json:
+        rows = [{**dataclasses.asdict(check), "ok": check.ok} for check in done]
+        output.document({"environment": machine, "checks": rows, "okay": not failed})
+    else:
+        output.table(CHECK_COLUMNS, [check_row(check) for check in done])
+        output.line(f"overall okay: {int(not failed)}")
+    if failed:
+        names = ", ".join(dict.fromkeys(f"{check.name} {check.what}".strip() for check in failed[:5]))
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise CheckError(f"{len(failed)} of {len(done)} checks failed: {names}{more}")
+
+
+def check_row(check: "Check") -> list[str]:
+    numbers = check.largest, check.max_error, check.mean_error, check.bound
+    return [check.name, check.what, *(f"{number:.2e}" for number in numbers), str(int(check.ok))]
+
+
+def verify_files(output: render.Output, paths: list[Path]) -> None:
+    import dataclasses
+
+    from llmc_cli.file_checks import check_files
+
+    reports = []
+    with output.progress("verifying", None, lambda count: f"{count:.0f} files", terminal_only=True) as tell:
+        for report in check_files(paths):
+            reports.append(report)
+            tell(len(reports))
+    errors = [report.error for report in reports if report.error is not None]
+    if output.json:
+        output.document({"files": [dataclasses.asdict(report) for report in reports], "okay": not errors})
+    else:
+        rows = [
+            [
+                report.path,
+                report.kind or "",
+                "" if report.version is None else str(report.version),
+                ", ".join(f"{name} {amount(value)}" for name, value in report.facts.items()),
+                str(int(report.error is None)),
+            ]
+            for report in reports
+        ]
+        output.table(FILE_COLUMNS, rows)
+    if errors:
+        raise DataError("\nllmc: ".join(errors))
+
+
+def amount(value: Any) -> str:
+    """A fact for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6f}" if isinstance(value, float) else str(value)

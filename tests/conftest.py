@@ -1,0 +1,68 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from llmc_cli.device import open_kernels
+from llmc_cli.formats.shard import write_shard
+from llmc_cli.models import huggingface
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.plan import TrainOptions
+from llmc_cli.waiting import wait_passively
+
+wait_passively()  # before numba and scipy load, as the program does
+
+
+@pytest.fixture(scope="session")
+def backend():
+    return open_kernels("cpu", "fp32", None)
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A config file of a model that trains in milliseconds."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(huggingface.config_values(ModelConfig(32, 67, 2, 2, 16))))
+    return path
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """Two training shards and a validation shard of random tokens."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train_0", 700), ("train_1", 500), ("val_0", 300)):
+        write_shard(tmp_path / f"tiny_{name}.bin", generator.integers(0, 67, count))
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_options(tiny_config, tiny_data):
+    """Options with everything on that a resume must carry over."""
+    return TrainOptions(
+        model=str(tiny_config),
+        data=str(tiny_data / "tiny_train_*.bin"),
+        val_data=str(tiny_data / "tiny_val_*.bin"),
+        out=tiny_data / "out",
+        batch=2,
+        seq_len=16,
+        total_batch=64,
+        steps=20,
+        schedule="cosine",
+        lr=1e-2,
+        warmup=5,
+        lr_final=0.1,
+        weight_decay=0.1,
+        skip_loss_z=1.5,
+        skip_grad_z=1.5,
+        val_every=5,
+        val_steps=3,
+        sample_every=0,
+        clip=0.5,
+    )
+
+
+@pytest.fixture
+def but(tiny_options):
+    """``tiny_options`` with some of them changed."""
+    return lambda **changes: dataclasses.replace(tiny_options, **changes)

@@ -1,9 +1,177 @@
-"""`llmc bench`."""
+"""``llmc bench``."""
 
-from llmc_cli.commands import options
-from llmc_cli.errors import MissingError
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llmc_cli.commands import options, render
+from llmc_cli.errors import CheckError
+
+if TYPE_CHECKING:
+    from llmc_cli.benchmarking import Benchmark
+    from llmc_cli.measuring import Row
 
 
-def bench(quiet: options.Quiet = False) -> None:
-    """Not there yet."""
-    raise MissingError("bench: not yet")
+def bench(
+    section: Annotated[
+        Literal["kernels", "train", "sample", "prepro"] | None,
+        typer.Argument(metavar="[kernels|train|sample|prepro]", help="What to measure; without it, everything."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", "-e", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file, of which the shape counts."),
+    ] = "d12",
+    batch: Annotated[
+        int | None, typer.Option("--batch", "-b", min=1, help="Sequences side by side.  [default: 4; sample: 1]")
+    ] = None,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", "-t", min=1, help="Positions of each; in sample, those already there.")
+    ] = 64,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="Timed runs of each row.  [default: kernels 20, train 10, sample 64, prepro 3]"
+        ),
+    ] = None,
+    against: Annotated[
+        Literal["torch"] | None,
+        typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep the results, as JSON.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="Compare with saved results; exit 1 where slower.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="How much slower --baseline lets pass, as a fraction.")
+    ] = 0.1,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg|png", help="Draw the results as a bar chart.")
+    ] = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure this machine's ceilings, and how near to them each part of the program comes.
+
+    Times are medians. A row's share is of what bounds it: the fastest matrix product or the fastest memory traffic
+    measured here; more than 100% of memory means that the data stays in the caches. Of a training step the share is
+    its MFU, of prepro what the tokenizer alone takes. Each side of a comparison works in a process of its own, one at a
+    time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. --baseline judges whole rows, not the
+    parts of a step.
+    """
+    from llmc_cli import benchmarking, chart
+
+    output = render.Output(json, quiet)
+    if plot:
+        chart.require_chart(plot)
+    asked = benchmarking.BenchOptions(
+        sections=(section,) if section else benchmarking.SECTIONS,
+        model=model,
+        batch=batch,
+        seq_len=seq_len,
+        steps=steps,
+        against_torch=against == "torch",
+        baseline=baseline,
+        device=device,
+        precision=precision,
+        threads=threads,
+    )
+    benchmark = benchmarking.run(asked, output.note)
+    if save:
+        benchmark.save(save)
+    if plot:
+        chart.draw(benchmark, plot)
+    if json:
+        output.document(benchmark.document())
+    else:
+        show(output, benchmark)
+    slower = [change for change in benchmark.changes if change.slowdown > tolerance]
+    if slower:
+        raise CheckError(
+            f"slower than {baseline} by more than {tolerance:.0%}: "
+            + ", ".join(f"{change.name} (+{change.slowdown:.0%})" for change in slower)
+        )
+
+
+def show(output: render.Output, benchmark: "Benchmark") -> None:
+    """The results as tables, and with PyTorch the ratios as lines below."""
+    ceilings = benchmark.ceilings
+    rows = [(f"matmul {shape}", f"{flops / 1e9:.1f} GFLOP/s") for shape, flops in ceilings.matmul.items()]
+    rows += [(f"memory {kind}", f"{rate / 1e9:.1f} GB/s") for kind, rate in ceilings.memory.items()]
+    if benchmark.compile_seconds is not None:
+        rows.append(("kernels compiled in", render.seconds(benchmark.compile_seconds)))
+    output.table(("ceiling", ceilings.precision), rows, title=str(benchmark.machine["processor"]))
+
+    modes = list(dict.fromkeys(mode for row in benchmark.rows for mode in row.torch))
+    columns = ["row", "ms", "runs", "rate", "share", "of"]
+    for mode in modes:
+        columns += [f"{mode} ms", "ratio"]
+    output.table(columns, [cells(row, modes) for row in benchmark.rows])
+
+    output.table(
+        ("process", "peak memory", "configuration"),
+        [
+            (
+                f"{side.section}: {side.side}",
+                "unknown" if side.peak_memory is None else render.size(side.peak_memory),
+                ", ".join(f"{key} {value}" for key, value in side.configuration.items()),
+            )
+            for side in benchmark.sides
+        ],
+    )
+    for section, absent in benchmark.absent.items():
+        for mode, why in absent.items():
+            output.line(f"{section}: without {mode}: {why}")
+    if benchmark.changes:
+        output.table(
+            ("row", "before, ms", "now, ms", "change"),
+            [
+                (change.name, milliseconds(change.before), milliseconds(change.now), f"{change.slowdown:+.1%}")
+                for change in benchmark.changes
+            ],
+        )
+    for row in benchmark.rows:
+        if row.torch and not row.name.startswith("kernels/"):
+            output.line(verdict(row))
+
+
+def cells(row: "Row", modes: list[str]) -> list[str]:
+    """A row of the table; what does not apply is empty."""
+    found = [
+        f"{row.name} ×{row.calls}" if row.calls else row.name,
+        milliseconds(row.seconds),
+        str(row.runs),
+        rate(row),
+        f"{row.share:.0%}" if row.ceiling else "",
+        row.ceiling,
+    ]
+    for mode in modes:
+        found += [milliseconds(row.torch[mode]), f"{row.ratios[mode]:.2f}"] if mode in row.torch else ["", ""]
+    return found
+
+
+def rate(row: "Row") -> str:
+    """In the unit of what bounds the row; tokens where they are counted."""
+    if row.name.startswith("prepro/"):
+        return f"{row.bytes_per_s / 1e6:.2f} MB/s, {row.tokens_per_s:,.0f} tok/s"
+    if row.tokens_per_s:
+        return f"{row.tokens_per_s:,.1f} tok/s"
+    if row.ceiling == "matmul":
+        return f"{row.flops_per_s / 1e9:.1f} GFLOP/s"
+    return f"{row.bytes_per_s / 1e9:.1f} GB/s" if row.ceiling else ""
+
+
+def milliseconds(value: float) -> str:
+    return f"{1000 * value:.3f}" if value < 0.1 else f"{1000 * value:.1f}"
+
+
+def verdict(row: "Row") -> str:
+    """``train/step: ratio 1.04 (torch compiled 1030.0 ms / llmc 990.0 ms, medians of 10 runs in turns)``."""
+    mode = row.best_mode
+    return (
+        f"{row.name}: ratio {row.ratios[mode]:.2f} ({mode} {milliseconds(row.torch[mode])} ms / llmc "
+        f"{milliseconds(row.seconds)} ms, medians of {row.runs} runs in turns)"
+    )

@@ -16,6 +16,9 @@ class Cost(NamedTuple):
     bytes: int
 
 
+NO_COST = Cost(0, 0)
+
+
 def size(*arrays: Array | None) -> int:
     """Bytes of the arrays that are there."""
     return sum(array.nbytes for array in arrays if array is not None)
@@ -51,9 +54,7 @@ def linear_forward(y: Array, x: Array, w: Any, b: Array | None) -> Cost:
 def linear_backward(dx: Array | None, dw: Array, db: Array | None, dy: Array, x: Array, w: Any, acc: bool) -> Cost:
     product = 2 * dy.size * x.shape[1]
     read_weight = size(dw) if dx is not None else 0
-    return Cost(
-        product * (1 if dx is None else 2), size(dx, dy, x) + read_weight + (1 + acc) * size(dw, db)
-    )
+    return Cost(product * (1 if dx is None else 2), size(dx, dy, x) + read_weight + (1 + acc) * size(dw, db))
 
 
 def linear_gelu_forward(act: Array, pre: Array, x: Array, w: Any, b: Array) -> Cost:
@@ -141,7 +142,7 @@ class TimedKernels:
             operation(*arguments)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             flops, moved = COSTS[name](*arguments)
-            before = self.cost.get(name, Cost(0, 0))
+            before = self.cost.get(name, NO_COST)
             self.cost[name] = Cost(before.flops + flops, before.bytes + moved)
             self.calls[name] = self.calls.get(name, 0) + 1
 

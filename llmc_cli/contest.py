@@ -1,0 +1,130 @@
+"""Sides that take turns at the same work, each in a process of its own: only one computes at a time."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmc_cli.contestant import Work
+from llmc_cli.errors import LlmcError, MissingError
+from llmc_cli.waiting import users_environment
+
+SETTLE_S = 0.02
+"""Between one side's run and the next's: a thread pool that spins a while after its work would slow the other side."""
+
+TAIL = 3  # lines of a failed process's stderr that are told
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's so far."""
+
+    seconds: float
+    peak_memory: int | None
+    flops: int = 0
+    bytes: int = 0
+    detail: Any = None
+
+
+class Unavailable(Exception):
+    """A side cannot take part, and why."""
+
+
+class Contestant:
+    """The process of one side. Raises ``Unavailable`` where it cannot do the work."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.side = work, work.side
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed by close(); a pipe that nobody reads could fill
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llmc_cli.contestant", work.text()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+            env=dict(os.environ) if work.side == "llmc" else users_environment(),
+        )
+        self.peak_memory: int | None = None
+        try:
+            ready = self._receive()
+        except BaseException:
+            self.close()
+            raise
+        self.tasks: tuple[str, ...] = tuple(ready["tasks"])
+        self.configuration: dict[str, Any] = ready["configuration"]
+
+    def ask(self, task: str, untimed: int = 0) -> Answer:
+        """Have it run a task ``untimed`` times and once more, timed."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
+            print(json.dumps({"task": task, "untimed": untimed}), file=self._process.stdin, flush=True)
+        answer = Answer(**self._receive())
+        self.peak_memory = answer.peak_memory
+        return answer
+
+    def close(self) -> None:
+        """End the process, at once."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-TAIL:]
+            raise Unavailable(f"the process ended with status {status}: {' / '.join(said) or 'it said nothing'}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Unavailable(answer["error"])
+        return answer
+
+
+@contextlib.contextmanager
+def contest(works: Sequence[Work]) -> Iterator[tuple[list[Contestant], dict[str, str]]]:
+    """The contestants that can take part, the first of whom must, and for the others the reason why not."""
+    with contextlib.ExitStack() as stack:
+        contestants: list[Contestant] = []
+        absent: dict[str, str] = {}
+        for work in works:
+            try:
+                contestant = Contestant(work)
+            except Unavailable as error:
+                if work is works[0]:
+                    raise failure(work, error) from None
+                absent[work.side] = str(error)
+                continue
+            stack.callback(contestant.close)
+            contestants.append(contestant)
+        yield contestants, absent
+
+
+def failure(work: Work, error: Unavailable) -> LlmcError:
+    return MissingError(f"bench {work.section}: {work.side} cannot do this: {error}")
+
+
+def alternate(
+    contestants: Sequence[Contestant], task: str, runs: int, warm_up: int, untimed: int = 0
+) -> dict[str, list[Answer]]:
+    """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count. Each run may be preceded by
+    ``untimed`` ones, which bring back the caches that the other side has used."""
+    answers: dict[str, list[Answer]] = {contestant.side: [] for contestant in contestants}
+    for turn in range(warm_up + runs):
+        for contestant in contestants:
+            if len(contestants) > 1:
+                time.sleep(SETTLE_S)
+            try:
+                answer = contestant.ask(task, untimed)
+            except Unavailable as error:
+                raise failure(contestant.work, error) from None
+            if turn >= warm_up:
+                answers[contestant.side].append(answer)
+    return answers

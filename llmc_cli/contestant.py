@@ -1,0 +1,152 @@
+"""One side of a contest: a process that does a piece of work each time it is asked, and sleeps in between.
+
+It is started as ``python -m llmc_cli.contestant WORK``, WORK being JSON as ``Work.text`` makes it. A line of JSON on
+stdin, ``{"task": "step", "untimed": 0}``, is answered by one on stdout; the first line out says that it is ready. To
+run it alone, pipe such lines in.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from llmc_cli.errors import LlmcError
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.waiting import wait_passively
+
+if TYPE_CHECKING:
+    from llmc_cli.workloads import Task, Workload
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, and by whom.
+
+    ``side``: llmc, torch eager or torch compiled; ``section``: kernels, train, sample or prepro. B sequences of T
+    positions; ``steps`` tokens at least have room behind them in ``sample``. ``threads`` None: the side's own default.
+    """
+
+    side: str
+    section: str
+    config: ModelConfig
+    batch: int
+    seq_len: int
+    steps: int
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_text(text: str) -> "Work":
+        fields = json.loads(text)
+        return Work(**{**fields, "config": ModelConfig(**fields["config"])})
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has held at most; None where the system does not say.
+
+    Linux: VmHWM, since getrusage's ru_maxrss there begins with what the parent process held. Elsewhere ru_maxrss, which
+    macOS gives in bytes and the BSDs in KiB.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
+    """Our work, and what it runs on."""
+    from llmc_cli import workloads
+    from llmc_cli.device import open_kernels
+
+    config, B, T = work.config, work.batch, work.seq_len
+    if work.section == "prepro":
+        return workloads.PreproWorkload(), {"workers": 1}
+    backend = open_kernels(work.device, work.precision, work.threads)
+    configuration = {"device": backend.device, "precision": backend.precision, "threads": backend.threads,
+                     "on": backend.description}  # fmt: skip
+    made: Workload
+    if work.section == "train":
+        made = workloads.TrainWorkload(backend.kernels, config, B, T)
+    elif work.section == "sample":
+        made = workloads.SampleWorkload(backend.kernels, config, B, T, work.steps)
+    else:
+        made = workloads.KernelsWorkload(backend.kernels, config, B, T)
+    return made, configuration
+
+
+def torch_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
+    from llmc_cli.torch_workloads import open_torch
+
+    return open_torch(work)
+
+
+class Desk:
+    """Takes requests and answers them; keeps the task at hand prepared."""
+
+    def __init__(self, workload: "Workload") -> None:
+        self.workload = workload
+        self.name: str | None = None
+        self.task: Task | None = None
+
+    def answer(self, name: str, untimed: int) -> dict[str, Any]:
+        """Run a task ``untimed`` times and once more, timed."""
+        if name != self.name or self.task is None:
+            self.task = self.name = None  # frees its memory before the next task takes its own
+            self.task = self.workload.prepare(name)
+            self.name = name
+        for _ in range(untimed):
+            self.task.run()
+        start = time.perf_counter()
+        detail = self.task.run()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "flops": self.task.cost.flops, "bytes": self.task.cost.bytes, "detail": detail,
+                "peak_memory": peak_memory()}  # fmt: skip
+
+
+def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
+    """Make the workload, say so, and answer requests until there are no more.
+
+    An error is an answer too, the last one.
+    """
+    try:
+        workload, configuration = (our_side if work.side == "llmc" else torch_side)(work)
+        answer({"tasks": workload.tasks, "configuration": configuration})
+        desk = Desk(workload)
+        for line in requests:
+            request = json.loads(line)
+            answer(desk.answer(request["task"], request.get("untimed", 0)))
+    except LlmcError as error:
+        answer({"error": str(error)})
+    except Exception as error:
+        first, *_ = str(error).strip().splitlines() or [""]
+        answer({"error": f"{type(error).__name__}: {first}"})
+
+
+def main() -> None:
+    work = Work.from_text(sys.argv[1])
+    if work.side == "llmc":
+        wait_passively()
+    # what a library may print to stdout goes to stderr: answers have their pipe to themselves
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        serve(work, sys.stdin, lambda content: print(json.dumps(content), file=answers, flush=True))
+
+
+if __name__ == "__main__":
+    main()

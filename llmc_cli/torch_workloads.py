@@ -1,0 +1,278 @@
+"""The work of ``workloads`` as PyTorch's users would write it; imported in a process of its own only.
+
+The model is an ordinary GPT-2 (Radford et al. 2019): ``nn`` modules, scaled-dot-product attention, the head tied to the
+embedding, fused AdamW, gradients clipped by norm. ``side`` "torch compiled" puts the model through ``torch.compile``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmc_cli.contestant import Work
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.workloads import LR, SEED, STD, WEIGHT_DECAY, Detail, Task, Workload
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, each added to the stream x (B,T,C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C = config.channels
+        self.num_heads = config.num_heads
+        self.ln1, self.ln2 = nn.LayerNorm(C, config.norm_eps), nn.LayerNorm(C, config.norm_eps)
+        self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """q, k, v (B,NH,T,HS)."""
+        B, T, C = x.shape
+        qkv = self.qkv(self.ln1(x)).split(C, dim=2)
+        return [part.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2) for part in qkv]
+
+    def join(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The stream behind both branches, from the attention's output (B,NH,T,HS)."""
+        x = x + self.attproj(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.join(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def extend(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        """One more position (B,1,C), behind those in keys and values (B,NH,Tmax,HS), which take the new one."""
+        q, k, v = self.heads(x)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return self.join(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
+
+
+class GPT2(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.channels)
+        self.wpe = nn.Embedding(config.max_seq_len, config.channels)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.lnf = nn.LayerNorm(config.channels, config.norm_eps)
+        self.head = nn.Linear(config.channels, config.vocab_size, bias=False)
+        self.head.weight = self.wte.weight
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=STD)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of targets (B,T)."""
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.lnf(x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+    def extend(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """The logits (B,V) behind one more token (B,1); keys, values (L,B,NH,Tmax,HS), position (1,)."""
+        mask = (torch.arange(keys.shape[3]) <= position)[None, None, None]
+        x = self.wte(ids) + self.wpe(position)
+        for layer, block in enumerate(self.blocks):
+            x = block.extend(x, keys[layer], values[layer], position, mask)
+        return self.head(self.lnf(x))[:, -1]
+
+
+class TrainWorkload:
+    tasks: tuple[str, ...] = ("step",)
+
+    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool) -> None:
+        model = GPT2(config)
+        self.parameters = list(model.parameters())
+        matrices = [parameter for parameter in self.parameters if parameter.dim() == 2]
+        vectors = [parameter for parameter in self.parameters if parameter.dim() == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
+            lr=LR,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            fused=True,
+        )
+        self.model: Callable[..., Tensor] = torch.compile(model) if compiled else model
+        ids = torch.randint(config.vocab_size, (B, T + 1))
+        self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def prepare(self, task: str) -> Task:
+        return Task(self.step)
+
+    def step(self) -> Detail:
+        loss = self.model(self.inputs, self.targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.item(), "norm": norm.item()}
+
+
+class SampleWorkload:
+    tasks: tuple[str, ...] = ("token",)
+
+    def __init__(self, config: ModelConfig, B: int, T: int, steps: int, compiled: bool) -> None:
+        model = GPT2(config).eval()
+        self.T, self.length = T, min(config.max_seq_len, T + steps)
+        shape = (config.num_layers, B, config.num_heads, self.length, config.head_size)
+        self.keys, self.values = torch.randn(shape), torch.randn(shape)
+        self.position = torch.tensor([T])
+        self.extend: Callable[..., Tensor] = torch.compile(model.extend) if compiled else model.extend
+        self.tokens = torch.zeros((B, 1), dtype=torch.int64)
+
+    def prepare(self, task: str) -> Task:
+        return Task(self.token)
+
+    @torch.inference_mode()
+    def token(self) -> Detail:
+        if int(self.position) >= self.length:
+            self.position[0] = self.T
+        logits = self.extend(self.tokens, self.keys, self.values, self.position)
+        self.tokens = torch.multinomial(torch.softmax(logits, dim=-1), 1)
+        self.position += 1
+        return None
+
+
+class KernelsWorkload:
+    """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass."""
+
+    def __init__(self, config: ModelConfig, B: int, T: int) -> None:
+        self.B, self.T, self.config = B, T, config
+        C, F4 = config.channels, 4 * config.channels
+        self._made: dict[str, Callable[[], Callable[[], Any]]] = {
+            "embedding_forward": lambda: self._forward(*self._embedding()),
+            "embedding_backward": lambda: self._backward(*self._embedding()),
+            "residual_norm_forward": lambda: self._forward(*self._norm()),
+            "residual_norm_backward": lambda: self._backward(*self._norm()),
+            "linear_forward qkv": lambda: self._forward(*self._linear(C, 3 * C)),
+            "linear_forward attproj": lambda: self._forward(*self._linear(C, C)),
+            "linear_forward fcproj": lambda: self._forward(*self._linear(F4, C)),
+            "linear_backward qkv": lambda: self._backward(*self._linear(C, 3 * C)),
+            "linear_backward attproj": lambda: self._backward(*self._linear(C, C)),
+            "linear_backward fc": lambda: self._backward(*self._linear(C, F4)),
+            "linear_gelu_forward fc": lambda: self._forward(*self._linear_gelu()),
+            "gelu_linear_backward fcproj": lambda: self._backward(*self._gelu_linear()),
+            "attention_forward": lambda: self._forward(*self._attention()),
+            "attention_backward": lambda: self._backward(*self._attention()),
+            "head_loss": lambda: self._forward(*self._head()),
+            "head_loss gradient": self._loss_and_gradient,
+            "head_logits": self._head_logits,
+            "sum_squares": self._norm_of_gradients,
+            "adamw": self._adamw,
+        }
+        self.tasks = tuple(self._made)
+
+    def prepare(self, task: str) -> Task:
+        run = self._made[task]()
+
+        def once() -> Detail:
+            run()
+            return None
+
+        return Task(once)
+
+    @staticmethod
+    def _forward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        return function  # with a graph, as in training
+
+    @staticmethod
+    def _backward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        output = function()
+        upstream = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+
+    @staticmethod
+    def _leaf(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * std).requires_grad_()
+
+    def _embedding(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C, V = self.config.channels, self.config.vocab_size
+        wte, wpe = self._leaf(V, C), self._leaf(self.config.max_seq_len, C)
+        ids, positions = torch.randint(V, (self.B, self.T)), torch.arange(self.T)
+        return lambda: F.embedding(ids, wte) + F.embedding(positions, wpe), [wte, wpe]
+
+    def _norm(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C = self.config.channels
+        x, delta, w, b = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C), self._leaf(C), self._leaf(C)
+        return lambda: F.layer_norm(x + delta, (C,), w, b, self.config.norm_eps), [x, delta, w, b]
+
+    def _linear(self, I: int, O: int) -> tuple[Callable[[], Tensor], list[Tensor]]:  # noqa: E741
+        x, w, b = self._leaf(self.B * self.T, I), self._leaf(O, I, std=STD), self._leaf(O)
+        return lambda: F.linear(x, w, b), [x, w, b]
+
+    def _linear_gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        linear, inputs = self._linear(self.config.channels, 4 * self.config.channels)
+        return lambda: F.gelu(linear(), approximate="tanh"), inputs
+
+    def _gelu_linear(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C = self.config.channels
+        pre, w, b = self._leaf(self.B * self.T, 4 * C), self._leaf(C, 4 * C, std=STD), self._leaf(C)
+        return lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b]
+
+    def _attention(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        B, T, C, NH = self.B, self.T, self.config.channels, self.config.num_heads
+        qkv = self._leaf(B, T, 3 * C)
+
+        def attend() -> Tensor:
+            q, k, v = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=2))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+
+        return attend, [qkv]
+
+    def _head(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        N, C, V = self.B * self.T, self.config.channels, self.config.vocab_size
+        x, w, targets = self._leaf(N, C), self._leaf(V, C, std=STD), torch.randint(V, (N,))
+        return lambda: F.cross_entropy(F.linear(x, w), targets), [x, w]
+
+    def _loss_and_gradient(self) -> Callable[[], Any]:
+        loss, inputs = self._head()
+        return lambda: torch.autograd.grad(loss(), inputs)
+
+    def _head_logits(self) -> Callable[[], Any]:
+        x = torch.randn(self.B, self.config.channels)
+        w = torch.randn(self.config.vocab_size, self.config.channels) * STD
+        return torch.inference_mode()(lambda: F.linear(x, w))
+
+    def _parameters(self) -> list[Tensor]:
+        parameters = list(GPT2(self.config).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter) * STD
+        return [*parameters]
+
+    def _norm_of_gradients(self) -> Callable[[], Any]:
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        return lambda: torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+
+    def _adamw(self) -> Callable[[], Any]:
+        return torch.optim.AdamW(self._parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
+
+
+def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
+    """PyTorch's side of ``work``, and how it is set up; compiled here where it is to be compiled."""
+    torch.manual_seed(SEED)
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+    compiled = work.side == "torch compiled"
+    config, B, T = work.config, work.batch, work.seq_len
+    made: Workload
+    if work.section == "train":
+        made = TrainWorkload(config, B, T, compiled)
+    elif work.section == "sample":
+        made = SampleWorkload(config, B, T, work.steps, compiled)
+    else:
+        made = KernelsWorkload(config, B, T)
+    if compiled:
+        made.prepare(made.tasks[0]).run()
+    configuration = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "precision": "fp32",
+        "optimizer": "AdamW, fused",
+        "attention": "scaled_dot_product_attention",
+        "mode": "torch.compile" if compiled else "eager",
+        "blas": "MKL" if torch.backends.mkl.is_available() else "no MKL",
+    }
+    return made, configuration

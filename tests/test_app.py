@@ -1,0 +1,93 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from llmc_cli.app import COMMANDS, explain, guarded
+from llmc_cli.errors import CheckError, DataError, MissingError, UsageError
+from llmc_cli.formats.errors import SizeError
+
+
+def llmc(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "llmc_cli.app", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CheckError("x"), 1),
+        (UsageError("x"), 2),
+        (DataError("x"), 3),
+        (SizeError("f.bin", "1", "2"), 3),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "f.bin"), 3),
+        (MissingError("x"), 4),
+        (MemoryError(), 4),
+        (OSError(errno.ENOSPC, "No space left on device"), 4),
+        (ZeroDivisionError("x"), 70),
+    ],
+)
+def test_every_failure_has_its_status(error, status, capsys, monkeypatch):
+    monkeypatch.delenv("LLMC_DEBUG", raising=False)
+
+    def command():
+        raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        guarded(command)()
+    assert caught.value.exit_code == status
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("llmc: ")
+    assert len(stderr.splitlines()) <= 2
+    assert "Traceback" not in stderr
+
+
+def test_the_message_names_the_file():
+    assert "f.bin" in explain(FileNotFoundError(errno.ENOENT, "No such file", "f.bin"))[0]
+
+
+def test_debug_shows_where(monkeypatch):
+    monkeypatch.setenv("LLMC_DEBUG", "1")
+
+    def command():
+        raise DataError("x")
+
+    with pytest.raises(DataError):
+        guarded(command)()
+
+
+def test_interrupt():
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as caught:
+        guarded(command)()
+    assert caught.value.exit_code == 130
+
+
+def test_help_names_every_command():
+    run = llmc("--help")
+    assert run.returncode == 0
+    for command in COMMANDS:
+        assert f" {command.__name__} " in run.stdout
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_of_every_command(command):
+    run = llmc(command, "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "\x1b" not in run.stdout
+
+
+def test_unknown_command():
+    run = llmc("tarin")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "tarin" in run.stderr
+
+
+def test_version():
+    run = llmc("--version")
+    assert run.returncode == 0
+    assert run.stdout.startswith("llmc 0.")

@@ -5,6 +5,7 @@ from there.
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -224,7 +225,7 @@ def write_model(path: Path, config: ModelConfig, params: Arena, version: int) ->
     )  # fmt: skip
     weights.save_weights(path, header, params)
     dtype = next(dtype for dtype, versions in VERSIONS.items() if version in versions)
-    count = sum(view.size for view in params.values())
+    count = sum(math.prod(shape) for shape in weights.tensor_shapes(header).values())
     return _written(path, f"{count:,} parameters ({dtype}, version {version})")
 
 

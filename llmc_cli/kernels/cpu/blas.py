@@ -36,6 +36,11 @@ _sgemm = _routine(
     [ctypes.c_char_p, ctypes.c_char_p, INTEGER, INTEGER, INTEGER, NUMBER, ctypes.c_void_p, INTEGER,
      ctypes.c_void_p, INTEGER, NUMBER, ctypes.c_void_p, INTEGER],
 )  # fmt: skip
+_sgemv = _routine(
+    "sgemv",
+    [ctypes.c_char_p, INTEGER, INTEGER, NUMBER, ctypes.c_void_p, INTEGER, ctypes.c_void_p, INTEGER,
+     NUMBER, ctypes.c_void_p, INTEGER],
+)  # fmt: skip
 
 
 def matmul(c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool) -> None:
@@ -46,6 +51,22 @@ def matmul(c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: b
     """
     M, N = c.shape
     K = a.shape[0] if transpose_a else a.shape[1]
+    if M == 1 and transpose_b and not transpose_a:
+        # a token at a time: sgemm would copy the whole matrix into its blocks first, which takes three times as long
+        _sgemv(
+            b"T",
+            ctypes.c_int(K),
+            ctypes.c_int(N),
+            ctypes.c_float(1.0),
+            b.ctypes.data,
+            ctypes.c_int(_leading(b)),
+            a.ctypes.data,
+            ctypes.c_int(1),
+            ctypes.c_float(1.0 if acc else 0.0),
+            c.ctypes.data,
+            ctypes.c_int(1),
+        )
+        return
     _sgemm(
         b"T" if transpose_b else b"N",
         b"T" if transpose_a else b"N",

@@ -74,7 +74,8 @@ def scale(logits: Logits, temperature: float) -> Logits:
     if temperature == 1:
         return logits
     with np.errstate(over="ignore"):  # minus infinity is what a quotient beyond float's range should become
-        return (logits - logits.max()) / max(temperature, SMALLEST)
+        scaled: Logits = (logits - logits.max()) / max(temperature, SMALLEST)
+    return scaled
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
@@ -92,13 +93,14 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
 
     Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751. Of equal ones those with lower ids come first.
     """
-    probabilities = np.exp(logits.astype(np.float64) - logits.max())
+    ids = np.flatnonzero(logits > -np.inf)
+    probabilities = np.exp(logits[ids].astype(np.float64) - logits.max())
     probabilities /= probabilities.sum()
-    # those below (1-p)/V add up to less than 1-p, so the nucleus lies above: only this part is sorted (half: rounding)
-    candidates = np.flatnonzero(probabilities > (1 - p) / (2 * len(logits)))
-    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    # of n, those below (1-p)/n add up to less than 1-p: the nucleus lies above, only that is sorted (half: rounding)
+    likely = np.flatnonzero(probabilities > (1 - p) / (2 * len(ids)))
+    order = likely[np.argsort(-probabilities[likely], kind="stable")]
     count = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
-    return _only(logits, order[:count])
+    return _only(logits, ids[order[:count]])
 
 
 def keep_min_p(logits: Logits, p: float) -> Logits:

@@ -128,6 +128,10 @@ class Training:
         B, T = options.batch, options.seq_len
         if T > config.max_seq_len:
             raise UsageError(f"--seq-len {T}: {options.model} has {config.max_seq_len} positions")
+        if options.sample_every and options.sample_tokens > config.max_seq_len:
+            raise UsageError(
+                f"--sample-tokens {options.sample_tokens}: {options.model} has {config.max_seq_len} positions"
+            )
         self.micro_steps = accumulation(options)
         shuffle = options.shuffle and not options.overfit
         self.train_data = Batches(options.data, B, T, config.vocab_size, shuffle, options.seed)

@@ -14,66 +14,94 @@ from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, float1, float2, he
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO, exp
 from llmc_cli.kernels.cpu.tiles import COLUMNS, multiply
 
-QUERIES = 32  # a block; multiples of tiles.COLUMNS and tiles.ROWS
+QUERIES = 32  # a block; multiples of tiles.COLUMNS, tiles.ROWS and 4
 KEYS = 64
 MASKED = np.float32(-1e30)  # exp makes exactly 0 of it; an infinity would become NaN
 
 
-def padded(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def work_floats(length: int, HS: int) -> int:
+    """Scratch of one worker for ``length`` keys, forward or backward, in floats."""
+    wide = -(-HS // COLUMNS) * COLUMNS
+    return 4 * (length + 2 * QUERIES) * wide + 5 * QUERIES * wide + 2 * KEYS * QUERIES + 3 * QUERIES
 
 
-def work_floats(T: int, length: int, HS: int) -> int:
-    """Scratch of one worker for T queries and ``length`` keys, forward or backward, in floats."""
-    wide = padded(HS, COLUMNS)
-    return 4 * (length + 2 * QUERIES) * wide + 6 * QUERIES * wide + 2 * KEYS * QUERIES + 4 * QUERIES
-
-
-@helper(CONTRACT, inline=False)
-def pack(to, at, ld, rows, source, start, stride, count, size):  # type: ignore[no-untyped-def]
-    """(rows,ld) at ``at`` = ``count`` rows of ``size`` numbers from ``source``, zeros around them."""
-    for i in range(rows):
-        stop = size if i < count else 0
-        for j in range(stop):
-            to[at + i * ld + j] = source[start + i * stride + j]
-        for j in range(stop, ld):
-            to[at + i * ld + j] = ZERO
+@helper(CONTRACT)
+def take(work, start, rows, columns):  # type: ignore[no-untyped-def]
+    """A matrix in the flat array ``work``, and where the next one may start."""
+    stop = start + rows * columns
+    return work[start:stop].reshape((rows, columns)), stop
 
 
 @helper(CONTRACT, inline=False)
-def transpose(to, at, source, start, ld, size):  # type: ignore[no-untyped-def]
-    """(size,QUERIES) at ``at`` = the transpose of (QUERIES,size)."""
-    for j in range(size):
-        for i in range(QUERIES):
-            to[at + j * QUERIES + i] = source[start + i * ld + j]
+def pack(to, source, start, stride, count, size):  # type: ignore[no-untyped-def]
+    """``to`` (rows,columns) = ``count`` rows of ``size`` numbers, ``stride`` apart in ``source``, zeros around them."""
+    rows, columns = to.shape
+    count = min(count, rows)
+    for i in range(count):
+        row = source[start + i * stride : start + i * stride + size]
+        for j in range(size):
+            to[i, j] = row[j]
+        for j in range(size, columns):
+            to[i, j] = ZERO
+    for i in range(count, rows):
+        for j in range(columns):
+            to[i, j] = ZERO
 
 
 @helper(CONTRACT, inline=False)
-def mask(work, at, rows, first):  # type: ignore[no-untyped-def]
-    """Hide scores (rows,QUERIES) of keys behind their query; ``first`` is the first key's position less the query's."""
-    for i in range(max(0, 1 - first), rows):
+def unpack(to, start, stride, source, count, size):  # type: ignore[no-untyped-def]
+    """The other way: ``count`` rows of ``size`` numbers, ``stride`` apart in ``to``, from ``source`` (rows,columns)."""
+    for i in range(count):
+        row = to[start + i * stride : start + i * stride + size]
+        for j in range(size):
+            row[j] = source[i, j]
+
+
+@helper(CONTRACT, inline=False)
+def transpose(to, source):  # type: ignore[no-untyped-def]
+    for j in range(to.shape[0]):
+        for i in range(to.shape[1]):
+            to[j, i] = source[i, j]
+
+
+@helper(CONTRACT, inline=False)
+def mask(scores, first):  # type: ignore[no-untyped-def]
+    """Hide scores (keys,queries) of keys behind their query; ``first`` is the first key's position less the query's."""
+    for i in range(scores.shape[0]):
         for j in range(min(QUERIES, first + i)):
-            work[at + i * QUERIES + j] = MASKED
+            scores[i, j] = MASKED
 
 
-@helper(REORDER, inline=False)
-def softmax_block(work, scores, rows, largest, total, shrink, scale):  # type: ignore[no-untyped-def]
-    """Turn scores (rows,QUERIES) into exponentials against the largest so far; ``largest``, ``total`` and ``shrink``
-    (QUERIES,) are each query's largest score, sum of exponentials, and factor for what was summed before."""
-    for j in range(QUERIES):
-        work[shrink + j] = work[largest + j]
+@helper(CONTRACT, inline=False)
+def softmax_block(scores, largest, total, shrink, scale):  # type: ignore[no-untyped-def]
+    """Turn scores (keys,queries) into exponentials against the largest so far; ``largest``, ``total`` and ``shrink``
+    (queries,) are each query's largest score, sum of exponentials, and factor for what was summed before."""
+    keys, queries = scores.shape
+    for j in range(queries):
+        shrink[j] = largest[j]
+    for i in range(0, keys, 4):  # four rows a turn: fewer reads and writes of ``largest``
+        for j in range(queries):
+            a, b, c, d = scores[i, j], scores[i + 1, j], scores[i + 2, j], scores[i + 3, j]
+            a = a if a > b else b
+            c = c if c > d else d
+            a = a if a > c else c
+            largest[j] = a if a > largest[j] else largest[j]
+    for j in range(queries):
+        shrink[j] = exp((shrink[j] - largest[j]) * scale)
+        total[j] *= shrink[j]
+    for i in range(keys):
+        for j in range(queries):
+            exponential = exp((scores[i, j] - largest[j]) * scale)
+            scores[i, j] = exponential
+            total[j] += exponential
+
+
+@helper(CONTRACT, inline=False)
+def scale_rows(x, factors):  # type: ignore[no-untyped-def]
+    rows, columns = x.shape
     for i in range(rows):
-        for j in range(QUERIES):
-            score, best = work[scores + i * QUERIES + j], work[largest + j]
-            work[largest + j] = score if score > best else best
-    for j in range(QUERIES):
-        work[shrink + j] = exp((work[shrink + j] - work[largest + j]) * scale)
-        work[total + j] *= work[shrink + j]
-    for i in range(rows):
-        for j in range(QUERIES):
-            exponential = exp((work[scores + i * QUERIES + j] - work[largest + j]) * scale)
-            work[scores + i * QUERIES + j] = exponential
-            work[total + j] += exponential
+        for j in range(columns):
+            x[i, j] *= factors[i]
 
 
 @helper(CONTRACT, inline=False)
@@ -82,70 +110,39 @@ def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, 
     scale = np.float32(1.0 / math.sqrt(HS))
     wide = (HS + COLUMNS - 1) // COLUMNS * COLUMNS
     before = length - T
-    rows = length + 2 * QUERIES  # the last block may reach beyond
-    keys, values = 0, rows * wide
-    block = 2 * rows * wide
-    turned, summed = block + QUERIES * wide, block + 2 * QUERIES * wide
-    scores = summed + QUERIES * wide
-    largest = scores + KEYS * QUERIES
-    total, shrink = largest + QUERIES, largest + 2 * QUERIES
-    pack(work, keys, wide, rows, k, at_k, kv_stride, length, HS)
-    pack(work, values, wide, rows, v, at_v, kv_stride, length, HS)
+    keys, end = take(work, 0, length + 2 * QUERIES, wide)  # the last block may reach beyond
+    values, end = take(work, end, length + 2 * QUERIES, wide)
+    queries, end = take(work, end, QUERIES, wide)
+    turned, end = take(work, end, wide, QUERIES)
+    summed, end = take(work, end, QUERIES, wide)
+    scores, end = take(work, end, KEYS, QUERIES)
+    statistics, end = take(work, end, 3, QUERIES)
+    largest, total, shrink = statistics[0], statistics[1], statistics[2]
+    pack(keys, k, at_k, kv_stride, length, HS)
+    pack(values, v, at_v, kv_stride, length, HS)
     for first in range(0, T, QUERIES):
-        pack(work, block, wide, QUERIES, q, at_q + first * q_stride, q_stride, T - first, HS)
-        transpose(work, turned, work, block, wide, HS)
-        for j in range(QUERIES):
-            work[largest + j], work[total + j] = MASKED, ZERO
-        for i in range(QUERIES * wide):
-            work[summed + i] = ZERO
-        stop = before + first + QUERIES  # behind the last key that the block sees, rounded up to whole tiles
-        stop = (stop + QUERIES - 1) // QUERIES * QUERIES
+        count = min(QUERIES, T - first)
+        pack(queries, q, at_q + first * q_stride, q_stride, count, HS)
+        transpose(turned, queries)
+        largest[:] = MASKED
+        total[:] = ZERO
+        # behind the last key that the block sees, in whole blocks
+        stop = (before + first + 2 * QUERIES - 1) // QUERIES * QUERIES
         for key in range(0, stop, KEYS):
-            count = min(KEYS, stop - key)
-            multiply(
-                work,
-                scores,
-                QUERIES,
-                work,
-                keys + key * wide,
-                wide,
-                1,
-                work,
-                turned,
-                QUERIES,
-                count,
-                QUERIES,
-                HS,
-                False,
-            )
-            if key + count > before + first + 1:
-                mask(work, scores, count, key - before - first)
-            softmax_block(work, scores, count, largest, total, shrink, scale)
+            n = min(KEYS, stop - key)
+            block = scores[:n]
+            multiply(block, keys[key : key + n], turned, HS, False, False)
+            if key + n > before + first + 1:
+                mask(block, key - before - first)
+            softmax_block(block, largest, total, shrink, scale)
             if key > 0:
-                for i in range(QUERIES):
-                    for j in range(wide):
-                        work[summed + i * wide + j] *= work[shrink + i]
-            multiply(
-                work,
-                summed,
-                wide,
-                work,
-                scores,
-                1,
-                QUERIES,
-                work,
-                values + key * wide,
-                wide,
-                QUERIES,
-                wide,
-                count,
-                True,
-            )
-        for i in range(min(QUERIES, T - first)):
-            inverse = ONE / work[total + i]
-            for j in range(HS):
-                out[at_out + (first + i) * out_stride + j] = work[summed + i * wide + j] * inverse
-            lse[at_lse + first + i] = work[largest + i] * scale + math.log(work[total + i])
+                scale_rows(summed, shrink)
+            multiply(summed, block, values[key : key + n], n, True, key > 0)
+        for i in range(count):
+            lse[at_lse + first + i] = largest[i] * scale + math.log(total[i])
+            shrink[i] = ONE / total[i]
+        scale_rows(summed[:count], shrink)
+        unpack(out, at_out + first * out_stride, out_stride, summed, count, HS)
 
 
 @kernel(float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)
@@ -163,21 +160,21 @@ def attention_forward(out, lse, qkv, work, B, T, NH, HS):  # type: ignore[no-unt
 
 
 @helper(CONTRACT, inline=False)
-def backward_block(work, scores, dscores, rows, lse, delta, scale):  # type: ignore[no-untyped-def]
-    """Scores and gradients of probabilities (rows,QUERIES) become probabilities and gradients of scores."""
-    for i in range(rows):
-        for j in range(QUERIES):
-            at = i * QUERIES + j
-            probability = exp(work[scores + at] * scale - work[lse + j])
-            work[scores + at] = probability
-            work[dscores + at] = probability * (work[dscores + at] - work[delta + j]) * scale
+def softmax_block_backward(scores, dscores, lse, delta, scale):  # type: ignore[no-untyped-def]
+    """Scores and gradients of probabilities (keys,queries) become probabilities and gradients of scores."""
+    keys, queries = scores.shape
+    for i in range(keys):
+        for j in range(queries):
+            probability = exp(scores[i, j] * scale - lse[j])
+            scores[i, j] = probability
+            dscores[i, j] = probability * (dscores[i, j] - delta[j]) * scale
 
 
 @helper(REORDER, inline=False)
-def dot(x, at_x, y, at_y, size):  # type: ignore[no-untyped-def]
+def dot(x, y):  # type: ignore[no-untyped-def]
     total = ZERO
-    for j in range(size):
-        total += x[at_x + j] * y[at_y + j]
+    for j in range(x.size):
+        total += x[j] * y[j]
     return total
 
 
@@ -186,51 +183,49 @@ def attend_backward(work, dqkv, dout, out, lse, qkv, at_lse, at_out, at_qkv, T, 
     """One head: its parts of dqkv (B,T,3C)."""
     scale = np.float32(1.0 / math.sqrt(HS))
     wide = (HS + COLUMNS - 1) // COLUMNS * COLUMNS
-    rows = T + 2 * QUERIES
-    keys, values, dkeys, dvalues = 0, rows * wide, 2 * rows * wide, 3 * rows * wide
-    block = 4 * rows * wide
-    turned, dblock, dturned = block + QUERIES * wide, block + 2 * QUERIES * wide, block + 3 * QUERIES * wide
-    dqueries = block + 4 * QUERIES * wide
-    scores = dqueries + QUERIES * wide
-    dscores = scores + KEYS * QUERIES
-    lses, deltas = dscores + KEYS * QUERIES, dscores + KEYS * QUERIES + QUERIES
-    pack(work, keys, wide, rows, qkv, at_qkv + C, 3 * C, T, HS)
-    pack(work, values, wide, rows, qkv, at_qkv + 2 * C, 3 * C, T, HS)
-    for i in range(2 * rows * wide):
-        work[dkeys + i] = ZERO
+    keys, end = take(work, 0, T + 2 * QUERIES, wide)
+    values, end = take(work, end, T + 2 * QUERIES, wide)
+    dkeys, end = take(work, end, T + 2 * QUERIES, wide)
+    dvalues, end = take(work, end, T + 2 * QUERIES, wide)
+    queries, end = take(work, end, QUERIES, wide)
+    turned, end = take(work, end, wide, QUERIES)
+    douts, end = take(work, end, QUERIES, wide)
+    dturned, end = take(work, end, wide, QUERIES)
+    dqueries, end = take(work, end, QUERIES, wide)
+    scores, end = take(work, end, KEYS, QUERIES)
+    dscores, end = take(work, end, KEYS, QUERIES)
+    statistics, end = take(work, end, 2, QUERIES)
+    lses, deltas = statistics[0], statistics[1]
+    pack(keys, qkv, at_qkv + C, 3 * C, T, HS)
+    pack(values, qkv, at_qkv + 2 * C, 3 * C, T, HS)
+    dkeys[:] = ZERO
+    dvalues[:] = ZERO
     for first in range(0, T, QUERIES):
         count = min(QUERIES, T - first)
-        pack(work, block, wide, QUERIES, qkv, at_qkv + first * 3 * C, 3 * C, count, HS)
-        pack(work, dblock, wide, QUERIES, dout, at_out + first * C, C, count, HS)
-        transpose(work, turned, work, block, wide, HS)
-        transpose(work, dturned, work, dblock, wide, HS)
-        for i in range(QUERIES):
-            work[lses + i], work[deltas + i] = ZERO, ZERO
+        pack(queries, qkv, at_qkv + first * 3 * C, 3 * C, count, HS)
+        pack(douts, dout, at_out + first * C, C, count, HS)
+        transpose(turned, queries)
+        transpose(dturned, douts)
+        statistics[:] = ZERO
         for i in range(count):
             at = at_out + (first + i) * C
-            work[lses + i], work[deltas + i] = lse[at_lse + first + i], dot(dout, at, out, at, HS)
-        for i in range(QUERIES * wide):
-            work[dqueries + i] = ZERO
+            lses[i] = lse[at_lse + first + i]
+            deltas[i] = dot(dout[at : at + HS], out[at : at + HS])
         stop = first + QUERIES
         for key in range(0, stop, KEYS):
-            n, at_key = min(KEYS, stop - key), key * wide
-            multiply(work, scores, QUERIES, work, keys + at_key, wide, 1, work, turned, QUERIES, n, QUERIES, HS, False)
-            multiply(
-                work, dscores, QUERIES, work, values + at_key, wide, 1, work, dturned, QUERIES, n, QUERIES, HS, False
-            )
+            n = min(KEYS, stop - key)
+            block, dblock, here = scores[:n], dscores[:n], slice(key, key + n)
+            multiply(block, keys[here], turned, HS, False, False)
+            multiply(dblock, values[here], dturned, HS, False, False)
             if key + n > first + 1:
-                mask(work, scores, n, key - first)
-            backward_block(work, scores, dscores, n, lses, deltas, scale)
-            multiply(work, dvalues + at_key, wide, work, scores, QUERIES, 1, work, dblock, wide, n, wide, QUERIES, True)
-            multiply(work, dkeys + at_key, wide, work, dscores, QUERIES, 1, work, block, wide, n, wide, QUERIES, True)
-            multiply(work, dqueries, wide, work, dscores, 1, QUERIES, work, keys + at_key, wide, QUERIES, wide, n, True)
-        for i in range(count):
-            for j in range(HS):
-                dqkv[at_qkv + (first + i) * 3 * C + j] = work[dqueries + i * wide + j]
-    for i in range(T):
-        for j in range(HS):
-            dqkv[at_qkv + i * 3 * C + C + j] = work[dkeys + i * wide + j]
-            dqkv[at_qkv + i * 3 * C + 2 * C + j] = work[dvalues + i * wide + j]
+                mask(block, key - first)
+            softmax_block_backward(block, dblock, lses, deltas, scale)
+            multiply(dvalues[here], block, douts, QUERIES, False, True)
+            multiply(dkeys[here], dblock, queries, QUERIES, False, True)
+            multiply(dqueries, dblock, keys[here], n, True, key > 0)
+        unpack(dqkv, at_qkv + first * 3 * C, 3 * C, dqueries, count, HS)
+    unpack(dqkv, at_qkv + C, 3 * C, dkeys, T, HS)
+    unpack(dqkv, at_qkv + 2 * C, 3 * C, dvalues, T, HS)
 
 
 @kernel(float1, float1, float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)
@@ -245,23 +240,24 @@ def attention_backward(dqkv, dout, out, lse, qkv, work, B, T, NH, HS):  # type: 
 
 
 @helper(REORDER, inline=False)
-def attend_once(work, out, at_out, q, at_q, k, v, at_kv, length, HS):  # type: ignore[no-untyped-def]
-    """One head, one query: out (HS,) from ``length`` keys and values, read where they are."""
+def attend_once(scores, out, q, k, v):  # type: ignore[no-untyped-def]
+    """One head, one query q (HS,): out (HS,) from k and v (length,HS), read where they are."""
+    length, HS = k.shape
     scale = np.float32(1.0 / math.sqrt(HS))
     largest, total = MASKED, ZERO
     for i in range(length):
-        score = dot(q, at_q, k, at_kv + i * HS, HS) * scale
-        work[i] = score
-        largest = score if score > largest else largest
+        scores[i] = dot(q, k[i]) * scale
+        largest = scores[i] if scores[i] > largest else largest
     for i in range(length):
-        work[i] = exp(work[i] - largest)
-        total += work[i]
+        exponential = exp(scores[i] - largest)
+        scores[i] = exponential
+        total += exponential
     for j in range(HS):
-        out[at_out + j] = ZERO
+        out[j] = ZERO
     for i in range(length):
-        probability = work[i] / total
+        probability = scores[i] / total
         for j in range(HS):
-            out[at_out + j] += probability * v[at_kv + i * HS + j]
+            out[j] += probability * v[i, j]
 
 
 @kernel(float1, float1, float1, float1, int1, float2, float2, int64, int64, int64, int64, fastmath=CONTRACT)
@@ -271,16 +267,16 @@ def attention_cached(out, keys, values, qkv, lengths, work, lse, T, Tmax, NH, HS
     for worker in prange(work.shape[0]):
         for task in range(worker, lengths.size * NH, work.shape[0]):
             s, h = task // NH, task % NH
-            start, cache = lengths[s], task * Tmax * HS
+            before, start = lengths[s], task * Tmax * HS
             at_qkv, at_out = s * T * 3 * C + h * HS, s * T * C + h * HS
-            for i in range(T):
-                for j in range(HS):
-                    keys[cache + (start + i) * HS + j] = qkv[at_qkv + i * 3 * C + C + j]
-                    values[cache + (start + i) * HS + j] = qkv[at_qkv + i * 3 * C + 2 * C + j]
+            k, _ = take(keys, start, before + T, HS)
+            v, _ = take(values, start, before + T, HS)
+            pack(k[before:], qkv, at_qkv + C, 3 * C, T, HS)
+            pack(v[before:], qkv, at_qkv + 2 * C, 3 * C, T, HS)
             if T == 1:
-                attend_once(work[worker], out, at_out, qkv, at_qkv, keys, values, cache, start + 1, HS)
+                attend_once(work[worker], out[at_out : at_out + HS], qkv[at_qkv : at_qkv + HS], k, v)
             else:
                 attend(
                     work[worker], out, at_out, C, lse[worker], 0,
-                    qkv, at_qkv, 3 * C, T, keys, cache, values, cache, HS, start + T, HS,
+                    qkv, at_qkv, 3 * C, T, keys, start, values, start, HS, before + T, HS,
                 )  # fmt: skip

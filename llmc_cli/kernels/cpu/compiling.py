@@ -5,7 +5,11 @@ that ``cache.load_kernels`` chose before. A helper is inlined into kernels and c
 
 Kernels are parallel over outputs and split their work in pieces whose size does not depend on the number of threads, so
 that the same inputs give the same bits. Of fast mathematics only those parts are allowed that keep NaN and infinity:
-``REORDER`` lets sums be vectorized, ``CONTRACT`` makes fused multiply-adds.
+``REORDER`` lets sums be vectorized, ``CONTRACT`` makes fused multiply-adds. (Reordering products can overflow: where
+exponentials are multiplied it is CONTRACT.)
+
+LLVM vectorizes loops that count from 0 over whole arrays. One from ``start`` to ``stop`` it often does not, since
+numba's indices may be negative: such loops stand in a helper that gets slices.
 """
 
 from collections.abc import Callable

@@ -75,7 +75,7 @@ class CpuKernels:
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""
-        work = self.threads * attention.work_floats(T, T, channels // num_heads)
+        work = self.threads * attention.work_floats(T, channels // num_heads)
         logits = min(HEAD_ROWS, B * T) * padded_vocab_size
         sums = 3 * -(-B * T // norm.ROWS) * channels
         return 4 * (work + logits + sums) + 8 * SUM_PIECES
@@ -138,7 +138,7 @@ class CpuKernels:
 
     def attention_forward(self, out: Float32, lse: Float32, qkv: Float32, num_heads: int) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(T, T, C // num_heads)))
+        work = self.scratch("attention", (self.threads, attention.work_floats(T, C // num_heads)))
         attention.attention_forward(
             out.reshape(-1), lse.reshape(-1), qkv.reshape(-1), work, B, T, num_heads, C // num_heads
         )
@@ -147,7 +147,7 @@ class CpuKernels:
         self, dqkv: Float32, dout: Float32, out: Float32, lse: Float32, qkv: Float32, num_heads: int
     ) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(T, T, C // num_heads)))
+        work = self.scratch("attention", (self.threads, attention.work_floats(T, C // num_heads)))
         attention.attention_backward(
             dqkv.reshape(-1), dout.reshape(-1), out.reshape(-1), lse.reshape(-1), qkv.reshape(-1),
             work, B, T, num_heads, C // num_heads,
@@ -157,7 +157,7 @@ class CpuKernels:
         self, out: Float32, keys: Float32, values: Float32, qkv: Float32, lengths: Int32, num_heads: int
     ) -> None:
         T, (_, NH, Tmax, HS) = out.shape[1], keys.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(T, Tmax, HS)))
+        work = self.scratch("attention", (self.threads, attention.work_floats(Tmax, HS)))
         lse = self.scratch("lse", (self.threads, T))
         attention.attention_cached(
             out.reshape(-1), keys.reshape(-1), values.reshape(-1), qkv.reshape(-1), lengths, work, lse, T, Tmax, NH, HS

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import prange
 
-from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, float1, float2, kernel
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, float1, float2, helper, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, exp
 
 PIECE = 4096  # elements a task
@@ -24,41 +24,63 @@ def fill_rows(y, b):  # type: ignore[no-untyped-def]
             y[i, j] = b[j]
 
 
+@helper(REORDER, inline=False)
+def add_four(out, a, b, c, d):  # type: ignore[no-untyped-def]
+    for j in range(out.size):
+        out[j] += (a[j] + b[j]) + (c[j] + d[j])
+
+
+@helper(REORDER, inline=False)
+def add_one(out, a):  # type: ignore[no-untyped-def]
+    for j in range(out.size):
+        out[j] += a[j]
+
+
 @kernel(float1, float2, boolean, fastmath=REORDER)
 def sum_rows(out, x, acc):  # type: ignore[no-untyped-def]
     """out (O,) = or += the sum of x (N,O) over rows."""
     N, O = x.shape  # noqa: E741
     for block in prange((O + BLOCK - 1) // BLOCK):
-        start, stop = block * BLOCK, min(O, (block + 1) * BLOCK)
+        here = slice(block * BLOCK, min(O, (block + 1) * BLOCK))
+        part = out[here]
         if not acc:
-            for j in range(start, stop):
-                out[j] = np.float32(0.0)
+            part[:] = np.float32(0.0)
         even = N - N % 4
         for i in range(0, even, 4):
-            for j in range(start, stop):
-                out[j] += (x[i, j] + x[i + 1, j]) + (x[i + 2, j] + x[i + 3, j])
+            add_four(part, x[i, here], x[i + 1, here], x[i + 2, here], x[i + 3, here])
         for i in range(even, N):
-            for j in range(start, stop):
-                out[j] += x[i, j]
+            add_one(part, x[i, here])
+
+
+@helper(CONTRACT, inline=False)
+def gelu_piece(act, pre):  # type: ignore[no-untyped-def]
+    for i in range(pre.size):
+        x = pre[i]
+        act[i] = x / (ONE + exp(-x * (SLOPE + CUBIC * (x * x))))
 
 
 @kernel(float1, float1, fastmath=CONTRACT)
 def gelu_forward(act, pre):  # type: ignore[no-untyped-def]
     """act = pre/2 · (1 + tanh(u/2)) = pre / (1 + exp(-u)), u = SLOPE · (pre + 0.044715 pre³), all (P,)."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
-        for i in range(piece * PIECE, min(pre.size, (piece + 1) * PIECE)):
-            x = pre[i]
-            act[i] = x / (ONE + exp(-x * (SLOPE + CUBIC * (x * x))))
+        here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))
+        gelu_piece(act[here], pre[here])
+
+
+@helper(CONTRACT, inline=False)
+def gelu_piece_backward(dpre, pre):  # type: ignore[no-untyped-def]
+    for i in range(pre.size):
+        x = pre[i]
+        x = LIMIT if x > LIMIT else x
+        x = -LIMIT if x < -LIMIT else x
+        e = exp(-x * (SLOPE + CUBIC * (x * x)))
+        s = ONE / (ONE + e)
+        dpre[i] *= s + x * s * (e * s) * (SLOPE + CUBIC_SLOPE * (x * x))
 
 
 @kernel(float1, float1, fastmath=CONTRACT)
 def gelu_backward(dpre, pre):  # type: ignore[no-untyped-def]
-    """dpre ·= gelu'(pre) = s + pre · s · (1 - s) · du/dpre, s = 1 / (1 + exp(-u))."""
+    """dpre ·= gelu'(pre) = s + pre · s · (1 - s) · du/dpre, s = 1 / (1 + exp(-u)) and 1 - s = s · exp(-u)."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
-        for i in range(piece * PIECE, min(pre.size, (piece + 1) * PIECE)):
-            x = pre[i]
-            x = LIMIT if x > LIMIT else x
-            x = -LIMIT if x < -LIMIT else x
-            e = exp(-x * (SLOPE + CUBIC * (x * x)))
-            s = ONE / (ONE + e)
-            dpre[i] *= s + x * s * (e * s) * (SLOPE + CUBIC_SLOPE * (x * x))
+        here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))
+        gelu_piece_backward(dpre[here], pre[here])

@@ -9,9 +9,9 @@ PIECE = 16384  # elements a task
 
 
 @helper(REORDER, inline=False)
-def piece_sum(g, start, stop):  # type: ignore[no-untyped-def]
+def piece_sum(g):  # type: ignore[no-untyped-def]
     total = 0.0
-    for i in range(start, stop):
+    for i in range(g.size):
         x = np.float64(g[i])
         total += x * x
     return total
@@ -23,29 +23,35 @@ def sum_squares(out, pieces, g):  # type: ignore[no-untyped-def]
     count = pieces.size
     length = (g.size + count - 1) // count
     for piece in prange(count):
-        pieces[piece] = piece_sum(g, min(g.size, piece * length), min(g.size, (piece + 1) * length))
+        pieces[piece] = piece_sum(g[piece * length : (piece + 1) * length])
     total = 0.0
     for piece in range(count):
         total += pieces[piece]
     out[0] = total
 
 
-@kernel(float1, float1, float1, float1, long2, double1, float64, fastmath=CONTRACT)
-def adamw(master, m, v, g, segments, hyper, scale):  # type: ignore[no-untyped-def]
-    """One pass over all four arrays (P,); each task walks the segments that its piece meets."""
-    lr, eps, clip = np.float32(hyper[0]), np.float32(hyper[3]), np.float32(scale)
+@helper(CONTRACT, inline=False)
+def adamw_piece(master, m, v, g, hyper, decayed, scale):  # type: ignore[no-untyped-def]
+    lr, eps, decay, clip = np.float32(hyper[0]), np.float32(hyper[3]), np.float32(hyper[4] * decayed), np.float32(scale)
     keep1, keep2 = np.float32(hyper[1]), np.float32(hyper[2])
     take1, take2 = np.float32(1.0 - hyper[1]), np.float32(1.0 - hyper[2])
     per_correction1, per_correction2 = np.float32(1.0 / hyper[5]), np.float32(1.0 / hyper[6])
+    for i in range(g.size):
+        gradient = clip * g[i]
+        first = keep1 * m[i] + take1 * gradient
+        second = keep2 * v[i] + take2 * (gradient * gradient)
+        m[i], v[i] = first, second
+        step = (first * per_correction1) / (np.sqrt(second * per_correction2) + eps)
+        master[i] -= lr * (step + decay * master[i])
+
+
+@kernel(float1, float1, float1, float1, long2, double1, float64, fastmath=CONTRACT)
+def adamw(master, m, v, g, segments, hyper, scale):  # type: ignore[no-untyped-def]
+    """One pass over all four arrays (P,); each task takes the parts of segments that lie in its piece."""
     for piece in prange((g.size + PIECE - 1) // PIECE):
         for k in range(segments.shape[0]):
             start = max(piece * PIECE, segments[k, 0])
             stop = min((piece + 1) * PIECE, segments[k, 0] + segments[k, 1])
-            decay = np.float32(hyper[4] * segments[k, 2])
-            for i in range(start, stop):
-                gradient = clip * g[i]
-                first = keep1 * m[i] + take1 * gradient
-                second = keep2 * v[i] + take2 * (gradient * gradient)
-                m[i], v[i] = first, second
-                step = (first * per_correction1) / (np.sqrt(second * per_correction2) + eps)
-                master[i] -= lr * (step + decay * master[i])
+            if start < stop:
+                here = slice(start, stop)
+                adamw_piece(master[here], m[here], v[here], g[here], hyper, segments[k, 2], scale)

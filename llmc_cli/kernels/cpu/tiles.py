@@ -85,20 +85,16 @@ def tile_product(
             builder.store(builder.load(total), place).align = 4
         return context.get_dummy_value()
 
-    array, size = types.float32[::1], types.int64
-    expected = types.void(array, size, size, array, size, size, size, array, size, size, size, types.boolean)
-    return expected, generate
+    size = types.int64
+    return types.void(c, size, size, a, size, size, size, b, size, size, size, types.boolean), generate
 
 
 @helper(CONTRACT, inline=False)
-def multiply(c, at_c, ldc, a, at_a, row_a, step_a, b, at_b, ldb, rows, columns, depth, acc):  # type: ignore[no-untyped-def]
-    """c (rows,columns) = or, with ``acc``, += a (rows,depth) · b (depth,columns).
-
-    Each matrix lies in a flat array: c and b at an offset with a leading dimension, a with a distance between rows and
-    one between the elements of a row, so that it may be a transpose. rows is a multiple of ROWS, columns of COLUMNS.
-    """
+def multiply(c, a, b, depth, transposed, acc):  # type: ignore[no-untyped-def]
+    """c (rows,columns) = or, with ``acc``, += a (rows,depth) · b (depth,columns); a may be wider than depth, b longer;
+    ``transposed``: a is (depth,rows). rows is a multiple of ROWS, columns of COLUMNS."""
+    rows, columns = c.shape
+    row_a, step_a = (1, a.shape[1]) if transposed else (a.shape[1], 1)
     for i in range(0, rows, ROWS):
         for j in range(0, columns, COLUMNS):
-            tile_product(
-                c, at_c + i * ldc + j, ldc, a, at_a + i * row_a, row_a, step_a, b, at_b + j, ldb, depth, acc
-            )  # fmt: skip
+            tile_product(c, i * columns + j, columns, a, i * row_a, row_a, step_a, b, j, b.shape[1], depth, acc)

@@ -80,7 +80,8 @@ def prepro(
     one file, text_val_000000.bin, text_train_000001.bin and on. A .txt file is one document, or several where lines
     that hold only <|endoftext|> separate them; each line of a .jsonl file is one, the string under "text".
     """
-    from llmc_cli.shards import ShardPlan, usable_cores, write_token_files
+    from llmc_cli.device import available_cores
+    from llmc_cli.shards import ShardPlan, write_token_files
     from llmc_cli.tokenizer import load_tokenizer
 
     files = files or []
@@ -94,7 +95,7 @@ def prepro(
         headerless=format_ is Format.headerless,
         shard_tokens=shard_tokens,
         val_tokens=val_tokens,
-        workers=workers or usable_cores(),
+        workers=workers or available_cores(),
     )
     plan.check()
     encoder = load_tokenizer(tokenizer)

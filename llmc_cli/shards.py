@@ -7,7 +7,6 @@ workers.
 import contextlib
 import itertools
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -80,13 +79,6 @@ class TokenFiles:
     @property
     def tokens(self) -> int:
         return sum(file.tokens for file in self.files)
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def write_token_files(pieces: Iterable[Piece], tokenizer: Tokenizer, plan: ShardPlan) -> TokenFiles:

@@ -12,7 +12,7 @@ from llmc_cli.documents import Piece, shakespeare_sections, shakespeare_text
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.registry import Kind
 from llmc_cli.formats.shard import read_headerless, read_shard
-from llmc_cli.shards import ShardPlan, encode_batch, encoded, shard_kind, usable_cores, write_token_files
+from llmc_cli.shards import ShardPlan, encode_batch, encoded, shard_kind, write_token_files
 from llmc_cli.tokenizer import Tokenizer, load_tokenizer, write_tokenizer_table
 
 
@@ -283,7 +283,3 @@ def test_a_fault_in_a_worker(gpt2):
     faulty = [Piece(None, True)]
     with pytest.raises(RuntimeError, match="TypeError"), encoding(iter([faulty, faulty]), gpt2, 2) as arrays:
         next(arrays)
-
-
-def test_cores():
-    assert 1 <= usable_cores() <= os.cpu_count()

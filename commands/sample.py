@@ -66,6 +66,7 @@ def sample(
     number, but for the rounding of sums. With --ids, a token that a stop text begins in the middle of is replaced by
     tokens for what stands before it, so that `llmc decode` prints the same text.
     """
+    import sys
     import time
 
     from llmc_cli.checkpoints import load_model, read_config
@@ -91,7 +92,7 @@ def sample(
     voices = [make_voice(output, number, start, echo, ids, words) for number in range(num)]
 
     def announce(number: int) -> None:
-        if num > 1 and not ids and not json:
+        if num > 1 and not ids and not json and sys.stdout.isatty():  # elsewhere stderr does not stand between them
             output.note(f"sample {number + 1} of {num}:")
 
     blocks = Blocks(output.text, announce, num)

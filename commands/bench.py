@@ -20,7 +20,7 @@ def bench(
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", "-e", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file, of which the shape counts."),
+        typer.Option("--model", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file, of which the shape counts."),
     ] = "d12",
     batch: Annotated[
         int | None, typer.Option("--batch", "-b", min=1, help="Sequences side by side.  [default: 4; sample: 1]")

@@ -13,7 +13,11 @@ Precision = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, envvar="LLMC_THREADS", help="CPU threads.  [default: the cores this process may use]"
+        "--threads",
+        min=1,
+        envvar="LLMC_THREADS",
+        show_default="the cores this process may use",
+        help="CPU threads.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout: one document, or a line per event of a stream.")]

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from llmc_cli.contestant import Work
 from llmc_cli.errors import LlmcError, MissingError
@@ -18,7 +18,13 @@ from llmc_cli.waiting import users_environment
 SETTLE_S = 0.02
 """Between one side's run and the next's: a thread pool that spins a while after its work would slow the other side."""
 
+TELL_EVERY_S = 10.0
+
 TAIL = 3  # lines of a failed process's stderr that are told
+
+
+Note: TypeAlias = Callable[[str], None]
+"""Hears what is under way."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,16 @@ def failure(work: Work, error: Unavailable) -> LlmcError:
 
 
 def alternate(
-    contestants: Sequence[Contestant], task: str, runs: int, warm_up: int, untimed: int = 0
+    contestants: Sequence[Contestant], task: str, runs: int, warm_up: int, untimed: int, note: Note
 ) -> dict[str, list[Answer]]:
     """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count. Each run may be preceded by
     ``untimed`` ones, which bring back the caches that the other side has used."""
     answers: dict[str, list[Answer]] = {contestant.side: [] for contestant in contestants}
+    last = time.monotonic()
     for turn in range(warm_up + runs):
+        if time.monotonic() - last >= TELL_EVERY_S:
+            last = time.monotonic()
+            note(f"{task}: {max(0, turn - warm_up)} of {runs} runs")
         for contestant in contestants:
             if len(contestants) > 1:
                 time.sleep(SETTLE_S)

@@ -1,12 +1,11 @@
 """One section of ``bench``: rows, each a share of a ceiling, and beside PyTorch where that is asked for."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmc_cli.ceilings import Ceilings
-from llmc_cli.contest import Answer, Contestant, alternate, contest
+from llmc_cli.contest import Answer, Contestant, Note, alternate, contest
 from llmc_cli.contestant import Work
 
 WARM_UP = {"kernels": 1, "train": 2, "sample": 4, "prepro": 1}
@@ -15,8 +14,6 @@ SPLIT_RUNS = 2
 
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
                "sample": ("torch eager", "torch compiled")}  # fmt: skip
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note) -> Measured
                 continue
             taking_part = [ours, *(other for other in others if task in other.tasks)]
             note(f"{section}: {task}")
-            answers = alternate(taking_part, task, work.steps, WARM_UP[section], UNTIMED.get(section, 0))
+            answers = alternate(taking_part, task, work.steps, WARM_UP[section], UNTIMED.get(section, 0), note)
             rows.append(_row(work, task, answers, ceilings))
         if section == "prepro":
             rows = _against_tokenizer(rows)

@@ -69,7 +69,7 @@ class GPT2(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.lnf(x))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
     def extend(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """The logits (B,V) behind one more token (B,1); keys, values (L,B,NH,Tmax,HS), position (1,)."""

@@ -193,7 +193,10 @@ def test_turns_alternate_and_warm_up_does_not_count(monkeypatch):
             return contest.Answer(next(self.seconds), 0)
 
     monkeypatch.setattr(contest, "SETTLE_S", 0)
-    answers = contest.alternate([Fake("a", [9, 1, 2]), Fake("b", [9, 3, 4])], "step", 2, 1, untimed=1)
+    monkeypatch.setattr(contest, "TELL_EVERY_S", 0)
+    said = []
+    answers = contest.alternate([Fake("a", [9, 1, 2]), Fake("b", [9, 3, 4])], "step", 2, 1, 1, said.append)
+    assert said == ["step: 0 of 2 runs", "step: 0 of 2 runs", "step: 1 of 2 runs"]
     assert order == [("a", "step", 1), ("b", "step", 1)] * 3
     assert {side: [answer.seconds for answer in each] for side, each in answers.items()} == {"a": [1, 2], "b": [3, 4]}
 
@@ -215,7 +218,7 @@ def test_a_process_that_dies_is_told_of():
     with contest.contest([work("prepro")]) as (contestants, _):
         contestants[0]._process.kill()
         with pytest.raises(MissingError, match="bench prepro: llmc cannot do this: the process ended with status"):
-            contest.alternate(contestants, "files", 1, 0)
+            contest.alternate(contestants, "files", 1, 0, 0, quiet)
 
 
 # baselines, with made-up numbers

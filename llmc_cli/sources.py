@@ -43,18 +43,21 @@ class Source:
 
     def load(self, on_progress: OnProgress) -> Arena:
         """The sixteen tensors in one arena. FormatError or DataError where they are damaged or not a GPT-2's."""
-        params = Arena(np.zeros, parameter_shapes(self.config), np.float32)
         if self.path.is_file():
+            params = self._allocate()
             weights.load_weights(self.path, params, self.order)
             return params
+        tensors = open_checkpoint(self.path)
+        names = huggingface_weights.match(self.path, tensors, self.config)
+        params = self._allocate()
+        size = 4 * params.flat.size
         huggingface_weights.load(
-            self.path,
-            open_checkpoint(self.path),
-            self.config,
-            params,
-            lambda done: on_progress("loading", 4 * done, 4 * params.flat.size),
+            self.path, tensors, names, self.config, params, lambda done: on_progress("loading", 4 * done, size)
         )
         return params
+
+    def _allocate(self) -> Arena:
+        return Arena(np.zeros, parameter_shapes(self.config), np.float32)
 
     def tokenizer_files(self) -> list[Path]:
         """The files of a tokenizer that the model brings along."""

@@ -211,6 +211,14 @@ def test_tensors_that_do_not_fit(tmp_path, rewrite, case):
     assert not (tmp_path / "tiny.bin").exists()
 
 
+def test_an_absurd_config_costs_nothing(tmp_path, folder):
+    config = json.loads((folder / "config.json").read_bytes())
+    for change, message in (({"n_layer": 10**9}, "cannot be 1,000,000,000 layers"), ({"n_positions": 10**12}, "wpe")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(DataError, match=message):
+            convert(folder, tmp_path / "tiny.bin")
+
+
 def test_integers_are_no_weights(tmp_path, folder):
     path = folder / "model.safetensors"
     content = path.read_bytes()

@@ -68,34 +68,15 @@ def places(config: ModelConfig) -> Iterator[tuple[str, Place]]:
             yield f"h.{layer}.{theirs}", Place(ours, layer)
 
 
-def load(
-    folder: Path,
-    tensors: Tensors,
-    config: ModelConfig,
-    into: Arrays,
-    on_elements: Callable[[int], None] = lambda done: None,
-) -> None:
-    """Fill the sixteen tensors ``into``, whose padding must be 0, from those of a ``folder``, one after the other.
+def match(folder: Path, tensors: Tensors, config: ModelConfig) -> dict[str, str]:
+    """From the names without prefix to those in ``tensors``, the masks left out; nothing is loaded.
 
-    Raises DataError, before any is loaded, for tensors that are missing, that are not a GPT-2's of this shape, or whose
-    shape or dtype is another; and afterwards for a head that is not the embedding. NonFiniteError as they are read.
-    ``on_elements`` takes how many are loaded.
+    Raises DataError unless they are those of a GPT-2 of this shape, perhaps with a head, and shapes and dtypes are
+    right. ``folder`` is where they come from, for the message.
     """
     names = {name.removeprefix(PREFIX): name for name in tensors.info if not MASK.fullmatch(name.removeprefix(PREFIX))}
-    check(folder, tensors, names, config)
-    done = 0
-    for theirs, place in places(config):
-        view, values = place.view(into, config), tensors[names[theirs]]
-        view[...] = values.T if place.name in CONV1D else values
-        done += view.size
-        on_elements(done)
-    if HEAD in names and not np.array_equal(tensors[names[HEAD]], into["wte"][: config.vocab_size]):
-        raise DataError(f"{folder}: {names[HEAD]} differs from {names['wte.weight']}; only a tied head is supported")
-
-
-def check(folder: Path, tensors: Tensors, names: Mapping[str, str], config: ModelConfig) -> None:
-    """Raise DataError unless ``names`` are those of a GPT-2 of this shape, perhaps with a head, and shapes and dtypes
-    are right. ``names`` leads from the names without prefix to those in ``tensors``."""
+    if config.num_layers > len(names):  # whatever the config says, work is bounded by what is there
+        raise DataError(f"{folder}: found {len(names)} tensors, which cannot be {config.num_layers:,} layers")
     expected = dict(places(config))
     if twice := [name for name in names if PREFIX + name in tensors and name in tensors]:
         raise DataError(f"{folder}: found both {_some(twice)} and the same with {PREFIX!r} before; one is expected")
@@ -116,6 +97,30 @@ def check(folder: Path, tensors: Tensors, names: Mapping[str, str], config: Mode
             raise DataError(f"{folder}: {full} is {info.shape}, where config.json asks for {shape}")
         if info.dtype not in FLOATS:
             raise DataError(f"{folder}: {full} is {info.dtype}, expected one of {', '.join(FLOATS)}")
+    return names
+
+
+def load(
+    folder: Path,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    config: ModelConfig,
+    into: Arrays,
+    on_elements: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Fill the sixteen tensors ``into``, whose padding must be 0, one of theirs after the other, by ``match``'s names.
+
+    ``on_elements`` takes how many numbers are loaded. Raises NonFiniteError, and DataError for a head that is not the
+    embedding.
+    """
+    done = 0
+    for theirs, place in places(config):
+        view, values = place.view(into, config), tensors[names[theirs]]
+        view[...] = values.T if place.name in CONV1D else values
+        done += view.size
+        on_elements(done)
+    if HEAD in names and not np.array_equal(tensors[names[HEAD]], into["wte"][: config.vocab_size]):
+        raise DataError(f"{folder}: {names[HEAD]} differs from {names['wte.weight']}; only a tied head is supported")
 
 
 def export(config: ModelConfig, params: Arrays) -> dict[str, NDArray[np.float32]]:

@@ -114,7 +114,7 @@ def show_checks(
     if not output.json:
         output.table(("environment", ""), list(machine.items()))
     done: list[Check] = []
-    with output.progress("verifying", total, lambda count: f"{count:.0f} checks") as tell:
+    with output.progress("checks", total, lambda count: f"{count:.0f}") as tell:
         for check in checks:
             done.append(check)
             tell(len(done))

@@ -26,6 +26,9 @@ DOUBLE = {("adamw", "hyper"), ("adamw", "sumsq"), ("sum_squares", "out")}
 SCALES = {"pre": 3.0, "res": 3.0, "qkv": 1.5, "m": 0.1}
 """Standard deviations of what is drawn, where not 1."""
 
+MEANS = {"delta": 2.0, "res": 2.0}
+"""Means, where not 0: a variance must not lose its digits to them."""
+
 
 class Operation(NamedTuple):
     """One operation: where its cases come from, and how close its outputs must be."""
@@ -190,6 +193,7 @@ def _arguments(operation: str, sizes: Sizes, variant: dict[str, Any], rng: np.ra
         else:
             shape = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes.split(","))
             drawn = rng.standard_normal(shape, np.float32) * np.float32(SCALES.get(name, 1.0))
+            drawn += np.float32(MEANS.get(name, 0.0))
             args[name] = np.square(drawn).astype(np.float64) if name == "v" else drawn.astype(np.float64)
     if operation == "adamw":
         args["hyper"][-1] = scalars["max_norm"]

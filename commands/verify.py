@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmc_cli.comparison import Check
     from llmc_cli.device import Backend
 
-CHECK_COLUMNS = "name", "what", "max |reference|", "max error", "mean error", "bound", "ok"
+CHECK_COLUMNS = "name", "what", "largest", "max error", "mean error", "bound", "ok"
 FILE_COLUMNS = "file", "kind", "version", "content", "ok"
 
 
@@ -22,7 +22,7 @@ def verify(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILE…]",
+            metavar="FILE",
             help="Files and folders to check; with --state, the model. Without any, the kernels are checked.",
             show_default=False,
         ),
@@ -31,13 +31,13 @@ def verify(
         Path | None,
         typer.Option("--state", metavar="DEBUG_STATE", help="Logits, loss and gradients that the model must give."),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=0, help="AdamW steps behind them, on the state's batch.")] = 10,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="AdamW steps after that, on the state's batch.")] = 10,
     losses: Annotated[
         str | None,
         typer.Option(
             "--losses",
             metavar="FILE",
-            help="The losses of these steps, one a line; - reads stdin.  [default: the float64 reference's, computed]",
+            help="Their losses, one a line (- reads stdin); without it the float64 reference computes them.",
         ),
     ] = None,
     device: options.Device = "auto",

@@ -163,7 +163,7 @@ def check_state(
     else:
         expected = iter(expected_losses)
     for step, found in enumerate(losses, start=1):
-        yield compare(f"loss {step}", "of the AdamW steps", found, next(expected), LOSS_BOUND)
+        yield compare(f"loss {step}", "AdamW", found, next(expected), LOSS_BOUND)
 
 
 def _check_gradients(model: GPT2, state: DebugState, ids: Array, targets: Array) -> Iterator[Check]:
@@ -183,7 +183,7 @@ def _check_gradients(model: GPT2, state: DebugState, ids: Array, targets: Array)
     tally = Tally()
     for padding in (model.grads["wte"][V:], state.grads["wte"][V:]):  # the state has none in version 1
         tally.add(padding, np.zeros_like(padding))
-    yield tally.check("wte", "gradient of the padding", 0.0)
+    yield tally.check("wte", "padding", 0.0)
 
 
 def _losses(model: GPT2, ids: Array, targets: Array, steps: int) -> Iterator[float]:

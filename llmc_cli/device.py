@@ -54,7 +54,7 @@ def open_kernels(
 
 
 def _open_cpu(threads: int, why: str, on_compile: Callable[[str], None] | None) -> Backend:
-    _import_numba(threads)
+    _allow_threads(threads)
     from llmc_cli.kernels.cpu.cache import load_kernels
 
     kernels = load_kernels(on_compile)(threads)
@@ -62,22 +62,20 @@ def _open_cpu(threads: int, why: str, on_compile: Callable[[str], None] | None) 
     return Backend(kernels, "cpu", "fp32", threads, description, why)
 
 
-def _import_numba(threads: int) -> None:
-    """Import numba with room for ``threads``: it fixes the size of its pool when it is imported, from an environment
-    variable, which is put back. Raises MissingError where it has been imported with less."""
-    name = "NUMBA_NUM_THREADS"
-    if "numba" not in sys.modules and name not in os.environ:
-        os.environ[name] = str(max(threads, available_cores()))
-        try:
-            import numba
-        finally:
-            del os.environ[name]
+def _allow_threads(threads: int) -> None:
+    """Import numba so that its pool can have ``threads``. The pool has one for each core unless an environment variable
+    says otherwise at that moment; where more are asked for it is set, and stays, since numba looks at it again.
+
+    Raises MissingError where numba has been imported with less.
+    """
+    if threads > available_cores() and "numba" not in sys.modules:
+        os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     import numba
 
     if threads > numba.config.NUMBA_NUM_THREADS:
         raise MissingError(
-            f"--threads {threads}: numba was started with {numba.config.NUMBA_NUM_THREADS}; "
-            f"set {name}={threads} in the environment"
+            f"--threads {threads}: numba has been started with {numba.config.NUMBA_NUM_THREADS}; "
+            f"set NUMBA_NUM_THREADS={threads} in the environment"
         )
 
 

@@ -1,10 +1,11 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 
-from llmc_cli.device import open_kernels
+from llmc_cli.device import available_cores, open_kernels
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.models import huggingface
 from llmc_cli.models.config import ModelConfig
@@ -12,6 +13,7 @@ from llmc_cli.plan import TrainOptions
 from llmc_cli.waiting import wait_passively
 
 wait_passively()  # before numba and scipy load, as the program does
+os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, available_cores())))  # one core runs two threads too
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKe
                 _import_kernels(folder)
             else:
                 _fill(folder)
-        except (OSError, RuntimeError):  # the disk is full or read-only, in words of the system or of numba
+        except OSError:  # no such place, read-only, full
             _import_kernels(None)
     loaded: type[CpuKernels] = importlib.import_module(KERNELS).CpuKernels
     return loaded
@@ -106,12 +106,17 @@ def _fill(folder: Path) -> None:
 
 
 def _import_kernels(folder: Path | None) -> None:
-    """Import the kernels' modules with numba's cache at ``folder``, or with none; numba's setting is put back."""
+    """Import the kernels' modules with numba's cache at ``folder``, or with none; numba's setting is put back. Raises
+    OSError where the folder cannot be used."""
     kept = numba.config.CACHE_DIR
     compiling.caching = folder is not None
     numba.config.CACHE_DIR = str(folder or "")
     try:
         importlib.import_module(KERNELS)
+    except RuntimeError as error:
+        if "cannot cache function" in str(error):  # numba's way to say that it cannot write there
+            raise OSError(f"{folder}: {error}") from error
+        raise
     finally:
         numba.config.CACHE_DIR = kept
 

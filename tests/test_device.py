@@ -1,0 +1,117 @@
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmc_cli import device
+from llmc_cli.errors import MissingError, UsageError
+
+
+def test_cpu_backend_says_what_it_is():
+    backend = device.open_kernels("auto", "auto", 1)
+    assert (backend.device, backend.precision, backend.threads) == ("cpu", "fp32", 1)
+    assert backend.kernels.name == "cpu"
+    assert "1 thread" in backend.description
+    assert "cpu" in backend.why
+    assert "fp32" in backend.why
+    assert device.open_kernels("cpu", "fp32", None).why == ""
+    assert device.open_kernels("cpu", "fp32", None).threads == device.available_cores()
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (("gpu", "auto", None), UsageError, "--device gpu"),
+        (("cuda:x", "auto", None), UsageError, "--device cuda:x"),
+        (("cpu", "fp16", None), UsageError, "--precision fp16"),
+        (("cpu", "auto", 0), UsageError, "--threads 0"),
+        (("cuda", "auto", None), MissingError, "CUDA is not supported yet"),
+        (("cuda:1", "auto", None), MissingError, "CUDA is not supported yet"),
+        (("cpu", "bf16", None), MissingError, "--precision bf16: not supported on the CPU yet"),
+        (("auto", "tf32", None), MissingError, "--precision tf32: not supported on the CPU yet"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error(args, error, message):
+    with pytest.raises(error, match=message):
+        device.open_kernels(*args)
+
+
+def test_more_threads_than_numba_started_with():
+    device.open_kernels("cpu", "fp32", 1)
+    with pytest.raises(MissingError, match="NUMBA_NUM_THREADS=100000"):
+        device.open_kernels("cpu", "fp32", 100_000)
+
+
+PROGRAM = """
+import os, sys
+import llmc_cli.device
+assert not {"numpy", "numba", "scipy"} & set(sys.modules)
+before = dict(os.environ)
+threads = llmc_cli.device.available_cores() + MORE
+backend = llmc_cli.device.open_kernels("cpu", "fp32", threads)
+assert backend.threads == backend.kernels.threads == threads
+assert dict(os.environ) == before | ({"NUMBA_NUM_THREADS": str(threads)} if MORE else {})
+import numba
+assert numba.config.CACHE_DIR == ""
+assert numba.get_num_threads() == threads
+"""
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_importing_program_is_not_surprised(tmp_path, monkeypatch, more):
+    """Importing loads nothing heavy; opening leaves numba's settings and the environment as they were, but for more
+    threads than cores."""
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    subprocess.run([sys.executable, "-c", PROGRAM.replace("MORE", str(more))], check=True, cwd=tmp_path)
+
+
+def test_available_cores(monkeypatch):
+    assert device.available_cores() >= 1
+    if hasattr(os, "sched_getaffinity"):
+        assert device.available_cores() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(device, "cpu_quota", lambda: 0.4)
+    assert device.available_cores() == 1
+    monkeypatch.setattr(device, "cpu_quota", lambda: math.inf)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert device.available_cores() == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert device.available_cores() == 6
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        (
+            "0::/a/b\n",
+            {"cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "a/b/cpu.max": "300000 100000\n"},
+            2.0,
+        ),
+        ("0::/not/visible\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        (
+            "4:memory:/x\n3:cpu,cpuacct:/\n",
+            {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            4.0,
+        ),
+        ("3:cpu:/j\n", {"cpu/j/cpu.cfs_quota_us": "-1\n", "cpu/j/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ("1:name=systemd:/\n", {}, math.inf),
+        (None, {}, math.inf),
+    ],
+)
+def test_cpu_quota(tmp_path, groups, files, quota):
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if groups is not None:
+        (tmp_path / "self").write_text(groups)
+    assert device.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == quota
+
+
+def test_processor_name():
+    assert device.processor_name() or sys.platform == "win32"

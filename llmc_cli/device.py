@@ -72,9 +72,10 @@ def _allow_threads(threads: int) -> None:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     import numba
 
-    if threads > numba.config.NUMBA_NUM_THREADS:
+    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+    if threads > most:
         raise MissingError(
-            f"--threads {threads}: numba has been started with {numba.config.NUMBA_NUM_THREADS}; "
+            f"--threads {threads}: numba has been started with {most}; "
             f"set NUMBA_NUM_THREADS={threads} in the environment"
         )
 

@@ -26,14 +26,14 @@ def work_floats(length: int, HS: int) -> int:
 
 
 @helper(CONTRACT)
-def take(work, start, rows, columns):  # type: ignore[no-untyped-def]
+def take(work, start, rows, columns):
     """A matrix in the flat array ``work``, and where the next one may start."""
     stop = start + rows * columns
     return work[start:stop].reshape((rows, columns)), stop
 
 
 @helper(CONTRACT, inline=False)
-def pack(to, source, start, stride, count, size):  # type: ignore[no-untyped-def]
+def pack(to, source, start, stride, count, size):
     """``to`` (rows,columns) = ``count`` rows of ``size`` numbers, ``stride`` apart in ``source``, zeros around them."""
     rows, columns = to.shape
     count = min(count, rows)
@@ -49,7 +49,7 @@ def pack(to, source, start, stride, count, size):  # type: ignore[no-untyped-def
 
 
 @helper(CONTRACT, inline=False)
-def unpack(to, start, stride, source, count, size):  # type: ignore[no-untyped-def]
+def unpack(to, start, stride, source, count, size):
     """The other way: ``count`` rows of ``size`` numbers, ``stride`` apart in ``to``, from ``source`` (rows,columns)."""
     for i in range(count):
         row = to[start + i * stride : start + i * stride + size]
@@ -58,14 +58,14 @@ def unpack(to, start, stride, source, count, size):  # type: ignore[no-untyped-d
 
 
 @helper(CONTRACT, inline=False)
-def transpose(to, source):  # type: ignore[no-untyped-def]
+def transpose(to, source):
     for j in range(to.shape[0]):
         for i in range(to.shape[1]):
             to[j, i] = source[i, j]
 
 
 @helper(CONTRACT, inline=False)
-def mask(scores, first):  # type: ignore[no-untyped-def]
+def mask(scores, first):
     """Hide scores (keys,queries) of keys behind their query; ``first`` is the first key's position less the query's."""
     for i in range(scores.shape[0]):
         for j in range(min(QUERIES, first + i)):
@@ -73,7 +73,7 @@ def mask(scores, first):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def softmax_block(scores, largest, total, shrink, scale):  # type: ignore[no-untyped-def]
+def softmax_block(scores, largest, total, shrink, scale):
     """Turn scores (keys,queries) into exponentials against the largest so far; ``largest``, ``total`` and ``shrink``
     (queries,) are each query's largest score, sum of exponentials, and factor for what was summed before."""
     keys, queries = scores.shape
@@ -97,7 +97,7 @@ def softmax_block(scores, largest, total, shrink, scale):  # type: ignore[no-unt
 
 
 @helper(CONTRACT, inline=False)
-def scale_rows(x, factors):  # type: ignore[no-untyped-def]
+def scale_rows(x, factors):
     rows, columns = x.shape
     for i in range(rows):
         for j in range(columns):
@@ -105,7 +105,7 @@ def scale_rows(x, factors):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, at_k, v, at_v, kv_stride, length, HS):  # type: ignore[no-untyped-def]
+def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, at_k, v, at_v, kv_stride, length, HS):
     """One head: out (T,HS), lse (T,) of T queries that are the last of ``length`` keys and values."""
     scale = np.float32(1.0 / math.sqrt(HS))
     wide = (HS + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -146,7 +146,7 @@ def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, 
 
 
 @kernel(float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)
-def attention_forward(out, lse, qkv, work, B, T, NH, HS):  # type: ignore[no-untyped-def]
+def attention_forward(out, lse, qkv, work, B, T, NH, HS):
     """out (B,T,C), lse (B,NH,T), qkv (B,T,3C), flat; ``work`` has a row for each worker."""
     C = NH * HS
     for worker in prange(work.shape[0]):
@@ -160,7 +160,7 @@ def attention_forward(out, lse, qkv, work, B, T, NH, HS):  # type: ignore[no-unt
 
 
 @helper(CONTRACT, inline=False)
-def softmax_block_backward(scores, dscores, lse, delta, scale):  # type: ignore[no-untyped-def]
+def softmax_block_backward(scores, dscores, lse, delta, scale):
     """Scores and gradients of probabilities (keys,queries) become probabilities and gradients of scores."""
     keys, queries = scores.shape
     for i in range(keys):
@@ -171,7 +171,7 @@ def softmax_block_backward(scores, dscores, lse, delta, scale):  # type: ignore[
 
 
 @helper(REORDER, inline=False)
-def dot(x, y):  # type: ignore[no-untyped-def]
+def dot(x, y):
     total = ZERO
     for j in range(x.size):
         total += x[j] * y[j]
@@ -179,7 +179,7 @@ def dot(x, y):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def attend_backward(work, dqkv, dout, out, lse, qkv, at_lse, at_out, at_qkv, T, C, HS):  # type: ignore[no-untyped-def]
+def attend_backward(work, dqkv, dout, out, lse, qkv, at_lse, at_out, at_qkv, T, C, HS):
     """One head: its parts of dqkv (B,T,3C)."""
     scale = np.float32(1.0 / math.sqrt(HS))
     wide = (HS + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -229,7 +229,7 @@ def attend_backward(work, dqkv, dout, out, lse, qkv, at_lse, at_out, at_qkv, T, 
 
 
 @kernel(float1, float1, float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)
-def attention_backward(dqkv, dout, out, lse, qkv, work, B, T, NH, HS):  # type: ignore[no-untyped-def]
+def attention_backward(dqkv, dout, out, lse, qkv, work, B, T, NH, HS):
     C = NH * HS
     for worker in prange(work.shape[0]):
         for task in range(worker, B * NH, work.shape[0]):
@@ -240,7 +240,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, work, B, T, NH, HS):  # type: 
 
 
 @helper(REORDER, inline=False)
-def attend_once(scores, out, q, k, v):  # type: ignore[no-untyped-def]
+def attend_once(scores, out, q, k, v):
     """One head, one query q (HS,): out (HS,) from k and v (length,HS), read where they are."""
     length, HS = k.shape
     scale = np.float32(1.0 / math.sqrt(HS))
@@ -261,7 +261,7 @@ def attend_once(scores, out, q, k, v):  # type: ignore[no-untyped-def]
 
 
 @kernel(float1, float1, float1, float1, int1, float2, float2, int64, int64, int64, int64, fastmath=CONTRACT)
-def attention_cached(out, keys, values, qkv, lengths, work, lse, T, Tmax, NH, HS):  # type: ignore[no-untyped-def]
+def attention_cached(out, keys, values, qkv, lengths, work, lse, T, Tmax, NH, HS):
     """out (S,T,C), keys and values (S,NH,Tmax,HS), qkv (S,T,3C), flat; ``lse`` is scratch like ``work``."""
     C = NH * HS
     for worker in prange(work.shape[0]):

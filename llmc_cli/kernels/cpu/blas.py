@@ -18,7 +18,8 @@ Float32 = NDArray[np.float32]
 
 def _routine(name: str, argument_types: list[Any]) -> Any:
     """The Fortran routine behind scipy.linalg.cython_blas. Raises MissingError where its integers are not 32 bits."""
-    capsule = scipy.linalg.cython_blas.__pyx_capi__[name]  # type: ignore[attr-defined]
+    routines: Any = scipy.linalg.cython_blas.__pyx_capi__
+    capsule = routines[name]
     get_name = ctypes.pythonapi.PyCapsule_GetName
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     signature: bytes = get_name(capsule)
@@ -86,7 +87,7 @@ def matmul(c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: b
 
 def _leading(x: Float32) -> int:
     """Elements from row to row; with one row NumPy may say anything, BLAS wants at least the row's length."""
-    return max(x.strides[0] // 4, x.shape[1])
+    return int(max(x.strides[0] // 4, x.shape[1]))
 
 
 def library() -> dict[str, Any]:

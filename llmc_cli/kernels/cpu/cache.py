@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import llvmlite.binding
@@ -24,6 +24,8 @@ from llmc_cli.kernels.cpu import compiling
 
 if TYPE_CHECKING:
     from llmc_cli.kernels.cpu.kernels import CpuKernels
+
+SETTINGS: Any = numba.config  # made of the environment, so no type checker knows what is in it
 
 KERNELS = "llmc_cli.kernels.cpu.kernels"
 MARKER = "complete"
@@ -51,7 +53,7 @@ def version() -> str:
     digest.update(
         f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag} {platform.machine()}".encode()
     )
-    digest.update(f"{numba.config.CPU_NAME} {numba.config.CPU_FEATURES} {numba.config.OPT}".encode())
+    digest.update(f"{SETTINGS.CPU_NAME} {SETTINGS.CPU_FEATURES} {SETTINGS.OPT}".encode())
     digest.update(
         f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}".encode()
     )
@@ -108,9 +110,9 @@ def _fill(folder: Path) -> None:
 def _import_kernels(folder: Path | None) -> None:
     """Import the kernels' modules with numba's cache at ``folder``, or with none; numba's setting is put back. Raises
     OSError where the folder cannot be used."""
-    kept = numba.config.CACHE_DIR
+    kept = SETTINGS.CACHE_DIR
     compiling.caching = folder is not None
-    numba.config.CACHE_DIR = str(folder or "")
+    SETTINGS.CACHE_DIR = str(folder or "")
     try:
         importlib.import_module(KERNELS)
     except RuntimeError as error:
@@ -118,7 +120,7 @@ def _import_kernels(folder: Path | None) -> None:
             raise OSError(f"{folder}: {error}") from error
         raise
     finally:
-        numba.config.CACHE_DIR = kept
+        SETTINGS.CACHE_DIR = kept
 
 
 def _remove_old_versions(folder: Path) -> None:

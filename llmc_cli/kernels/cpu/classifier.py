@@ -9,7 +9,7 @@ from llmc_cli.kernels.cpu.exponential import ZERO, exp, from_order_key, order_ke
 
 
 @kernel(float1, float2, int1, int64, float32, boolean, fastmath=REORDER)
-def softmax_loss(losses, logits, targets, V, dloss, gradient):  # type: ignore[no-untyped-def]
+def softmax_loss(losses, logits, targets, V, dloss, gradient):
     """losses (R,) of logits (R,Vp), of which the first V columns count; with ``gradient`` these become the gradient of
     dloss times the sum of the losses. A row stays in the second-level cache while it is read three times."""
     for i in prange(losses.size):

@@ -13,12 +13,12 @@ numba's indices may be negative: such loops stand in a helper that gets slices.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from numba import njit
 from numba.core import types
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Any]
 
 CONTRACT = {"contract"}
 REORDER = {"contract", "reassoc", "nsz", "arcp"}
@@ -34,25 +34,15 @@ caching = True
 """Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""
 
 
-def kernel(*arguments: Any, fastmath: set[str]) -> Callable[[Function], Function]:
+def kernel(*arguments: Any, fastmath: set[str]) -> Decorator:
     """Compile the decorated function for exactly these argument types."""
-
-    def compile_now(function: Function) -> Function:
-        compiled: Function = njit(
-            void(*arguments), parallel=True, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
-        )(function)
-        return compiled
-
-    return compile_now
+    decorator: Decorator = njit(
+        void(*arguments), parallel=True, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
+    )
+    return decorator
 
 
-def helper(fastmath: set[str], inline: bool = True) -> Callable[[Function], Function]:
+def helper(fastmath: set[str], inline: bool = True) -> Decorator:
     """Compile the decorated function as part of the kernels that call it."""
-
-    def compile_later(function: Function) -> Function:
-        compiled: Function = njit(fastmath=fastmath, error_model="numpy", boundscheck=False, forceinline=inline)(
-            function
-        )
-        return compiled
-
-    return compile_later
+    decorator: Decorator = njit(fastmath=fastmath, error_model="numpy", boundscheck=False, forceinline=inline)
+    return decorator

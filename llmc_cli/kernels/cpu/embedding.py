@@ -9,7 +9,7 @@ BLOCK = 64  # channels a task: four cache lines of each row
 
 
 @kernel(float2, float2, float2, int1, int1, fastmath=CONTRACT)
-def embedding_forward(x, wte, wpe, ids, positions):  # type: ignore[no-untyped-def]
+def embedding_forward(x, wte, wpe, ids, positions):
     N, C = x.shape
     for i in prange(N):
         token, position = ids[i], positions[i]
@@ -18,13 +18,13 @@ def embedding_forward(x, wte, wpe, ids, positions):  # type: ignore[no-untyped-d
 
 
 @helper(CONTRACT, inline=False)
-def add_row(to, row):  # type: ignore[no-untyped-def]
+def add_row(to, row):
     for j in range(to.size):
         to[j] += row[j]
 
 
 @kernel(float2, float2, float2, int1, int1, boolean, fastmath=CONTRACT)
-def embedding_backward(dwte, dwpe, dx, ids, positions, acc):  # type: ignore[no-untyped-def]
+def embedding_backward(dwte, dwpe, dx, ids, positions, acc):
     """Each task owns a block of channels and walks all rows in order: no two tasks add to the same place."""
     N, C = dx.shape
     for block in prange((C + BLOCK - 1) // BLOCK):

@@ -69,7 +69,7 @@ def from_order_key(typing_context: Any, key: Any) -> Any:
 
 
 @helper(CONTRACT)  # no reassociation: (x + ROUNDER) - ROUNDER must stay
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e^x within 1 unit in the last place; 0 below e^-87, e^88 above it, NaN for NaN."""
     clipped = HIGHEST if x > HIGHEST else x
     rounded = clipped * LOG2_E + ROUNDER

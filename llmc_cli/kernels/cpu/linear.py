@@ -16,7 +16,7 @@ LIMIT = np.float32(10.0)  # gelu' is 0 or 1 beyond it, and the products below wo
 
 
 @kernel(float2, float1, fastmath=REORDER)
-def fill_rows(y, b):  # type: ignore[no-untyped-def]
+def fill_rows(y, b):
     """y (N,O) = b (O,) in each row: the product is then added to it, which costs BLAS no more than overwriting."""
     N, O = y.shape  # noqa: E741
     for i in prange(N):
@@ -25,19 +25,19 @@ def fill_rows(y, b):  # type: ignore[no-untyped-def]
 
 
 @helper(REORDER, inline=False)
-def add_four(out, a, b, c, d):  # type: ignore[no-untyped-def]
+def add_four(out, a, b, c, d):
     for j in range(out.size):
         out[j] += (a[j] + b[j]) + (c[j] + d[j])
 
 
 @helper(REORDER, inline=False)
-def add_one(out, a):  # type: ignore[no-untyped-def]
+def add_one(out, a):
     for j in range(out.size):
         out[j] += a[j]
 
 
 @kernel(float1, float2, boolean, fastmath=REORDER)
-def sum_rows(out, x, acc):  # type: ignore[no-untyped-def]
+def sum_rows(out, x, acc):
     """out (O,) = or += the sum of x (N,O) over rows."""
     N, O = x.shape  # noqa: E741
     for block in prange((O + BLOCK - 1) // BLOCK):
@@ -53,14 +53,14 @@ def sum_rows(out, x, acc):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def gelu_piece(act, pre):  # type: ignore[no-untyped-def]
+def gelu_piece(act, pre):
     for i in range(pre.size):
         x = pre[i]
         act[i] = x / (ONE + exp(-x * (SLOPE + CUBIC * (x * x))))
 
 
 @kernel(float1, float1, fastmath=CONTRACT)
-def gelu_forward(act, pre):  # type: ignore[no-untyped-def]
+def gelu_forward(act, pre):
     """act = pre/2 · (1 + tanh(u/2)) = pre / (1 + exp(-u)), u = SLOPE · (pre + 0.044715 pre³), all (P,)."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
         here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))
@@ -68,7 +68,7 @@ def gelu_forward(act, pre):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def gelu_piece_backward(dpre, pre):  # type: ignore[no-untyped-def]
+def gelu_piece_backward(dpre, pre):
     for i in range(pre.size):
         x = pre[i]
         x = LIMIT if x > LIMIT else x
@@ -79,7 +79,7 @@ def gelu_piece_backward(dpre, pre):  # type: ignore[no-untyped-def]
 
 
 @kernel(float1, float1, fastmath=CONTRACT)
-def gelu_backward(dpre, pre):  # type: ignore[no-untyped-def]
+def gelu_backward(dpre, pre):
     """dpre ·= gelu'(pre) = s + pre · s · (1 - s) · du/dpre, s = 1 / (1 + exp(-u)) and 1 - s = s · exp(-u)."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
         here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))

@@ -9,7 +9,7 @@ ROWS = 32  # rows a task of the backward pass: its partial sums of dw and db are
 
 
 @kernel(float2, float2, float1, float1, float2, float2, float1, float1, float32, boolean, fastmath=REORDER)
-def norm_forward(res, y, mean, rstd, x, delta, w, b, eps, add):  # type: ignore[no-untyped-def]
+def norm_forward(res, y, mean, rstd, x, delta, w, b, eps, add):
     """y's row holds the sum until it is normalized: res may be x, and a loop over both would not be vectorized."""
     N, C = y.shape
     for i in prange(N):
@@ -36,7 +36,7 @@ def norm_forward(res, y, mean, rstd, x, delta, w, b, eps, add):  # type: ignore[
 
 
 @kernel(float2, float2, float2, float2, float2, float2, float1, float1, float1, float2, boolean, fastmath=REORDER)
-def norm_backward(dx, dw, db, rows, dy, res, mean, rstd, w, dres, add):  # type: ignore[no-untyped-def]
+def norm_backward(dx, dw, db, rows, dy, res, mean, rstd, w, dres, add):
     """dx, and per task a row of partial sums in dw and db (tasks,C). ``rows`` (tasks,C) is scratch: dx may be dy or
     dres, and a loop over both would not be vectorized."""
     N, C = dx.shape

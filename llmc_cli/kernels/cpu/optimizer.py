@@ -9,7 +9,7 @@ PIECE = 16384  # elements a task
 
 
 @helper(REORDER, inline=False)
-def piece_sum(g):  # type: ignore[no-untyped-def]
+def piece_sum(g):
     total = 0.0
     for i in range(g.size):
         x = np.float64(g[i])
@@ -18,7 +18,7 @@ def piece_sum(g):  # type: ignore[no-untyped-def]
 
 
 @kernel(double1, double1, float1, fastmath=CONTRACT)
-def sum_squares(out, pieces, g):  # type: ignore[no-untyped-def]
+def sum_squares(out, pieces, g):
     """out (1,) = the sum of g² (P,), by way of as many equal ``pieces`` as there is room for."""
     count = pieces.size
     length = (g.size + count - 1) // count
@@ -31,7 +31,7 @@ def sum_squares(out, pieces, g):  # type: ignore[no-untyped-def]
 
 
 @helper(CONTRACT, inline=False)
-def adamw_piece(master, m, v, g, hyper, decayed, scale):  # type: ignore[no-untyped-def]
+def adamw_piece(master, m, v, g, hyper, decayed, scale):
     lr, eps, decay, clip = np.float32(hyper[0]), np.float32(hyper[3]), np.float32(hyper[4] * decayed), np.float32(scale)
     keep1, keep2 = np.float32(hyper[1]), np.float32(hyper[2])
     take1, take2 = np.float32(1.0 - hyper[1]), np.float32(1.0 - hyper[2])
@@ -46,7 +46,7 @@ def adamw_piece(master, m, v, g, hyper, decayed, scale):  # type: ignore[no-unty
 
 
 @kernel(float1, float1, float1, float1, long2, double1, float64, fastmath=CONTRACT)
-def adamw(master, m, v, g, segments, hyper, scale):  # type: ignore[no-untyped-def]
+def adamw(master, m, v, g, segments, hyper, scale):
     """One pass over all four arrays (P,); each task takes the parts of segments that lie in its piece."""
     for piece in prange((g.size + PIECE - 1) // PIECE):
         for k in range(segments.shape[0]):

@@ -90,7 +90,7 @@ def tile_product(
 
 
 @helper(CONTRACT, inline=False)
-def multiply(c, a, b, depth, transposed, acc):  # type: ignore[no-untyped-def]
+def multiply(c, a, b, depth, transposed, acc):
     """c (rows,columns) = or, with ``acc``, += a (rows,depth) · b (depth,columns); a may be wider than depth, b longer;
     ``transposed``: a is (depth,rows). rows is a multiple of ROWS, columns of COLUMNS."""
     rows, columns = c.shape

@@ -22,13 +22,15 @@ def store(target: Float64, value: Float64, acc: bool) -> None:
 
 def gelu(x: Float64) -> Float64:
     """x/2 · (1 + tanh(sqrt(2/pi) · (x + 0.044715 x³)))."""
-    return 0.5 * x * (1.0 + np.tanh(GELU_SLOPE * (x + GELU_CUBIC * x**3)))
+    result: Float64 = 0.5 * x * (1.0 + np.tanh(GELU_SLOPE * (x + GELU_CUBIC * x**3)))
+    return result
 
 
 def gelu_derivative(x: Float64) -> Float64:
     """d gelu / dx."""
     tanh = np.tanh(GELU_SLOPE * (x + GELU_CUBIC * x**3))
-    return 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * x**2)
+    result: Float64 = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * x**2)
+    return result
 
 
 def causal_probabilities(q: Float64, k: Float64, offset: int = 0) -> tuple[Float64, Float64]:

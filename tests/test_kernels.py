@@ -1,5 +1,9 @@
 """Every operation of every backend against the float64 reference, on shapes that divide nothing."""
 
+import os
+import platform
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -32,8 +36,19 @@ def test_against_reference(cpu, case):
         assert check.ok, check
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "features"), [("x86-64", "+sse2"), ("haswell", "+avx,+avx2,+fma")])
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
+def test_attention_with_narrower_vectors(tmp_path, name, features):
+    """Tiles are of another shape on other processors, so this whole file is run as on those, compiled anew."""
+    settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "LLMC_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "against_reference or same_bits"]
+    subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.DEVNULL)
+
+
 ONE_OF_EACH = list({case.operation: case for case in CASES}.values())
 BLAS_FREE = [case for case in CASES if case.operation not in USES_BLAS]
+WITH_BLAS = [case for case in CASES if case.operation in USES_BLAS]
 
 
 @pytest.mark.parametrize("case", BLAS_FREE, ids=lambda case: f"{case.operation}-{case.label}")
@@ -41,6 +56,18 @@ def test_same_bits_with_one_thread_and_two(cpu, case):
     two = {name: value.tobytes() for name, value in run(cpu, case).items()}
     with cpu.limited_to(1):
         one = {name: value.tobytes() for name, value in run(cpu, case).items()}
+    assert one == two
+
+
+@pytest.mark.parametrize("case", WITH_BLAS, ids=lambda case: f"{case.operation}-{case.label}")
+def test_same_bits_but_for_blas(cpu, case):
+    """BLAS divides its sums by its own threads; with those fixed the rest gives the same bits."""
+    import numba
+
+    two = {name: value.tobytes() for name, value in run(cpu, case).items()}
+    numba.set_num_threads(1)
+    one = {name: value.tobytes() for name, value in run(cpu, case).items()}
+    numba.set_num_threads(2)
     assert one == two
 
 

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import llvmlite.binding
+import llvmlite
 import numba
 
 from llmc_cli.kernels.cpu import compiling
@@ -50,13 +49,8 @@ def version() -> str:
         # Numba refuses what was compiled from a file of another place or time, so these belong to the version
         digest.update(f"{source} {stat.st_mtime_ns} {stat.st_size}\n".encode())
         digest.update(source.read_bytes())
-    digest.update(
-        f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag} {platform.machine()}".encode()
-    )
-    digest.update(f"{SETTINGS.CPU_NAME} {SETTINGS.CPU_FEATURES} {SETTINGS.OPT}".encode())
-    digest.update(
-        f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}".encode()
-    )
+    digest.update(f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag}".encode())
+    digest.update(f"{compiling.target()} {SETTINGS.OPT}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from numba import njit
 from numba.core import types
+from numba.core.registry import cpu_target
 
 Decorator = Callable[[Callable[..., Any]], Any]
 
@@ -32,6 +33,12 @@ long2 = types.int64[:, ::1]
 
 caching = True
 """Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""
+
+
+def target() -> tuple[str, str, str]:
+    """What numba compiles for: LLVM's triple, the processor's name, its features as ``+avx2,-avx512f,…``."""
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, name, features
 
 
 def kernel(*arguments: Any, fastmath: set[str]) -> Decorator:

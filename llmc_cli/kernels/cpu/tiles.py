@@ -5,22 +5,22 @@ The vectors are LLVM's own, of the width this machine has, so one source serves 
 
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
+from llmc_cli.kernels.cpu.compiling import CONTRACT, helper, target
 
 
 def vector_shape() -> tuple[int, int]:
     """Lanes of a vector, and rows of a tile: rows x 2 accumulators, two vectors and a broadcast fit the registers."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512f"):
+    triple, _, features = target()
+    enabled = features.split(",")
+    if "+avx512f" in enabled:
         return 16, 8
-    if features.get("avx"):
+    if "+avx" in enabled:
         return 8, 4
-    return 4, 8 if features.get("neon") else 4
+    return 4, 8 if triple.startswith(("aarch64", "arm64")) else 4
 
 
 LANES, ROWS = vector_shape()

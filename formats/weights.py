@@ -59,14 +59,14 @@ class _Piece(NamedTuple):
 def tensor_shapes(header: GPT2Header) -> dict[str, tuple[int, ...]]:
     """The tensors' shapes as in the file: wte has V rows in versions 1 and 2, Vp in the others."""
     rows = header.padded_vocab_size if VERSIONS[header.version].padded else header.vocab_size
-    return _shapes(header, rows)
+    return shapes(header.max_seq_len, header.num_layers, header.channels, rows)
 
 
-def _shapes(header: GPT2Header, rows: int) -> dict[str, tuple[int, ...]]:
-    L, C = header.num_layers, header.channels
+def shapes(T: int, L: int, C: int, rows: int) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes with ``rows`` rows of wte; linear weights are (out, in)."""
     return {
         "wte": (rows, C),
-        "wpe": (header.max_seq_len, C),
+        "wpe": (T, C),
         "ln1w": (L, C),
         "ln1b": (L, C),
         "qkvw": (L, 3 * C, C),
@@ -177,13 +177,13 @@ def _stream(
 
 def _pieces(header: GPT2Header, order: Order) -> dict[str, _Piece]:
     """The tensors in the order of the file."""
-    version, shapes = VERSIONS[header.version], tensor_shapes(header)
+    version, stored = VERSIONS[header.version], tensor_shapes(header)
     pieces: dict[str, _Piece] = {}
     offset = HEADER_BYTES
     for name in TENSORS if order == "layers" or header.version != 2 else NORMS_LAST:
         dtype = version.norm_dtype if name in NORMS else version.dtype
-        pieces[name] = _Piece(shapes[name], dtype, offset)
-        offset += math.prod(shapes[name]) * item_bytes(dtype)
+        pieces[name] = _Piece(stored[name], dtype, offset)
+        offset += math.prod(stored[name]) * item_bytes(dtype)
     return pieces
 
 
@@ -230,7 +230,7 @@ def save_weights(path: str | Path, header: GPT2Header, tensors: Mapping[str, NDA
         raise VersionError(path, f"version {header.version} asked for", f"one that is written: {written}")
     _check_fields(path, header)
     version = VERSIONS[header.version]
-    for name, shape in _shapes(header, header.padded_vocab_size).items():
+    for name, shape in shapes(header.max_seq_len, header.num_layers, header.channels, header.padded_vocab_size).items():
         if tensors[name].shape != shape:
             raise ValueError(f"{path}: {name} is {tensors[name].shape}, expected {shape}")
     slots = new_slots(Kind.GPT2_MODEL, header.version)

@@ -32,6 +32,10 @@ class Kernels(Protocol):
         """A zeroed array whose first element is aligned to 64 bytes."""
         ...
 
+    def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
+        """Bytes of scratch memory that training steps of this size come to, without allocating any."""
+        ...
+
     def bind(self, master: Array) -> Weight:
         """The weight whose values are ``master`` (out, in), a view that the caller keeps and updates."""
         ...

@@ -2,6 +2,7 @@
 
 import math
 
+from llmc_cli.formats.weights import shapes
 from llmc_cli.models.config import ModelConfig
 
 DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
@@ -10,25 +11,7 @@ DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The sixteen tensors of GPT-2 in file order, each one for all layers together; linear weights are (out, in)."""
-    L, C = config.num_layers, config.channels
-    return {
-        "wte": (config.padded_vocab_size, C),
-        "wpe": (config.max_seq_len, C),
-        "ln1w": (L, C),
-        "ln1b": (L, C),
-        "qkvw": (L, 3 * C, C),
-        "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C),
-        "attprojb": (L, C),
-        "ln2w": (L, C),
-        "ln2b": (L, C),
-        "fcw": (L, 4 * C, C),
-        "fcb": (L, 4 * C),
-        "fcprojw": (L, C, 4 * C),
-        "fcprojb": (L, C),
-        "lnfw": (C,),
-        "lnfb": (C,),
-    }
+    return shapes(config.max_seq_len, config.num_layers, config.channels, config.padded_vocab_size)
 
 
 def parameter_count(config: ModelConfig) -> int:

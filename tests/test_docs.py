@@ -1,0 +1,173 @@
+"""The documents say what is so: links, commands, examples, what is computed, and the tutorial's code."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from llmc_cli.app import app
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+
+BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+COMMANDS = typer.main.get_command(app).commands
+OPTIONS = {
+    name: {option for each in command.params for option in (*each.opts, *each.secondary_opts)} | {"--help"}
+    for name, command in COMMANDS.items()
+}
+OPTIONS_OF_LLMC = {"--help", "--version", "--install-completion", "--show-completion"}
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """Language, what stands behind it, content and line of each block of code."""
+    text = read(page)
+    for match in BLOCK.finditer(text):
+        yield match[1], match[2].strip(), match[3], text[: match.start(3)].count("\n")
+
+
+def anchors(page):
+    """The anchors that GitHub gives to a page's headings."""
+    text = BLOCK.sub("", read(page))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(BLOCK.sub("", read(page))):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), target
+        assert ROOT in (place, *place.parents), target
+        if anchor:
+            assert anchor in anchors(place), target
+
+
+def test_the_readme_links_every_page():
+    links = set(LINK.findall(read(ROOT / "README.md")))
+    assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} | {"CHANGELOG.md", "LICENSE"} <= links
+
+
+def command_lines(page):
+    """Each call of llmc that a page shows, in a block of code or within a line."""
+    for language, _, content, _ in blocks(page):
+        if language in ("console", "sh"):
+            prompt = "$ " if language == "console" else ""
+            for line in content.replace("\\\n", " ").splitlines():
+                if line.startswith(prompt):
+                    yield from (part.strip() for part in line.removeprefix(prompt).split(" | "))
+    yield from SPAN.findall(BLOCK.sub("", read(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    for line in command_lines(page):
+        if line != "llmc" and not line.startswith("llmc "):
+            continue
+        words = shlex.split(line)[1:]
+        known = OPTIONS_OF_LLMC
+        if words and not words[0].startswith("-") and words[0] != "COMMAND":
+            assert words[0] in COMMANDS, line
+            known = OPTIONS[words[0]]
+        for word in words:
+            if re.match(r"--?[a-z]", word):
+                assert word.partition("=")[0] in known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_named_alone_exist(page):
+    known = OPTIONS_OF_LLMC.union(*OPTIONS.values())
+    for span in SPAN.findall(BLOCK.sub("", read(page))):
+        if re.match(r"--?[a-z]", span):
+            assert span.split()[0] in known, span
+
+
+def test_what_is_computed_is_current():
+    pages = dict(runpy.run_path(str(ROOT / "fixtures" / "make_docs.py"))["pages"]())
+    assert DOCS / "commands.md" in pages
+    for path, content in pages.items():
+        assert read(path) == content, f"{path.name} is out of date: python fixtures/make_docs.py"
+
+
+EXAMPLES = [
+    pytest.param(content, id=f"line {line}")
+    for language, _, content, line in blocks(DOCS / "formats.md")
+    if language == "console"
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_the_formats(example):
+    command, _, shown = example.partition("\n")
+    words = shlex.split(command.removeprefix("$ llmc "))
+    run = subprocess.run(
+        [sys.executable, "-m", "llmc_cli.app", *words], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert run.stdout + run.stderr == shown
+
+
+def run_tutorial(monkeypatch, with_torch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for language, kind, content, line in blocks(DOCS / "tutorial.md"):
+        if language == "python" and (kind == "" or (kind == "torch" and with_torch)):
+            exec(compile("\n" * line + content, "tutorial.md", "exec"), names)
+    return names
+
+
+def test_the_tutorial_runs(monkeypatch):
+    assert "kernels" in run_tutorial(monkeypatch, with_torch=False)
+
+
+@pytest.mark.witness
+def test_the_tutorial_runs_with_torch(monkeypatch):
+    assert "torch" in run_tutorial(monkeypatch, with_torch=True)
+
+
+def test_excerpts_are_of_the_code():
+    excerpts = [(kind, content) for _, kind, content, _ in blocks(DOCS / "tutorial.md") if kind.startswith("excerpt ")]
+    assert excerpts
+    for kind, content in excerpts:
+        assert content in read(ROOT / kind.removeprefix("excerpt ")), kind
+
+
+def test_two_commands_set_it_up():
+    commands = [
+        line
+        for language, _, content, _ in blocks(ROOT / "README.md")
+        if language == "sh"
+        for line in content.splitlines()
+        if line.startswith("make ")
+    ]
+    assert [line.split("#")[0].strip() for line in commands] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w[\w-]*):", read(ROOT / "Makefile"), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+
+
+def test_the_tree_of_the_readme_is_there():
+    tree = next(content for language, kind, content, _ in blocks(ROOT / "README.md") if kind == "tree")
+    folder = ROOT
+    for line in tree.splitlines():
+        name, depth = line.split()[0], len(line) - len(line.lstrip())
+        if depth == 0:
+            folder = ROOT
+        path = (folder if depth else ROOT) / name
+        assert path.exists(), line
+        if depth == 0 and path.is_dir():
+            folder = path

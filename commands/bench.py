@@ -56,11 +56,11 @@ def bench(
 ) -> None:
     """Measure this machine's ceilings, and how near to them each part of the program comes.
 
-    Times are medians. A row's share is of what bounds it: the fastest matrix product or the fastest memory traffic
-    measured here; more than 100% of memory means that the data stays in the caches. Of a training step the share is
-    its MFU, of prepro what the tokenizer alone takes. Each side of a comparison works in a process of its own, one at a
-    time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. --baseline judges whole rows, not the
-    parts of a step.
+    Times are medians, with the best beside them. A row's share is of what bounds it: the fastest matrix product or the
+    fastest memory traffic measured here; more than 100% of memory means that the data stays in the caches. Of a
+    training step the share is its MFU, of prepro what the tokenizer alone takes. Each side of a comparison works in a
+    process of its own, one at a time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. --baseline
+    judges whole rows, not the parts of a step.
     """
     from llmc_cli import benchmarking, chart
 
@@ -106,7 +106,7 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
     output.table(("ceiling", ceilings.precision), rows, title=str(benchmark.machine["processor"]))
 
     modes = list(dict.fromkeys(mode for row in benchmark.rows for mode in row.torch))
-    columns = ["row", "ms", "runs", "rate", "share", "of"]
+    columns = ["row", "ms", "best", "runs", "rate", "share", "of"]
     for mode in modes:
         columns += [f"{mode} ms", "ratio"]
     output.table(columns, [cells(row, modes) for row in benchmark.rows])
@@ -143,6 +143,7 @@ def cells(row: "Row", modes: list[str]) -> list[str]:
     found = [
         f"{row.name} ×{row.calls}" if row.calls else row.name,
         milliseconds(row.seconds),
+        milliseconds(row.best),
         str(row.runs),
         rate(row),
         f"{row.share:.0%}" if row.ceiling else "",

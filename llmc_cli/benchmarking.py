@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from llmc_cli.baseline import SCHEMA, Change, read_baseline, this_machine
 from llmc_cli.ceilings import Ceilings, measure_ceilings
 from llmc_cli.contest import Note
 from llmc_cli.contestant import Work
-from llmc_cli.device import Backend, open_kernels
+from llmc_cli.device import Backend, available_cores, open_kernels
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.measuring import Row, Side, measure
@@ -25,6 +26,7 @@ AGAINST_TORCH = ("kernels", "train", "sample")
 BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1}
 RUNS = {"kernels": 20, "train": 10, "sample": 64, "prepro": 3}  # timed, of each row, unless told otherwise
 PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch")
+BUSY = 0.25  # of the cores: work of others that disturbs
 COMPUTED = ("ceilings", "rows", "changes")  # fields that a document shows with what follows from them
 
 
@@ -49,15 +51,16 @@ class Benchmark:
     """All of one call of ``bench``.
 
     ``settings``: what a comparison requires to be the same beside the machine: model, shape, device, precision, threads
-    and per section its batch and length. ``compile_seconds``: how long opening the kernels took where they had to be
-    compiled, None where they came from the cache. ``absent``: per section the modes of PyTorch that could not take
-    part, and why. ``changes``: against the baseline, where one was given.
+    and per section its batch and length. ``load``: busy cores in the minute before. ``compile_seconds``: how long
+    opening the kernels took where they had to be compiled, None where they came from the cache. ``absent``: per section
+    the modes of PyTorch that could not take part, and why. ``changes``: against the baseline, where one was given.
     """
 
     machine: dict[str, Any]
     versions: dict[str, str]
     settings: dict[str, Any]
     ceilings: Ceilings
+    load: float | None
     compile_seconds: float | None
     rows: list[Row]
     sides: list[Side]
@@ -89,6 +92,7 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
     if options.against_torch:
         _require_torch(options.sections)
     earlier = read_baseline(options.baseline) if options.baseline else None
+    load = _load(available_cores(), note)
     backend, compile_seconds = _open(options, note)
     machine, settings = this_machine(), _settings(options, works, backend)
     if earlier:
@@ -102,6 +106,7 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
         versions=_versions(),
         settings=settings,
         ceilings=ceilings,
+        load=load,
         compile_seconds=compile_seconds,
         rows=rows,
         sides=[side for each in measured.values() for side in each.sides],
@@ -141,6 +146,16 @@ def _require_torch(sections: tuple[str, ...]) -> None:
         )
     if importlib.util.find_spec("torch") is None:
         raise MissingError("--against torch: PyTorch is not installed; pip install 'llmc-cli[witness]'")
+
+
+def _load(cores: int, note: Note) -> float | None:
+    """The machine's load before anything is measured, None where the system does not tell; much of it is noted."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return None
+    load = os.getloadavg()[0]
+    if load > BUSY * cores:
+        note(f"this machine is busy (load {load:.1f} on {cores} cores): times will mean little")
+    return load
 
 
 def _open(options: BenchOptions, note: Note) -> tuple[Backend, float | None]:

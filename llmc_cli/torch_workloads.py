@@ -137,14 +137,17 @@ class SampleWorkload:
 
 
 class KernelsWorkload:
-    """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass."""
+    """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass.
+
+    Two have no like: the embedding's backward pass, which makes a whole table of gradients where ours adds to the one
+    that the head has made, and attention through a cache, which is part of ``sample``.
+    """
 
     def __init__(self, config: ModelConfig, B: int, T: int) -> None:
         self.B, self.T, self.config = B, T, config
         C, F4 = config.channels, 4 * config.channels
         self._made: dict[str, Callable[[], Callable[[], Any]]] = {
             "embedding_forward": lambda: self._forward(*self._embedding()),
-            "embedding_backward": lambda: self._backward(*self._embedding()),
             "residual_norm_forward": lambda: self._forward(*self._norm()),
             "residual_norm_backward": lambda: self._backward(*self._norm()),
             "linear_forward qkv": lambda: self._forward(*self._linear(C, 3 * C)),

@@ -32,10 +32,10 @@ def test_tables_on_stdout_progress_on_stderr(bench):
         ["memory read", "30.0 GB/s"],
         ["memory copy", "40.0 GB/s"],
     ]
-    assert lines[4] == ["row", "ms", "runs", "rate", "share", "of"]
+    assert lines[4] == ["row", "ms", "best", "runs", "rate", "share", "of"]
     step = lines[5]
-    assert (step[0], step[2], step[5]) == ("train/step", "2", "MFU")
-    assert step[3].endswith(" tok/s")
+    assert (step[0], step[3], step[6]) == ("train/step", "2", "MFU")
+    assert step[4].endswith(" tok/s")
     assert any(line[0].startswith("train/step/linear_backward") for line in lines)
     assert lines[-1][0] == "train: llmc"
     assert "measuring ceilings" in result.stderr
@@ -54,7 +54,7 @@ def test_quiet_json_is_one_document(bench):
     assert row["tokens_per_s"] == pytest.approx(1 / row["seconds"])
     assert document["sides"][0]["side"] == "llmc"
     assert document["ceilings"]["bytes_per_s"] == 40e9
-    assert {"machine", "versions", "changes", "compile_seconds"} < document.keys()
+    assert {"machine", "load", "versions", "changes", "compile_seconds"} < document.keys()
 
 
 def saved(path, scale):
@@ -118,7 +118,7 @@ def test_against_torch(bench):
     result = bench("train", "-b", 2, "--against", "torch")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[4].startswith("row\tms\truns\trate\tshare\tof\ttorch eager ms\tratio")
+    assert lines[4].startswith("row\tms\tbest\truns\trate\tshare\tof\ttorch eager ms\tratio")
     assert any(line.startswith("train: torch eager\t") and "torch 2" in line for line in lines)
     assert lines[-1].startswith("train/step: ratio ")
     assert "medians of 2 runs in turns" in lines[-1]

@@ -23,7 +23,7 @@ def bench(
         typer.Option("--model", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file, of which the shape counts."),
     ] = "d12",
     batch: Annotated[
-        int | None, typer.Option("--batch", "-b", min=1, help="Sequences side by side.  [default: 4; sample: 1]")
+        int | None, typer.Option("--batch", "-b", min=1, show_default="4; sample: 1", help="Sequences side by side.")
     ] = None,
     seq_len: Annotated[
         int, typer.Option("--seq-len", "-t", min=1, help="Positions of each; in sample, those already there.")
@@ -31,7 +31,10 @@ def bench(
     steps: Annotated[
         int | None,
         typer.Option(
-            "--steps", min=1, help="Timed runs of each row.  [default: kernels 20, train 10, sample 64, prepro 3]"
+            "--steps",
+            min=1,
+            show_default="kernels 20, train 10, sample 64, prepro 3",
+            help="Timed runs of each row.",
         ),
     ] = None,
     against: Annotated[

@@ -85,16 +85,20 @@ class Output:
             for row in (columns, *rows):
                 print("\t".join(row), file=stream, flush=True)
             return
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left", header_style="bold")
+        console = Console(file=stream)
+        table = Table(title=title or None, title_justify="left", header_style="bold", box=box.SIMPLE, pad_edge=False)
         for index, column in enumerate(columns):
-            numeric = all(row[index][:1] in "0123456789-+." for row in rows if row[index])
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            cells = [row[index] for row in rows]
+            numeric = all(cell[:1] in "0123456789-+." for cell in cells if cell)
+            short = max(map(len, [column, *cells])) <= console.width // 3  # long ones share what the others leave
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
         for row in rows:
             table.add_row(*row)
-        Console(file=stream).print(table)
+        console.print(table)
 
     @contextlib.contextmanager
     def progress(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DATA = "data/tinyshakespeare/tiny_shakespeare_{}.bin"
 
+FLAG = "0|1"  # what the C trainer writes for no and yes
+
 MODEL, DATA_PANEL, LENGTH, RATE, WATCH, OPTIMIZER, LATER = (
     "Model and output", "Data", "Batch and length", "Learning rate", "Evaluation", "Optimizer", "Of the C trainer"
 )  # fmt: skip
@@ -39,17 +41,22 @@ def train(
         int, option(MODEL, "--major-every -nm", "Checkpoints at multiples of this are never deleted.", min=0)
     ] = 0,
     resume: Annotated[
-        int, option(MODEL, "--resume -y", "1: go on from the last checkpoint in --out.", min=0, max=1)
+        int, option(MODEL, "--resume -y", "1: go on from the last checkpoint in --out.", metavar=FLAG, min=0, max=1)
     ] = 0,
     force: Annotated[bool, option(MODEL, "--force", "Resume with arguments that change the course.")] = False,
-    data: Annotated[str, option(DATA_PANEL, "--data -i", "Training shards, a glob.")] = DATA.format("train"),
-    val_data: Annotated[str, option(DATA_PANEL, "--val-data -j", "Validation shards, a glob.")] = DATA.format("val"),
+    data: Annotated[
+        str, option(DATA_PANEL, "--data -i", "Training shards, a glob.", show_default="as prepro names them")
+    ] = DATA.format("train"),
+    val_data: Annotated[
+        str, option(DATA_PANEL, "--val-data -j", "Validation shards, a glob.", show_default="as prepro names them")
+    ] = DATA.format("val"),
     shuffle: Annotated[
         bool, option(DATA_PANEL, "--shuffle/--no-shuffle", "Shuffle shards and the samples in them.")
     ] = True,
     seed: Annotated[int, option(DATA_PANEL, "--seed", "Of fresh weights and shuffling.", min=0, max=2**32 - 1)] = 42,
     overfit: Annotated[
-        int, option(DATA_PANEL, "--overfit -a", "1: train on the first batch again and again.", min=0, max=1)
+        int,
+        option(DATA_PANEL, "--overfit -a", "1: train on the first batch again and again.", metavar=FLAG, min=0, max=1),
     ] = 0,
     batch: Annotated[int, option(LENGTH, "--batch -b", "Sequences per micro-step.", min=1)] = 4,
     seq_len: Annotated[int, option(LENGTH, "--seq-len -t", "Positions per sequence.", min=1)] = 1024,
@@ -76,7 +83,9 @@ def train(
     sample_every: Annotated[int, option(WATCH, "--sample-every -s", "Steps between samples; 0: never.", min=0)] = 20,
     sample_tokens: Annotated[int, option(WATCH, "--sample-tokens -g", "Length of a sample.", min=1)] = 64,
     dry_run: Annotated[bool, option(WATCH, "--dry-run", "Print what the run will take, and stop.")] = False,
-    hellaswag: Annotated[int, option(LATER, "--hellaswag -h", "HellaSwag evaluation: not yet.", min=0, max=1)] = 0,
+    hellaswag: Annotated[
+        int, option(LATER, "--hellaswag -h", "HellaSwag evaluation: not yet.", metavar=FLAG, min=0, max=1)
+    ] = 0,
     zero: Annotated[
         int, option(LATER, "--zero -z", "ZeRO stage: 0 and 1 are the same on one process.", min=0, max=3)
     ] = 0,
@@ -84,10 +93,12 @@ def train(
         int, option(LATER, "--recompute -r", "Accepted; on the CPU nothing is recomputed but attention.", min=0, max=2)
     ] = 1,
     tf32: Annotated[
-        int | None, option(LATER, "--tf32 -f", "TF32 on a GPU; given on the CPU, 1 is an error.", min=0, max=1)
+        int | None,
+        option(LATER, "--tf32 -f", "TF32 on a GPU; given on the CPU, 1 is an error.", metavar=FLAG, min=0, max=1),
     ] = None,
     master_weights: Annotated[
-        int, option(LATER, "--master-weights -w", "Accepted; weights are float32 throughout.", min=0, max=1)
+        int,
+        option(LATER, "--master-weights -w", "Accepted; weights are float32 throughout.", metavar=FLAG, min=0, max=1),
     ] = 1,
     gelu_fusion: Annotated[
         int, option(LATER, "--gelu-fusion -ge", "Accepted; the CPU always fuses it.", min=-1, max=2)
@@ -187,7 +198,7 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
     ]
     if expected is not None:
         rows.append(("expected time", f"{render.seconds(expected)} without validation and samples"))
-    output.table(("plan", ""), rows, result=dry_run)
+    output.table(("plan", "value"), rows, result=dry_run)
 
 
 def follow(output: render.Output, training: "Training") -> None:

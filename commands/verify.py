@@ -112,7 +112,7 @@ def show_checks(
         **versions(),
     }
     if not output.json:
-        output.table(("environment", ""), list(machine.items()))
+        output.table(("environment", "value"), list(machine.items()))
     done: list[Check] = []
     with output.progress("checks", total, lambda count: f"{count:.0f}") as tell:
         for check in checks:

@@ -14,12 +14,12 @@ from typing import Any
 from llmc_cli.baseline import SCHEMA, Change, read_baseline, this_machine
 from llmc_cli.ceilings import Ceilings, measure_ceilings
 from llmc_cli.contest import Note
-from llmc_cli.contestant import Work
 from llmc_cli.device import Backend, available_cores, open_kernels
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.measuring import Row, Side, measure
 from llmc_cli.training import model_config
+from llmc_cli.work import Work
 
 SECTIONS = ("kernels", "train", "sample", "prepro")
 AGAINST_TORCH = ("kernels", "train", "sample")

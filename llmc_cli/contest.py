@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from llmc_cli.contestant import Work
 from llmc_cli.errors import LlmcError, MissingError
 from llmc_cli.waiting import users_environment
+from llmc_cli.work import Work
 
 SETTLE_S = 0.02
 """Between one side's run and the next's: a thread pool that spins a while after its work would slow the other side."""
@@ -69,7 +69,8 @@ class Contestant:
         """Have it run a task ``untimed`` times and once more, timed."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
-            print(json.dumps({"task": task, "untimed": untimed}), file=self._process.stdin, flush=True)
+            self._process.stdin.write(json.dumps({"task": task, "untimed": untimed}) + "\n")
+            self._process.stdin.flush()
         answer = Answer(**self._receive())
         self.peak_memory = answer.peak_memory
         return answer

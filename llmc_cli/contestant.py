@@ -5,49 +5,20 @@ stdin, ``{"task": "step", "untimed": 0}``, is answered by one on stdout; the fir
 run it alone, pipe such lines in.
 """
 
-import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmc_cli.errors import LlmcError
-from llmc_cli.models.config import ModelConfig
 from llmc_cli.waiting import wait_passively
+from llmc_cli.work import Work
 
 if TYPE_CHECKING:
     from llmc_cli.workloads import Task, Workload
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, and by whom.
-
-    ``side``: llmc, torch eager or torch compiled; ``section``: kernels, train, sample or prepro. B sequences of T
-    positions; ``steps`` tokens at least have room behind them in ``sample``. ``threads`` None: the side's own default.
-    """
-
-    side: str
-    section: str
-    config: ModelConfig
-    batch: int
-    seq_len: int
-    steps: int
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-
-    def text(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_text(text: str) -> "Work":
-        fields = json.loads(text)
-        return Work(**{**fields, "config": ModelConfig(**fields["config"])})
 
 
 def peak_memory() -> int | None:
@@ -145,7 +116,12 @@ def main() -> None:
     # what a library may print to stdout goes to stderr: answers have their pipe to themselves
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        serve(work, sys.stdin, lambda content: print(json.dumps(content), file=answers, flush=True))
+
+        def answer(content: dict[str, Any]) -> None:
+            answers.write(json.dumps(content) + "\n")
+            answers.flush()
+
+        serve(work, sys.stdin, answer)
 
 
 if __name__ == "__main__":

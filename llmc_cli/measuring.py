@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc_cli.ceilings import Ceilings
 from llmc_cli.contest import Answer, Contestant, Note, alternate, contest
-from llmc_cli.contestant import Work
+from llmc_cli.work import Work
 
 WARM_UP = {"kernels": 1, "train": 2, "sample": 4, "prepro": 1}
 UNTIMED = {"kernels": 1}  # short runs: what the other side's run pushed out of the caches comes back first

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmc_cli.contestant import Work
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.work import Work
 from llmc_cli.workloads import LR, SEED, STD, WEIGHT_DECAY, Detail, Task, Workload
 
 

@@ -12,7 +12,7 @@ from llmc_cli.baseline import Baseline, read_baseline, this_machine
 from llmc_cli.benchmarking import Benchmark, BenchOptions
 from llmc_cli.ceilings import Ceilings, matmul_flops, memory_bandwidth
 from llmc_cli.chart import draw, require_chart
-from llmc_cli.contestant import Work, peak_memory
+from llmc_cli.contestant import peak_memory
 from llmc_cli.costs import COSTS, Cost, TimedKernels
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
@@ -20,6 +20,7 @@ from llmc_cli.measuring import Row, Side, measure, share_of_ceiling
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_count
 from llmc_cli.waiting import PASSIVE, users_environment, wait_passively
+from llmc_cli.work import Work
 from llmc_cli.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 
 CONFIG = ModelConfig(16, 67, 2, 2, 16)

@@ -56,7 +56,7 @@ def train(
     seed: Annotated[int, option(DATA_PANEL, "--seed", "Of fresh weights and shuffling.", min=0, max=2**32 - 1)] = 42,
     overfit: Annotated[
         int,
-        option(DATA_PANEL, "--overfit -a", "1: train on the first batch again and again.", metavar=FLAG, min=0, max=1),
+        option(DATA_PANEL, "--overfit -a", "1: train on the first validation batch only.", metavar=FLAG, min=0, max=1),
     ] = 0,
     batch: Annotated[int, option(LENGTH, "--batch -b", "Sequences per micro-step.", min=1)] = 4,
     seq_len: Annotated[int, option(LENGTH, "--seq-len -t", "Positions per sequence.", min=1)] = 1024,
@@ -98,7 +98,14 @@ def train(
     ] = None,
     master_weights: Annotated[
         int,
-        option(LATER, "--master-weights -w", "Accepted; weights are float32 throughout.", metavar=FLAG, min=0, max=1),
+        option(
+            LATER,
+            "--master-weights -w",
+            "1: training states hold the weights in float32, as the C trainer wants them by default.",
+            metavar=FLAG,
+            min=0,
+            max=1,
+        ),
     ] = 1,
     gelu_fusion: Annotated[
         int, option(LATER, "--gelu-fusion -ge", "Accepted; the CPU always fuses it.", min=-1, max=2)
@@ -146,7 +153,7 @@ def train(
             schedule=schedule, lr=lr, warmup=warmup, lr_final=lr_final, weight_decay=weight_decay,
             skip_loss_z=skip_loss_z, skip_grad_z=skip_grad_z, val_every=val_every, val_steps=val_steps,
             sample_every=sample_every, sample_tokens=sample_tokens, overfit=overfit == 1, beta1=beta1, beta2=beta2,
-            eps=eps, clip=clip, shuffle=shuffle, seed=seed,
+            eps=eps, clip=clip, shuffle=shuffle, seed=seed, master_weights=master_weights == 1,
         ),
         backend,
     )  # fmt: skip

@@ -8,6 +8,7 @@ anything: names stand for themselves until one of four known constructors is app
 
 import math
 import pickletools
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -194,8 +195,10 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(program):
-            self.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of an escape that Python does not know, in damage
+            for opcode, argument, _ in pickletools.genops(program):
+                self.step(opcode.name, argument)
         (result,) = self.stack
         return result
 

@@ -99,7 +99,8 @@ class RunFolder:
     def write(self, step: int, model: GPT2, optimizer: AdamW, state: TrainState, record: dict[str, Any]) -> None:
         """Write the checkpoint of ``step``; ``record`` is what run.json keeps for it."""
         save_model(self.model_path(step), model)
-        write_train_state(self.state_path(step), state, optimizer.m, optimizer.v)
+        master = model.params.flat if state.has_master else None
+        write_train_state(self.state_path(step), state, optimizer.m, optimizer.v, master)
         run = self.read_record()
         kept = {str(old): run["checkpoints"][str(old)] for old in self.steps() if str(old) in run["checkpoints"]}
         self.write_record({**run, "checkpoints": {**kept, str(step): record}})
@@ -125,7 +126,9 @@ class RunFolder:
             file.write(json.dumps(record, indent=1).encode() + b"\n")
 
 
-def state_of(step: int, position: Position, rng_state: int, rng_state_before_update: int, seed: int) -> TrainState:
+def state_of(
+    step: int, position: Position, rng_state: int, rng_state_before_update: int, seed: int, has_master: bool = False
+) -> TrainState:
     """The training state of one process that is to go on from ``position`` after ``step`` updates."""
     shuffle = None
     if position.generator is not None:
@@ -133,7 +136,8 @@ def state_of(step: int, position: Position, rng_state: int, rng_state_before_upd
         words, drawn = position.generator
         mersenne = Mersenne(seed, WORDS + 1 - drawn if drawn else 1, drawn, words)
         shuffle = Shuffle(position.shard_order, position.sample_order, mersenne)
-    return TrainState(1, 0, step, rng_state, rng_state_before_update, position.shard, position.sample, shuffle)
+    at = position.shard, position.sample
+    return TrainState(1, 0, step, rng_state, rng_state_before_update, *at, shuffle, has_master)
 
 
 def position_of(state: TrainState) -> Position:

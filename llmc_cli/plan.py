@@ -43,6 +43,7 @@ class TrainOptions:
     sample_every: int = 20
     sample_tokens: int = 64
     overfit: bool = False
+    master_weights: bool = True
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -133,14 +133,15 @@ class Training:
                 f"--sample-tokens {options.sample_tokens}: {options.model} has {config.max_seq_len} positions"
             )
         self.micro_steps = accumulation(options)
-        shuffle = options.shuffle and not options.overfit
-        self.train_data = Batches(options.data, B, T, config.vocab_size, shuffle, options.seed)
+        # as the C trainer does, overfit the validation data's first batch
+        pattern, shuffle = (options.val_data, False) if options.overfit else (options.data, options.shuffle)
+        self.train_data = Batches(pattern, B, T, config.vocab_size, shuffle, options.seed)
         self.val_data = Batches(options.val_data, B, T, config.vocab_size) if options.val_every else None
         steps = options.steps
         if steps is None:  # one epoch
             steps = self.train_data.num_tokens // (B * T * self.micro_steps)
         if steps < 1:
-            raise UsageError(f"{options.data}: {self.train_data.num_tokens:,} tokens are less than one step takes")
+            raise UsageError(f"{pattern}: {self.train_data.num_tokens:,} tokens are less than one step takes")
         self.steps = steps
         self.schedule = Schedule(options.schedule, options.lr, options.warmup, steps, options.lr_final)
         self.plan = Plan(
@@ -251,7 +252,12 @@ class Training:
         """Write the checkpoint of ``step`` and delete the one that it pushes out."""
         options = self.options
         state = state_of(
-            step, self.train_data.position, self.generator.state, self.generator_before_update, options.seed
+            step,
+            self.train_data.position,
+            self.generator.state,
+            self.generator_before_update,
+            options.seed,
+            has_master=options.master_weights,
         )
         detectors = {"loss": vars(self.loss_detector), "norm": vars(self.norm_detector)}
         folder.write(step, self.model, self.optimizer, state, {"detectors": detectors})

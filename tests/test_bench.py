@@ -22,6 +22,7 @@ def bench(monkeypatch, tiny_config):
     return run
 
 
+@pytest.mark.usefixtures("backend")  # the kernels are compiled, so that no line tells of it
 def test_tables_on_stdout_progress_on_stderr(bench):
     result = bench("train", "-b", 2)
     assert result.exit_code == 0, result.output

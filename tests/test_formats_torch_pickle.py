@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmc_cli.formats import stream
@@ -341,6 +341,7 @@ def test_a_damaged_compressed_member(tmp_path):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 1028), st.integers(0, 255))
+@example(836, 0)  # an escape that Python warns of
 def test_any_damaged_byte_of_a_pickle_ends_in_an_error_of_ours_or_none(tmp_path, place, value):
     with zipfile.ZipFile(GOLDEN) as archive:
         members = {each: archive.read(each) for each in archive.namelist()}

@@ -7,6 +7,7 @@ import pytest
 
 from llmc_cli.errors import CheckError, MissingError, UsageError
 from llmc_cli.formats.shard import write_shard
+from llmc_cli.formats.train_state import check_train_state, load_moments
 from llmc_cli.training import CheckpointReport, SampleReport, StepReport, Training, ValidationReport
 
 
@@ -207,6 +208,31 @@ def test_default_length_is_one_epoch(but, backend):
 def test_overfit_uses_the_first_batch_again(but, backend):
     reports = steps(run(but(overfit=True, total_batch=None, schedule="constant", lr=0.0), backend))
     assert len({report.loss for report in reports}) == 1
+
+
+def test_overfit_takes_the_validation_data(but, backend, tiny_data):
+    validation = str(tiny_data / "tiny_val_*.bin")
+    options = but(out=None, total_batch=None, steps=1, data=str(tiny_data / "nothing_*.bin"), overfit=True)
+    first = steps(run(options, backend))
+    assert (
+        first[0].loss
+        == steps(run(but(out=None, total_batch=None, steps=1, data=validation, shuffle=False), backend))[0].loss
+    )
+    assert Training(dataclasses.replace(options, steps=None), backend).steps == 300 // 32
+
+
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_the_state_holds_the_weights_that_the_c_trainer_asks_for(but, backend, master_weights):
+    options = but(steps=2, master_weights=master_weights)
+    run(options, backend)
+    path = options.out / "state_00000002_00000.bin"
+    state, size = check_train_state(path)
+    assert state.has_master == master_weights
+    if master_weights:
+        m, v, master = np.zeros((3, size), np.float32)
+        load_moments(path, state, m, v, master)
+        parameters = (options.out / "model_00000002.bin").read_bytes()[1024:]
+        assert master.tobytes() == parameters
 
 
 def test_accumulation_is_the_larger_batch(but, backend):

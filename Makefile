@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LLMC = $(VENV)/bin/llmc
 DEMO = runs/demo
-STEPS = 60
+STEPS = 120
 
 .PHONY: demo test test-witness soak lint clean
 
@@ -25,9 +25,9 @@ demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(LLMC) prepro tinyshakespeare --source bundled --out $(DEMO)/data
 	$(LLMC) train --data '$(DEMO)/data/*_train.bin' --val-data '$(DEMO)/data/*_val.bin' --out $(DEMO) \
-	  -b 4 -t 128 -x $(STEPS) -l 1e-3 -u 10 -q 0.1 -v 20 -m 5 -s 0
-	$(LLMC) sample $(DEMO)/model_000000$(STEPS).bin 'ROMEO:' --max-tokens 64
-	$(LLMC) sample $(DEMO)/model_000000$(STEPS).bin --ids --max-tokens 16 | $(LLMC) decode
+	  -b 4 -t 128 -x $(STEPS) -l 1e-3 -u 10 -q 0.1 -v 40 -m 5 -s 0
+	$(LLMC) sample $(DEMO)/model_00000$(STEPS).bin 'ROMEO:' --max-tokens 64
+	$(LLMC) sample $(DEMO)/model_00000$(STEPS).bin --ids --quiet --max-tokens 16 | $(LLMC) decode
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest

@@ -67,7 +67,7 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(name="llmc", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(name="llmc", pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -96,7 +96,16 @@ def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
 def main() -> None:
     wait_passively()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
-    app()
+    try:
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        # wrong usage, found by typer: one of several classes, of its own or of click, by its version
+        if not hasattr(error, "format_message"):
+            raise
+        path = getattr(getattr(error, "ctx", None), "command_path", "llmc")
+        print(f"llmc: {error.format_message()}\nsee {path} --help", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 if __name__ == "__main__":

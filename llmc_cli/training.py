@@ -140,8 +140,12 @@ class Training:
         steps = options.steps
         if steps is None:  # one epoch
             steps = self.train_data.num_tokens // (B * T * self.micro_steps)
+            if steps == 0:
+                raise UsageError(f"{pattern}: {self.train_data.num_tokens:,} tokens are less than one step takes")
         if steps < 1:
-            raise UsageError(f"{pattern}: {self.train_data.num_tokens:,} tokens are less than one step takes")
+            raise UsageError(f"--steps {steps}: at least 1, or -1 for one epoch")
+        if options.val_every and options.val_steps == 0:
+            raise UsageError("--val-steps 0: at least 1, or -1 for all; --val-every 0 switches validation off")
         self.steps = steps
         self.schedule = Schedule(options.schedule, options.lr, options.warmup, steps, options.lr_final)
         self.plan = Plan(
@@ -194,12 +198,7 @@ class Training:
             last = step == self.steps or self.stop_requested
             finished = step == self.steps
             if self.val_data and (step % options.val_every == 0 or finished):
-                count = (
-                    min(options.val_steps, self.val_data.num_samples)
-                    if options.val_steps > 0
-                    else self.val_data.num_samples
-                )
-                validation = ValidationReport(step, mean_loss(self.model, self.val_data, count))
+                validation = ValidationReport(step, mean_loss(self.model, self.val_data, options.val_steps))
                 log.validation(step, validation.val_loss, validation.metrics())
                 yield validation
             if options.sample_every and ((step > 0 and step % options.sample_every == 0) or finished):

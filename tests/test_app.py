@@ -1,4 +1,5 @@
 import errno
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,20 @@ def test_unknown_command():
     run = llmc("tarin")
     assert (run.returncode, run.stdout) == (2, "")
     assert "tarin" in run.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train", "--bogus"], ["train", "-b"], ["train", "-b", "x"], ["sample"]])
+def test_wrong_usage_is_two_lines(arguments):
+    run = llmc(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    first, second = run.stderr.splitlines()
+    assert first.startswith("llmc: ")
+    assert re.fullmatch(r"see llmc( \w+)? --help", second)
+
+
+def test_without_arguments_it_helps():
+    run = llmc()
+    assert (run.returncode, run.stdout) == (0, llmc("--help").stdout)
 
 
 def test_version():

@@ -201,6 +201,12 @@ def test_the_folder_is_locked(tiny_options, backend):
     run(tiny_options, backend)
 
 
+def test_validation_goes_round_as_the_c_trainers(but, backend):
+    """300 tokens hold 9 batches of 2 x 16 and fill 9.4: -1 takes 9, and 18 are the same twice."""
+    losses = [next(iter(run(but(out=None, steps=1, val_steps=count), backend))).val_loss for count in (-1, 9, 18)]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-12)
+
+
 def test_default_length_is_one_epoch(but, backend):
     assert Training(but(steps=None), backend).steps == 1200 // 64
 
@@ -264,6 +270,9 @@ def test_zero_means_never(but, backend):
         ({"model": "d7"}, "no model is called 'd7'"),
         ({"schedule": "cos"}, "there are cosine"),
         ({"out": None, "resume": True}, "--resume needs --out"),
+        ({"steps": 0}, "--steps 0: at least 1"),
+        ({"val_steps": 0}, "--val-steps 0"),
+        ({"steps": None, "total_batch": 3200}, "less than one step takes"),
     ],
 )
 def test_wrong_options(but, backend, change, text):

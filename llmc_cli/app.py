@@ -97,7 +97,7 @@ def main() -> None:
     wait_passively()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
     try:
-        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(args=sys.argv[1:] or ["--help"], prog_name="llmc", standalone_mode=False)
     except Exception as error:
         # wrong usage, found by typer: one of several classes, of its own or of click, by its version
         if not hasattr(error, "format_message"):

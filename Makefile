@@ -40,13 +40,13 @@ test-witness: $(VENV)/installed-witness
 soak: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -m soak
 
-# mypy sees the package as it is installed, not as it lies here.
+# mypy sees the package as it is installed, not as it lies here: so it runs elsewhere.
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PYTHON) -m venv $(VENV)/typed
 	$(VENV)/typed/bin/pip install --quiet '.[dev]'
-	$(VENV)/typed/bin/mypy
+	cd $(VENV)/typed && bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

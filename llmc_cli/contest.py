@@ -49,7 +49,8 @@ class Contestant:
         self.work, self.side = work, work.side
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed by close(); a pipe that nobody reads could fill
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llmc_cli.contestant", work.text()],
+            # -P: modules in the folder at hand, which may have any names, are none of ours
+            [sys.executable, "-P", "-m", "llmc_cli.contestant", work.text()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

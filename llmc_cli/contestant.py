@@ -1,6 +1,6 @@
 """One side of a contest: a process that does a piece of work each time it is asked, and sleeps in between.
 
-It is started as ``python -m llmc_cli.contestant WORK``, WORK being JSON as ``Work.text`` makes it. A line of JSON on
+It is started as ``python -P -m llmc_cli.contestant WORK``, WORK being JSON as ``Work.text`` makes it. A line of JSON on
 stdin, ``{"task": "step", "untimed": 0}``, is answered by one on stdout; the first line out says that it is ready. To
 run it alone, pipe such lines in.
 """

@@ -216,6 +216,13 @@ def test_a_side_that_cannot_is_an_error_for_us_and_an_absence_for_others(monkeyp
         pass
 
 
+def test_modules_in_the_folder_at_hand_are_not_taken_for_others(monkeypatch, tmp_path):
+    (tmp_path / "json.py").write_text("raise ImportError('somebody else')\n")
+    monkeypatch.chdir(tmp_path)
+    with contest.contest([work("prepro")]) as (contestants, _):
+        assert contestants[0].tasks == ("files", "tokenizer")
+
+
 def test_a_process_that_dies_is_told_of():
     with contest.contest([work("prepro")]) as (contestants, _):
         contestants[0]._process.kill()

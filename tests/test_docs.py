@@ -118,7 +118,7 @@ def test_examples_of_the_formats(example):
     command, _, shown = example.partition("\n")
     words = shlex.split(command.removeprefix("$ llmc "))
     run = subprocess.run(
-        [sys.executable, "-m", "llmc_cli.app", *words],
+        [sys.executable, "-P", "-m", "llmc_cli.app", *words],  # as it is installed, not as it lies here
         cwd=ROOT,
         env={**os.environ, "PYTHONUTF8": "1"},
         capture_output=True,

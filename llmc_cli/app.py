@@ -1,8 +1,10 @@
 """The command line's entry: the one tuple of commands, and how their failures end."""
 
+import contextlib
 import errno
 import functools
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -41,10 +43,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("LLMC_DEBUG") == "1":
                 raise
             message, status = explain(error)
-            print(f"llmc: {message}", file=sys.stderr)
+            complain(message)
             raise typer.Exit(status) from None
 
     return run
+
+
+def complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        print(f"llmc: {message}", file=sys.stderr)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -57,7 +64,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"not enough memory: {error or 'an allocation failed'}", 4
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}", 4 if error.errno == errno.ENOSPC else 3
+        return f"{where}{error.strerror}", 4 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
     return f"internal error: {type(error).__name__}: {error}\nset LLMC_DEBUG=1 to see where", INTERNAL_ERROR
 
 
@@ -93,17 +100,32 @@ def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
+def open_streams() -> None:
+    """Standard streams as the commands expect them: closed ones are empty or lead nowhere. What is written is UTF-8,
+    whatever the locale (in a pipe on Windows it would be a code page, which has no U+FFFD), and the bytes of a file
+    name that are not UTF-8 come out as they are (PEP 383)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
 def main() -> None:
+    open_streams()
     wait_passively()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
     try:
         status = app(args=sys.argv[1:] or ["--help"], prog_name="llmc", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):  # before the command itself began
+        status = 128 + signal.SIGINT
     except Exception as error:
         # wrong usage, found by typer: one of several classes, of its own or of click, by its version
         if not hasattr(error, "format_message"):
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", "llmc")
-        print(f"llmc: {error.format_message()}\nsee {path} --help", file=sys.stderr)
+        complain(f"{error.format_message()}\nsee {path} --help")
         status = 2
     sys.exit(status)
 

@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def llmc(*arguments, **options):
         (MissingError("x"), 4),
         (MemoryError(), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 4),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 4),
         (ZeroDivisionError("x"), 70),
     ],
 )
@@ -106,3 +108,48 @@ def test_version():
     run = llmc("--version")
     assert run.returncode == 0
     assert run.stdout.startswith("llmc 0.")
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes streams")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("decode <&-", 0),
+        ("decode 15496 >&-", 0),
+        ("decode 15496 2>&-", 0),
+        ("verify nothing >&- 2>&-", 3),
+        ("verify nothing <&- >&- 2>&-", 3),
+        ("prepro text - <&-", 3),
+        ("bogus 2>&-", 2),
+    ],
+)
+def test_closed_streams(command, status, tmp_path):
+    run = subprocess.run(
+        ["sh", "-c", f'"$0" -m llmc_cli.app {command}', sys.executable], capture_output=True, cwd=tmp_path
+    )
+    assert run.returncode == status, run.stderr
+    assert b"internal error" not in run.stderr
+    assert run.stdout == (b"Hello\n" if command == "decode 15496 2>&-" else b"")
+
+
+@posix
+@pytest.mark.parametrize(("command", "status"), [("verify nothing", 3), ("bogus", 2)])
+def test_nobody_reads_the_errors(command, status, tmp_path):
+    script = f'("$0" -m llmc_cli.app {command} 2>&1 >/dev/null; echo $? >status) | true'
+    subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
+    assert (tmp_path / "status").read_text() == f"{status}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_come_out_as_they_are(tmp_path):
+    """Bytes that are not UTF-8, in a locale that knows neither them nor the others."""
+    name = os.fsdecode(b"caf\xe9 \xc3\xbc")
+    (tmp_path / f"{name}.txt").write_text("to be or not to be\n" * 9, "utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "llmc_cli.app", "prepro", "text", f"{name}.txt", "--out", name]
+    run = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert os.fsencode(name) in run.stdout

@@ -64,6 +64,16 @@ def train(
         int, option(LENGTH, "--total-batch -d", "Tokens per update, a multiple of b·t; -1: b·t.", min=-1)
     ] = -1,
     steps: Annotated[int, option(LENGTH, "--steps -x", "Updates; -1: one epoch.", min=-1)] = -1,
+    recompute: Annotated[
+        int,
+        option(
+            LENGTH,
+            "--recompute -r",
+            "Compute again in the backward pass instead of keeping: 0 nothing, 1 GELU, 2 GELU and layernorm.",
+            min=0,
+            max=2,
+        ),
+    ] = 1,
     schedule: Annotated[str, option(RATE, "--schedule -k", "cosine, linear, constant or wsd.")] = "cosine",
     lr: Annotated[float, option(RATE, "--lr -l", "The highest learning rate.")] = 3e-4,
     warmup: Annotated[int, option(RATE, "--warmup -u", "Steps of linear warm-up.", min=0)] = 0,
@@ -89,9 +99,6 @@ def train(
     zero: Annotated[
         int, option(LATER, "--zero -z", "ZeRO stage: 0 and 1 are the same on one process.", min=0, max=3)
     ] = 0,
-    recompute: Annotated[
-        int, option(LATER, "--recompute -r", "Accepted; on the CPU nothing is recomputed but attention.", min=0, max=2)
-    ] = 1,
     tf32: Annotated[
         int | None,
         option(LATER, "--tf32 -f", "TF32 on a GPU; given on the CPU, 1 is an error.", metavar=FLAG, min=0, max=1),
@@ -153,7 +160,7 @@ def train(
             schedule=schedule, lr=lr, warmup=warmup, lr_final=lr_final, weight_decay=weight_decay,
             skip_loss_z=skip_loss_z, skip_grad_z=skip_grad_z, val_every=val_every, val_steps=val_steps,
             sample_every=sample_every, sample_tokens=sample_tokens, overfit=overfit == 1, beta1=beta1, beta2=beta2,
-            eps=eps, clip=clip, shuffle=shuffle, seed=seed, master_weights=master_weights == 1,
+            eps=eps, clip=clip, recompute=recompute, shuffle=shuffle, seed=seed, master_weights=master_weights == 1,
         ),
         backend,
     )  # fmt: skip

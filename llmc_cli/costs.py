@@ -62,6 +62,10 @@ def linear_gelu_forward(act: Array, pre: Array, x: Array, w: Any, b: Array) -> C
     return Cost(flops + 10 * pre.size, moved + size(act))
 
 
+def gelu_forward(act: Array, pre: Array) -> Cost:
+    return Cost(10 * pre.size, size(act, pre))
+
+
 def gelu_linear_backward(
     dpre: Array, dw: Array, db: Array, dy: Array, act: Array, pre: Array, w: Any, acc: bool
 ) -> Cost:
@@ -116,7 +120,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     function.__name__: function
     for function in (
         embedding_forward, embedding_backward, residual_norm_forward, residual_norm_backward, linear_forward,
-        linear_backward, linear_gelu_forward, gelu_linear_backward, attention_forward, attention_backward,
+        linear_backward, linear_gelu_forward, gelu_forward, gelu_linear_backward, attention_forward, attention_backward,
         attention_cached, head_loss, head_logits, sum_squares, adamw,
     )
 }  # fmt: skip

@@ -94,6 +94,7 @@ OPERATIONS = {
         (*ACC, {"acc": False, "db": None}, {"acc": True, "dx": None}),
     ),
     "linear_gelu_forward": Operation("act:N,O pre:N,O x:N,I w:O,I b:O", {"act": 2e-6, "pre": 2e-6}, LINEAR),
+    "gelu_forward": Operation("act:N,O pre:N,O", {"act": 2e-6}, LINEAR),
     "gelu_linear_backward": Operation(
         "dpre:N,I dw:O,I db:O dy:N,O act:N,I pre:N,I w:O,I acc", {"dpre": 2e-6, "dw": 2e-6, "db": 2e-6}, LINEAR, ACC
     ),

@@ -48,6 +48,7 @@ class TrainOptions:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+    recompute: int = 1
     shuffle: bool = True
     seed: int = 42
 
@@ -105,7 +106,7 @@ def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) 
     """Bytes of each arena that training allocates."""
     B, T, dtype = options.batch, options.seq_len, backend.kernels.dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
-    activations = arena_bytes(gpt2.activation_shapes(config, B, T), dtype, gpt2.ALIGN)
+    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), dtype, gpt2.ALIGN)
     scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), dtype, gpt2.ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     return {

@@ -358,7 +358,7 @@ class Training:
         else:
             self.model = GPT2(self.config, kernels)
             initialize(self.model, options.seed)
-        self.model.prepare(options.batch, options.seq_len)
+        self.model.prepare(options.batch, options.seq_len, recompute=options.recompute)
         self.optimizer = AdamW(
             self.model, options.beta1, options.beta2, options.eps, options.weight_decay, options.clip
         )

@@ -184,6 +184,7 @@ class KernelsWorkload:
                 f"linear_backward {name}": partial(self._linear_backward, *shape) for name, shape in linear_back.items()
             },
             "linear_gelu_forward fc": self._linear_gelu_forward,
+            "gelu_forward": self._gelu_forward,
             "gelu_linear_backward fcproj": self._gelu_linear_backward,
             "attention_forward": self._attention_forward,
             "attention_backward": self._attention_backward,
@@ -249,6 +250,10 @@ class KernelsWorkload:
     def _linear_gelu_forward(self) -> tuple[Any, ...]:
         N, C, F = self.N, self.config.channels, 4 * self.config.channels
         return self.new(N, F), self.new(N, F), self.new(N, C), self.weight(F, C), self.new(F)
+
+    def _gelu_forward(self) -> tuple[Any, ...]:
+        N, F = self.N, 4 * self.config.channels
+        return self.new(N, F), self.new(N, F)
 
     def _gelu_linear_backward(self) -> tuple[Any, ...]:
         N, C, F = self.N, self.config.channels, 4 * self.config.channels

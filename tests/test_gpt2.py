@@ -199,3 +199,18 @@ def test_config_file_that_is_none(tmp_path, content):
     path.write_text(content)
     with pytest.raises(DataError, match=r"config\.json"):
         huggingface.read_config(path)
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+def test_what_is_computed_again_has_the_same_bits(backend, batch, recompute):
+    def gradients(level):
+        model = GPT2(CONFIG, backend.kernels)
+        initialize(model, 1)
+        model.prepare(B, T, recompute=level)
+        model.forward(batch[0])
+        model.backward(batch[1], 0.5, acc=False)
+        return model
+
+    kept, again = gradients(0), gradients(recompute)
+    np.testing.assert_array_equal(again.grads.flat, kept.grads.flat)
+    assert again.acts.flat.nbytes < kept.acts.flat.nbytes

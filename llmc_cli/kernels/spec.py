@@ -88,6 +88,10 @@ class Kernels(Protocol):
         arXiv:1606.08415). Both overwritten."""
         ...
 
+    def gelu_forward(self, act: Array, pre: Array) -> None:
+        """act (N,F) = gelu(pre (N,F)), the same bits as ``linear_gelu_forward`` gave; overwritten."""
+        ...
+
     def gelu_linear_backward(
         self, dpre: Array, dw: Array, db: Array, dy: Array, act: Array, pre: Array, w: Weight, acc: bool
     ) -> None:

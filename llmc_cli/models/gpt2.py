@@ -19,10 +19,14 @@ STD = 0.02  # of fresh weights
 MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
-def activation_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """What the forward pass keeps for the backward pass."""
+RECOMPUTED = ((), ("gelu",), ("gelu", "ln1", "ln2"))
+"""By level: what the backward pass computes again instead of finding it kept (the C trainer's levels)."""
+
+
+def activation_shapes(config: ModelConfig, B: int, T: int, recompute: int = 0) -> dict[str, tuple[int, ...]]:
+    """What the forward pass keeps for the backward pass; of what is computed again, one layer's worth."""
     L, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "encoded": (N, C),
         "ln1": (L, N, C),
         "ln1_mean": (L, N),
@@ -43,6 +47,7 @@ def activation_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[in
         "branch": (N, C),
         "losses": (N,),
     }
+    return {name: (1, *shape[1:]) if name in RECOMPUTED[recompute] else shape for name, shape in shapes.items()}
 
 
 def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
@@ -76,13 +81,16 @@ class GPT2:
         """Tell the backend that the parameters have changed."""
         self.kernels.publish([self.head, *(weight for name in MATRICES for weight in self.weights[name])])
 
-    def prepare(self, B: int, T: int, train: bool = True) -> None:
-        """Allocate the activations of a batch (B,T), T ≤ max_seq_len, and with ``train`` the gradients."""
+    def prepare(self, B: int, T: int, train: bool = True, recompute: int = 0) -> None:
+        """Allocate the activations of a batch (B,T), T ≤ max_seq_len, and with ``train`` the gradients.
+
+        ``recompute`` trades memory for time, by the levels of ``RECOMPUTED``; the results have the same bits.
+        """
         alloc, dtype = self.kernels.alloc, self.kernels.dtype
-        self.B, self.T = B, T
+        self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
         self.positions = alloc((B * T,), np.int32)
         self.positions[:] = np.tile(np.arange(T, dtype=np.int32), B)
-        self.acts = Arena(alloc, activation_shapes(self.config, B, T), dtype, ALIGN)
+        self.acts = Arena(alloc, activation_shapes(self.config, B, T, recompute), dtype, ALIGN)
         if train:
             self.grads = Arena(alloc, parameter_shapes(self.config), dtype)
             self.scratch = Arena(alloc, gradient_shapes(self.config, B, T), dtype, ALIGN)
@@ -91,6 +99,11 @@ class GPT2:
     def rows(x: Array) -> Array:
         """(B,T,K) as (N,K)."""
         return x.reshape(-1, x.shape[-1])
+
+    def act(self, name: str, layer: int) -> Array:
+        """The activation of a layer; where it is computed again, every layer's in turn is kept in one place."""
+        kept = self.acts[name]
+        return kept[layer % len(kept)]
 
     def forward(self, ids: Array) -> None:
         """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T)."""
@@ -103,7 +116,7 @@ class GPT2:
             res = a["res_mlp"][layer - 1] if layer else stream
             k.residual_norm_forward(
                 res,
-                a["ln1"][layer],
+                self.act("ln1", layer),
                 a["ln1_mean"][layer],
                 a["ln1_rstd"][layer],
                 stream,
@@ -112,17 +125,23 @@ class GPT2:
                 p["ln1b"][layer],
                 eps,
             )
-            k.linear_forward(self.rows(a["qkv"][layer]), a["ln1"][layer], self.weights["qkvw"][layer], p["qkvb"][layer])
+            k.linear_forward(
+                self.rows(a["qkv"][layer]), self.act("ln1", layer), self.weights["qkvw"][layer], p["qkvb"][layer]
+            )
             k.attention_forward(a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads)
             k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], p["attprojb"][layer])
             k.residual_norm_forward(
-                a["res_att"][layer], a["ln2"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer],
+                a["res_att"][layer], self.act("ln2", layer), a["ln2_mean"][layer], a["ln2_rstd"][layer],
                 res, branch, p["ln2w"][layer], p["ln2b"][layer], eps,
             )  # fmt: skip
             k.linear_gelu_forward(
-                a["gelu"][layer], a["fc"][layer], a["ln2"][layer], self.weights["fcw"][layer], p["fcb"][layer]
+                self.act("gelu", layer),
+                a["fc"][layer],
+                self.act("ln2", layer),
+                self.weights["fcw"][layer],
+                p["fcb"][layer],
             )
-            k.linear_forward(branch, a["gelu"][layer], self.weights["fcprojw"][layer], p["fcprojb"][layer])
+            k.linear_forward(branch, self.act("gelu", layer), self.weights["fcprojw"][layer], p["fcprojb"][layer])
             stream, delta = a["res_att"][layer], branch
         k.residual_norm_forward(
             a["res_mlp"][-1], a["lnf"], a["lnf_mean"], a["lnf_rstd"], stream, delta, p["lnfw"], p["lnfb"], eps
@@ -146,20 +165,15 @@ class GPT2:
             dbranch, a["res_mlp"][-1], a["lnf_mean"], a["lnf_rstd"], p["lnfw"], None, acc,
         )  # fmt: skip
         for layer in reversed(range(self.config.num_layers)):
+            gelu, ln1, ln2 = (self.act(name, layer) for name in ("gelu", "ln1", "ln2"))
+            res = a["res_mlp"][layer - 1] if layer else a["encoded"]
+            self.compute_again(layer, res)
             # MLP branch: dres is the gradient of both the stream and the branch's output
             k.gelu_linear_backward(
-                s["dfc"],
-                g["fcprojw"][layer],
-                g["fcprojb"][layer],
-                dres,
-                a["gelu"][layer],
-                a["fc"][layer],
-                self.weights["fcprojw"][layer],
-                acc,
-            )
-            k.linear_backward(
-                dbranch, g["fcw"][layer], g["fcb"][layer], s["dfc"], a["ln2"][layer], self.weights["fcw"][layer], acc
-            )
+                s["dfc"], g["fcprojw"][layer], g["fcprojb"][layer],
+                dres, gelu, a["fc"][layer], self.weights["fcprojw"][layer], acc,
+            )  # fmt: skip
+            k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], s["dfc"], ln2, self.weights["fcw"][layer], acc)
             k.residual_norm_backward(
                 dres, g["ln2w"][layer], g["ln2b"][layer],
                 dbranch, a["res_att"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
@@ -174,21 +188,29 @@ class GPT2:
                 s["dqkv"], dout, a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads
             )
             k.linear_backward(
-                dbranch,
-                g["qkvw"][layer],
-                g["qkvb"][layer],
-                self.rows(s["dqkv"]),
-                a["ln1"][layer],
-                self.weights["qkvw"][layer],
-                acc,
-            )
-            res = a["res_mlp"][layer - 1] if layer else a["encoded"]
+                dbranch, g["qkvw"][layer], g["qkvb"][layer],
+                self.rows(s["dqkv"]), ln1, self.weights["qkvw"][layer], acc,
+            )  # fmt: skip
             k.residual_norm_backward(
                 dres, g["ln1w"][layer], g["ln1b"][layer],
                 dbranch, res, a["ln1_mean"][layer], a["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
             )  # fmt: skip
         k.embedding_backward(g["wte"], g["wpe"], dres, self.ids, self.positions, acc)
         return a["losses"]
+
+    def compute_again(self, layer: int, res: Array) -> None:
+        """Put back what the backward pass of ``layer`` needs and was not kept; ``res`` (N,C): the stream before it."""
+        if layer == self.config.num_layers - 1:
+            return  # the last that the forward pass left
+        k, p, a, eps = self.kernels, self.params, self.acts, self.config.norm_eps
+        if "gelu" in self.recomputed:
+            k.gelu_forward(self.act("gelu", layer), a["fc"][layer])
+        for name, stream in (("ln1", res), ("ln2", a["res_att"][layer])):
+            if name in self.recomputed:
+                k.residual_norm_forward(
+                    stream, self.act(name, layer), a[f"{name}_mean"][layer], a[f"{name}_rstd"][layer],
+                    stream, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps,
+                )  # fmt: skip
 
     def logits(self, rows: slice) -> Array:
         """After ``forward``: the logits (R,V) of a range of the N rows, in memory of their own."""

@@ -128,6 +128,9 @@ class CpuKernels:
 
     def linear_gelu_forward(self, act: Float32, pre: Float32, x: Float32, w: Float32, b: Float32) -> None:
         self.linear_forward(pre, x, w, b)
+        self.gelu_forward(act, pre)
+
+    def gelu_forward(self, act: Float32, pre: Float32) -> None:
         linear.gelu_forward(act.reshape(-1), pre.reshape(-1))
 
     def gelu_linear_backward(

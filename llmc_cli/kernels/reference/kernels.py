@@ -114,6 +114,9 @@ class ReferenceKernels:
 
     def linear_gelu_forward(self, act: Float64, pre: Float64, x: Float64, w: Float64, b: Float64) -> None:
         pre[...] = x @ w.T + b
+        self.gelu_forward(act, pre)
+
+    def gelu_forward(self, act: Float64, pre: Float64) -> None:
         act[...] = gelu(pre)
 
     def gelu_linear_backward(

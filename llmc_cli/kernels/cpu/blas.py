@@ -12,6 +12,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from llmc_cli.errors import MissingError
+from llmc_cli.kernels.cpu import linear
 
 Float32 = NDArray[np.float32]
 
@@ -44,12 +45,18 @@ _sgemv = _routine(
 )  # fmt: skip
 
 
-def matmul(c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool) -> None:
-    """c (M,N) = a · b, or added to c with ``acc``; a is (M,K), or (K,M) to be transposed, b (K,N) or (N,K).
+def matmul(
+    c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
+) -> None:
+    """c (M,N) = a · b + bias (N,), or added to c with ``acc``; a is (M,K), or (K,M) to be transposed, b (K,N) or (N,K).
+    There is no bias where ``acc`` is.
 
     All three are row-major, rows may be further apart than they are long. BLAS counts in columns: it is given
     cᵀ = bᵀ · aᵀ, whose columns are these rows.
     """
+    if bias is not None:  # the product is then added to it, which costs BLAS no more than overwriting
+        linear.fill_rows(c, bias)
+        acc = True
     M, N = c.shape
     K = a.shape[0] if transpose_a else a.shape[1]
     if M == 1 and transpose_b and not transpose_a:

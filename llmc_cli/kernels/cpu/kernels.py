@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -14,6 +14,7 @@ from llmc_cli.kernels.cpu import attention, blas, classifier, embedding, linear,
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
+Matmul = Callable[[Float32, Float32, Float32, bool, bool, bool, Float32 | None], None]
 
 HEAD_ROWS = 256  # rows of logits at a time
 SUM_PIECES = 1024
@@ -29,7 +30,8 @@ class CpuKernels:
     name: str = "cpu"
     dtype: Any = np.float32
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, matmul: Matmul = blas.matmul) -> None:
+        self.matmul = matmul
         self._scratch: dict[str, NDArray[Any]] = {}
         self._set_threads(threads)
 
@@ -113,18 +115,16 @@ class CpuKernels:
         linear.sum_rows(db, parts[1], acc)
 
     def linear_forward(self, y: Float32, x: Float32, w: Float32, b: Float32 | None) -> None:
-        if b is not None:
-            linear.fill_rows(y, b)
-        blas.matmul(y, x, w, False, True, b is not None)
+        self.matmul(y, x, w, False, True, False, b)
 
     def linear_backward(
         self, dx: Float32 | None, dw: Float32, db: Float32 | None, dy: Float32, x: Float32, w: Float32, acc: bool
     ) -> None:
         if db is not None:
             linear.sum_rows(db, dy, acc)
-        blas.matmul(dw, dy, x, True, False, acc)
+        self.matmul(dw, dy, x, True, False, acc, None)
         if dx is not None:
-            blas.matmul(dx, dy, w, False, False, False)
+            self.matmul(dx, dy, w, False, False, False, None)
 
     def linear_gelu_forward(self, act: Float32, pre: Float32, x: Float32, w: Float32, b: Float32) -> None:
         self.linear_forward(pre, x, w, b)
@@ -175,16 +175,16 @@ class CpuKernels:
             rows = slice(start, min(N, start + HEAD_ROWS))
             whole = self.scratch("logits", (rows.stop - start, Vp))
             logits, hidden = whole[:, :V], x[rows]  # (R, V), (R, C)
-            blas.matmul(logits, hidden, w[:V], False, True, False)
+            self.matmul(logits, hidden, w[:V], False, True, False, None)
             classifier.softmax_loss(losses[rows], whole, targets[rows], V, dloss, dx is not None)
             if dx is not None and dw is not None:
-                blas.matmul(dx[rows], logits, w[:V], False, False, False)
-                blas.matmul(dw[:V], logits, hidden, True, False, acc or start > 0)
+                self.matmul(dx[rows], logits, w[:V], False, False, False, None)
+                self.matmul(dw[:V], logits, hidden, True, False, acc or start > 0, None)
         if dw is not None and not acc:
             dw[V:] = 0.0
 
     def head_logits(self, logits: Float32, x: Float32, w: Float32) -> None:
-        blas.matmul(logits, x, w[: logits.shape[1]], False, True, False)
+        self.matmul(logits, x, w[: logits.shape[1]], False, True, False, None)
 
     def sum_squares(self, out: Float64, g: Float32) -> None:
         optimizer.sum_squares(out, self.scratch("sums", (SUM_PIECES,), np.float64), g)

@@ -17,7 +17,7 @@ LIMIT = np.float32(10.0)  # gelu' is 0 or 1 beyond it, and the products below wo
 
 @kernel(float2, float1, fastmath=REORDER)
 def fill_rows(y, b):
-    """y (N,O) = b (O,) in each row: the product is then added to it, which costs BLAS no more than overwriting."""
+    """y (N,O) = b (O,) in each row."""
     N, O = y.shape  # noqa: E741
     for i in prange(N):
         for j in range(O):

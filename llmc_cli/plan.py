@@ -13,6 +13,20 @@ from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_s
 
 USUAL_SHARE = 0.6  # of the matmul ceiling that a whole step reaches, for the expected time
 
+SMALLEST, LARGEST = 1e-37, 1e38  # what float32 holds, about
+RANGES = {
+    "lr": (0.0, LARGEST),
+    "lr_final": (0.0, LARGEST),
+    "weight_decay": (0.0, LARGEST),
+    "beta1": (0.0, 0.999999),
+    "beta2": (0.0, 0.999999),
+    "eps": (SMALLEST, LARGEST),  # at 0, parameters without gradients, as the padding, would become NaN
+    "clip": (0.0, LARGEST),
+    "skip_loss_z": (0.0, LARGEST),
+    "skip_grad_z": (0.0, LARGEST),
+}
+"""From where to where an option makes sense; NaN never does."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -51,6 +65,12 @@ class TrainOptions:
     recompute: int = 1
     shuffle: bool = True
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} {value:g}: expected {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ def accumulation(options: TrainOptions) -> int:
     """Micro-steps per update."""
     tokens = options.batch * options.seq_len
     total = tokens if options.total_batch is None else options.total_batch
-    if total % tokens:
+    if total < tokens or total % tokens:
         raise UsageError(f"--total-batch {total} is not a multiple of batch x sequence length = {tokens}")
     return total // tokens
 

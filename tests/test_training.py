@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import tracemalloc
 
 import numpy as np
@@ -266,6 +267,7 @@ def test_zero_means_never(but, backend):
     ("change", "text"),
     [
         ({"total_batch": 50}, "not a multiple of batch x sequence length = 32"),
+        ({"total_batch": 0}, "not a multiple of batch x sequence length = 32"),
         ({"seq_len": 33}, "has 32 positions"),
         ({"model": "d7"}, "no model is called 'd7'"),
         ({"schedule": "cos"}, "there are cosine"),
@@ -278,6 +280,19 @@ def test_zero_means_never(but, backend):
 def test_wrong_options(but, backend, change, text):
     with pytest.raises(UsageError, match=text):
         Training(but(**change), backend)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", math.nan), ("lr", math.inf), ("lr", -1e-3), ("lr_final", math.nan), ("weight_decay", math.nan),
+        ("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("eps", 0.0), ("eps", 1e-50), ("clip", math.nan),
+        ("clip", 1e200), ("skip_loss_z", math.nan), ("skip_grad_z", -1.0),
+    ],
+)  # fmt: skip
+def test_what_would_give_no_numbers(but, name, value):
+    with pytest.raises(UsageError, match=rf"--{name.replace('_', '-')} \S+: expected"):
+        but(**{name: value})
 
 
 def test_a_model_larger_than_the_machine(but, backend):

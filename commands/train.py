@@ -182,9 +182,6 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
             f"{plan.tokens_per_step:,} tokens, {render.size(plan.total_memory)}, {backend.description}"
         )
         return
-    from llmc_cli.ceilings import matmul_flops
-
-    expected = plan.expected_seconds(matmul_flops(backend.kernels)) if dry_run else None
     if dry_run and output.json:
         output.document(
             {
@@ -193,7 +190,7 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
                 "accumulation": plan.accumulation, "first_step": plan.first_step, "steps": plan.steps,
                 "train_tokens": plan.train_tokens, "val_tokens": plan.val_tokens,
                 "flops_per_token": plan.flops_per_token, "memory": plan.memory, "total_memory": plan.total_memory,
-                "expected_seconds": expected,
+                "peak_flops": plan.peak_flops, "expected_seconds": plan.expected_seconds,
             }
         )  # fmt: skip
         return
@@ -209,9 +206,8 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
         ("FLOPs per token", f"{plan.flops_per_token:,}"),
         *((f"memory: {use}", render.size(count)) for use, count in plan.memory.items()),
         ("memory: total", render.size(plan.total_memory)),
+        ("expected time", f"{render.seconds(plan.expected_seconds)} without validation and samples"),
     ]
-    if expected is not None:
-        rows.append(("expected time", f"{render.seconds(expected)} without validation and samples"))
     output.table(("plan", "value"), rows, result=dry_run)
 
 

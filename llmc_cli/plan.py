@@ -10,6 +10,7 @@ from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.models import gpt2
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
+from llmc_cli.process_memory import resident_memory
 
 USUAL_SHARE = 0.6  # of the matmul ceiling that a whole step reaches, for the expected time
 
@@ -75,7 +76,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Memory in bytes, by use; seconds None where nothing was measured."""
+    """What a run will take. Memory in bytes, by use."""
 
     model: str
     config: ModelConfig
@@ -90,6 +91,7 @@ class Plan:
     train_tokens: int
     val_tokens: int
     memory: dict[str, int]
+    peak_flops: float  # FLOP/s of a large product
 
     @property
     def parameters(self) -> int:
@@ -107,10 +109,11 @@ class Plan:
     def total_memory(self) -> int:
         return sum(self.memory.values())
 
-    def expected_seconds(self, peak_flops: float) -> float:
+    @property
+    def expected_seconds(self) -> float:
         """From the matmul ceiling, at the usual share of it; validation and samples not counted."""
         steps = self.steps - self.first_step
-        return steps * self.tokens_per_step * self.flops_per_token / (USUAL_SHARE * peak_flops)
+        return steps * self.tokens_per_step * self.flops_per_token / (USUAL_SHARE * self.peak_flops)
 
 
 def accumulation(options: TrainOptions) -> int:
@@ -123,13 +126,14 @@ def accumulation(options: TrainOptions) -> int:
 
 
 def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) -> dict[str, int]:
-    """Bytes of each arena that training allocates."""
+    """Bytes of what training allocates, and of what the program with its libraries holds already."""
     B, T, dtype = options.batch, options.seq_len, backend.kernels.dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
     activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), dtype, gpt2.ALIGN)
     scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), dtype, gpt2.ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     return {
+        "program": resident_memory() or 0,
         "parameters": parameters,
         "gradients": parameters,
         "moments": 2 * parameters,

@@ -148,6 +148,7 @@ class Training:
             raise UsageError("--val-steps 0: at least 1, or -1 for all; --val-every 0 switches validation off")
         self.steps = steps
         self.schedule = Schedule(options.schedule, options.lr, options.warmup, steps, options.lr_final)
+        peak_flops = matmul_flops(backend.kernels)  # before memory is counted: BLAS makes its own at the first product
         self.plan = Plan(
             model=options.model,
             config=config,
@@ -162,6 +163,7 @@ class Training:
             train_tokens=self.train_data.num_tokens,
             val_tokens=self.val_data.num_tokens if self.val_data else 0,
             memory=memory_by_use(config, options, backend),
+            peak_flops=peak_flops,
         )
         self._check_course()
         check_memory(self.plan)
@@ -193,7 +195,6 @@ class Training:
         log = RunLog(options.out, step if self.first_step else None)
         if self.folder:
             self.folder.write_record({**self.folder.read_record(), **self._arguments()})
-        peak_flops = matmul_flops(self.backend.kernels)
         while True:
             last = step == self.steps or self.stop_requested
             finished = step == self.steps
@@ -207,12 +208,12 @@ class Training:
                 yield self._checkpoint(self.folder, step)
             if last:
                 return
-            report = self._step(step, peak_flops)
+            report = self._step(step)
             log.update(step, report.loss, report.norm, report.lr, report.metrics())
             yield report
             step += 1
 
-    def _step(self, step: int, peak_flops: float) -> StepReport:
+    def _step(self, step: int) -> StepReport:
         """The update that leads from ``step`` to step + 1."""
         options, model = self.options, self.model
         start = time.perf_counter()
@@ -244,7 +245,7 @@ class Training:
                 self.generator.word()
         elapsed = time.perf_counter() - start
         rate = tokens / elapsed
-        mfu = rate * self.plan.flops_per_token / peak_flops
+        mfu = rate * self.plan.flops_per_token / self.plan.peak_flops
         return StepReport(step + 1, self.steps, loss, norm, lr, 1000 * elapsed, rate, mfu, skipped)
 
     def _checkpoint(self, folder: RunFolder, step: int) -> CheckpointReport:

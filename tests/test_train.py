@@ -143,6 +143,24 @@ def test_a_damaged_model(arguments, tmp_path):
     assert "model.bin" in run.stderr
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak of memory exactly"
+)
+@pytest.mark.parametrize("recompute", ["0", "2"])
+def test_the_plan_is_the_peak(arguments, tmp_path, tiny_config, recompute):
+    """Within 5 %, with a model large enough to matter beside the program."""
+    config = json.loads(tiny_config.read_text())
+    tiny_config.write_text(json.dumps({**config, "n_embd": 256, "n_layer": 8, "vocab_size": 20_000}))
+    arguments = [*arguments, "-b", "8", "-t", "32", "-d", "256", "-x", "2", "-r", recompute]
+    plan = json.loads(train(*arguments, "--dry-run", "--json").stdout)
+    program = (
+        "import sys\nfrom llmc_cli import app, process_memory\nsys.argv = ['llmc', 'train', *sys.argv[1:]]\n"
+        "try:\n    app.main()\nexcept SystemExit:\n    print(process_memory.peak_memory())"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    assert plan["total_memory"] == pytest.approx(int(run.stdout.splitlines()[-1]), rel=0.05)
+
+
 @posix
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_resumed_run_is_the_same(arguments, tmp_path, signum, status):

@@ -235,12 +235,19 @@ def follow(output: render.Output, training: "Training") -> None:
         return f"{int(done)}/{steps}  {rate:,.0f} tok/s"
 
     printer = Printer(output, training)
+    broken: BrokenPipeError | None = None
     with output.progress("training", steps, amount, terminal_only=True) as tell:
         for report in training.run():
-            printer.show(report)
+            try:
+                printer.show(report)
+            except BrokenPipeError as error:  # the reader has gone: save, as on an interrupt
+                broken = error
+                training.stop()
             if isinstance(report, StepReport):
                 rate = report.tokens_per_s
                 tell(report.step)
+    if broken:
+        raise broken
     if training.plan.first_step >= steps:
         output.note(f"nothing to do: {training.options.out} already holds step {training.plan.first_step} of {steps}")
     if received:

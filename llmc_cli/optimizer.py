@@ -40,6 +40,15 @@ class AdamW:
         self.model.kernels.sum_squares(self.sumsq, self.model.grads.flat)
         return math.sqrt(float(self.sumsq[0]))
 
+    def is_finite(self) -> bool:
+        """Whether parameters and moments all are: from others no training could go on. Takes the place of the norm."""
+        kernels = self.model.kernels
+        for array in (self.model.params.flat, self.m, self.v):
+            kernels.sum_squares(self.sumsq, array)
+            if not math.isfinite(float(self.sumsq[0])):
+                return False
+        return True
+
     def step(self, lr: float, t: int) -> None:
         """The t-th update, t = 1, 2, …, after ``gradient_norm``."""
         self.hyper[0] = lr

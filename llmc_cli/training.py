@@ -176,8 +176,8 @@ class Training:
     def run(self) -> Iterator[Report]:
         """Train, yielding what happens as it does.
 
-        CheckError where a loss or gradient is not finite: what had been saved before stands. UsageError where another
-        run has the folder.
+        CheckError where a loss, gradient or weight is not finite: what had been saved before stands. UsageError where
+        another run has the folder.
         """
         lock = self.folder.lock() if self.folder else None
         try:
@@ -196,14 +196,18 @@ class Training:
         if self.folder:
             self.folder.write_record({**self.folder.read_record(), **self._arguments()})
         while True:
-            last = step == self.steps or self.stop_requested
             finished = step == self.steps
-            if self.val_data and (step % options.val_every == 0 or finished):
+            # on an interrupt the rest is left to the run that goes on from here, which begins with it
+            quiet = self.stop_requested and not finished
+            if self.val_data and not quiet and (step % options.val_every == 0 or finished):
                 validation = ValidationReport(step, mean_loss(self.model, self.val_data, options.val_steps))
+                if not math.isfinite(validation.val_loss):
+                    raise CheckError(self._not_finite(f"step {step}: validation loss {validation.val_loss}"))
                 log.validation(step, validation.val_loss, validation.metrics())
                 yield validation
-            if options.sample_every and ((step > 0 and step % options.sample_every == 0) or finished):
+            if options.sample_every and not quiet and ((step > 0 and step % options.sample_every == 0) or finished):
                 yield SampleReport(step, sample_tokens(self.model, self.cache, self.end_of_text, options.sample_tokens))
+            last = finished or self.stop_requested
             if self.folder and step > self.first_step and (last or self._checkpoint_due(step)):
                 yield self._checkpoint(self.folder, step)
             if last:
@@ -231,7 +235,7 @@ class Training:
         norm = self.optimizer.gradient_norm()
         norm_z = self.norm_detector.score(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise CheckError(self._not_finite(step, loss, norm))
+            raise CheckError(self._not_finite(f"step {step + 1}: loss {loss}, gradient norm {norm}"))
         lr = self.schedule(step)
         skipped = None
         if options.skip_loss_z and loss_z is not None and loss_z > options.skip_loss_z:
@@ -251,6 +255,8 @@ class Training:
     def _checkpoint(self, folder: RunFolder, step: int) -> CheckpointReport:
         """Write the checkpoint of ``step`` and delete the one that it pushes out."""
         options = self.options
+        if not self.optimizer.is_finite():
+            raise CheckError(self._not_finite(f"step {step}: weights or moments"))
         state = state_of(
             step,
             self.train_data.position,
@@ -293,14 +299,14 @@ class Training:
             self.loss_detector = OutlierDetector(**record["detectors"]["loss"])
             self.norm_detector = OutlierDetector(**record["detectors"]["norm"])
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> str:
+    def _not_finite(self, what: str) -> str:
         saved = self.folder.steps() if self.folder else []
         good = (
             f"the last good checkpoint is {self.folder.model_path(saved[-1])}"
             if self.folder and saved
             else ("no checkpoint had been written")
         )
-        return f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, so training stops here; {good}"
+        return f"{what}: not finite, so training stops here; {good}"
 
     def _checkpoint_due(self, step: int) -> bool:
         every = self.options.checkpoint_every

@@ -181,15 +181,15 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(arguments, tmp_path, sig
 
 
 @posix
-def test_a_broken_pipe_ends_quietly(arguments):
-    process = subprocess.Popen(
-        command(*arguments, "-x", "2000", "--quiet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_a_broken_pipe_ends_quietly_and_saves(arguments, tmp_path):
+    more = "-x", "2000", "--quiet", "--out", tmp_path / "out"
+    process = subprocess.Popen(command(*arguments, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
+    assert len(list((tmp_path / "out").glob("DONE_*"))) == 1
 
 
 @pytest.mark.soak

@@ -193,6 +193,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(but, backend, tmp_path):
     assert "nan" not in (tmp_path / "out" / "main.log").read_text()
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(but, backend, tmp_path):
+    training = Training(but(checkpoint_every=5), backend)
+    with pytest.raises(
+        CheckError, match=r"step 10: validation loss nan.*last good checkpoint is .*model_00000005\.bin"
+    ):
+        for report in training.run():
+            if isinstance(report, StepReport) and report.step == 10:
+                training.model.params["lnfw"][0] = np.nan
+    assert sorted(path.name for path in (tmp_path / "out").glob("DONE_*")) == ["DONE_00000005"]
+    assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_no_checkpoint_of_what_is_not_finite(but, backend, tmp_path, what):
+    training = Training(but(checkpoint_every=4, val_every=0), backend)
+    with pytest.raises(CheckError, match=r"step 8: weights or moments: not finite.*model_00000004\.bin"):
+        for report in training.run():
+            if isinstance(report, StepReport) and report.step == 8:
+                (training.model.params["wpe"] if what == "weight" else training.optimizer.v)[3] = np.inf
+    assert not (tmp_path / "out" / "model_00000008.bin").exists()
+
+
+def test_an_interrupt_does_not_wait_for_validation_and_samples(but, backend):
+    options = but(val_every=1, sample_every=1, sample_tokens=4)
+    reports = run(options, backend, stop_after=3)
+    assert [type(report) for report in reports[-2:]] == [StepReport, CheckpointReport]
+    again = run(dataclasses.replace(options, resume=True), backend, stop_after=4)
+    assert [report.step for report in again if isinstance(report, ValidationReport)] == [3]
+
+
+def test_an_interrupt_of_validation_takes_no_further_step(but, backend):
+    training = Training(but(val_every=1), backend)
+    reports = []
+    for report in training.run():
+        reports.append(report)
+        if isinstance(report, ValidationReport) and report.step == 2:
+            training.stop()
+    assert (type(reports[-1]), reports[-1].step) == (CheckpointReport, 2)
+
+
 def test_the_folder_is_locked(tiny_options, backend):
     training = Training(tiny_options, backend).run()
     next(training)

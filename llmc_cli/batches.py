@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmc_cli.errors import DataError
 from llmc_cli.formats.header import HEADER_BYTES
-from llmc_cli.formats.shard import read_shard
+from llmc_cli.formats.shard import Shard, read_shard
 from llmc_cli.random import MersenneTwister
 
 SHUFFLE_SEED = 42
@@ -38,27 +38,29 @@ class Batches:
     def __init__(
         self, pattern: str, B: int, T: int, vocab_size: int, shuffle: bool = False, seed: int = SHUFFLE_SEED
     ) -> None:
-        self.paths = [Path(name) for name in sorted(glob.glob(pattern))]
+        # a file of this very name, whatever its characters mean in a glob
+        self.paths = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
         if not self.paths:
             raise DataError(f"{pattern}: no such file; `llmc prepro` makes token shards")
         self.B, self.T, self.vocab_size, self.shuffle = B, T, vocab_size, shuffle
-        self.shards = [read_shard(path) for path in self.paths]
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            if self._samples(shard.tokens) == 0:
+        self.sizes = [read_shard(path).tokens.size for path in self.paths]  # tokens by shard
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            if self._samples(size) == 0:
                 raise DataError(
-                    f"{path}: {shard.tokens.size:,} tokens, where a batch of {B} x {T} takes {B * T + 1:,}; "
+                    f"{path}: {size:,} tokens, where a batch of {B} x {T} takes {B * T + 1:,}; "
                     "take a smaller batch or sequence length"
                 )
-        self.num_tokens = sum(shard.tokens.size for shard in self.shards)
-        self.num_samples = sum(self._samples(shard.tokens) for shard in self.shards)
+        self.num_tokens = sum(self.sizes)
+        self.num_samples = sum(self._samples(size) for size in self.sizes)
         self._buffer = np.zeros(B * T + 1, np.int32)
         self._unsigned = self._buffer.view(np.uint32)
         self.inputs = self._buffer[:-1].reshape(B, T)
         self.targets = self._buffer[1:].reshape(B, T)
         self._shard, self._sample = 0, 0
+        self._mapped: Shard | None = None
         if shuffle:
             self._generator = MersenneTwister(seed)
-            self._shard_order = np.arange(len(self.shards), dtype=np.int32)
+            self._shard_order = np.arange(len(self.sizes), dtype=np.int32)
             self._generator.permute(self._shard_order)
             self._shuffle_samples()
 
@@ -68,7 +70,7 @@ class Batches:
 
     def next(self) -> None:
         """Put the next sample into ``inputs`` and ``targets``; DataError where a token is none of the vocabulary."""
-        if self._sample >= self._samples(self._tokens):
+        if self._sample >= self._samples(self.sizes[self._index]):
             self._advance()
         sample = int(self._sample_order[self._sample]) if self.shuffle else self._sample
         start = sample * self.B * self.T
@@ -84,13 +86,13 @@ class Batches:
 
     def accepts(self, position: Position) -> bool:
         """Whether ``position`` is one in this data."""
-        if not 0 <= position.shard < len(self.shards) or self.shuffle != (position.shard_order is not None):
+        if not 0 <= position.shard < len(self.sizes) or self.shuffle != (position.shard_order is not None):
             return False
         if position.shard_order is None or position.sample_order is None:
-            return position.sample <= self._samples(self.shards[position.shard].tokens)
-        if position.shard_order.size != len(self.shards):
+            return position.sample <= self._samples(self.sizes[position.shard])
+        if position.shard_order.size != len(self.sizes):
             return False
-        samples = self._samples(self.shards[int(position.shard_order[position.shard])].tokens)
+        samples = self._samples(self.sizes[int(position.shard_order[position.shard])])
         return position.sample <= position.sample_order.size == samples
 
     @property
@@ -119,8 +121,8 @@ class Batches:
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(HEADER_BYTES))
         return digest.hexdigest()
 
-    def _samples(self, tokens: NDArray[np.unsignedinteger]) -> int:
-        return int((tokens.size - 1) // (self.B * self.T))
+    def _samples(self, size: int) -> int:
+        return (size - 1) // (self.B * self.T)
 
     @property
     def _index(self) -> int:
@@ -132,12 +134,17 @@ class Batches:
 
     @property
     def _tokens(self) -> NDArray[np.unsignedinteger]:
-        return self.shards[self._index].tokens
+        """Those of the shard at hand. Only that one is mapped: each mapping keeps a file open, and shards are many."""
+        if self._mapped is None or self._mapped.path != self._path:
+            self._mapped = read_shard(self._path)
+            if self._mapped.tokens.size != self.sizes[self._index]:
+                raise DataError(f"{self._path}: it has changed since training began; leave it as it is until the end")
+        return self._mapped.tokens
 
     def _advance(self) -> None:
         self._sample = 0
         self._shard += 1
-        if self._shard == len(self.shards):
+        if self._shard == len(self.sizes):
             self._shard = 0
             if self.shuffle:
                 self._generator.permute(self._shard_order)
@@ -145,5 +152,5 @@ class Batches:
             self._shuffle_samples()
 
     def _shuffle_samples(self) -> None:
-        self._sample_order = np.arange(self._samples(self._tokens), dtype=np.int32)
+        self._sample_order = np.arange(self._samples(self.sizes[self._index]), dtype=np.int32)
         self._generator.permute(self._sample_order)

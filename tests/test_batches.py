@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,35 @@ def test_token_outside_the_vocabulary(two_shards):
     starts(batches, 5)
     with pytest.raises(DataError, match=r"a_1.bin: token 112 at position 12"):
         batches.next()
+
+
+def test_a_name_that_would_be_a_glob(tmp_path):
+    write_shard(tmp_path / "run [1]" / "a.bin", np.arange(25))
+    assert starts(Batches(str(tmp_path / "run [1]" / "a.bin"), 2, 3, 200), 2) == [0, 6]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_more_shards_than_files_may_be_open(tmp_path, shuffle):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(80):
+        write_shard(tmp_path / f"a_{number:03d}.bin", np.arange(7))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        batches = Batches(str(tmp_path / "*.bin"), 2, 3, 200, shuffle=shuffle)
+        starts(batches, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_changes_meanwhile(two_shards, tmp_path):
+    batches = Batches(two_shards, 2, 3, 200)
+    starts(batches, 4)
+    write_shard(tmp_path / "a_1.bin", np.arange(100, 113))
+    with pytest.raises(DataError, match=r"a_1\.bin: it has changed"):
+        starts(batches, 1)
 
 
 def test_no_files(tmp_path):

@@ -175,8 +175,10 @@ def choose_targets(request: Request) -> Targets:
         )
     if dest.suffix == ".bin":
         return Targets(((dest, choose_version(dtype, version)),), None, others.debug_state, others.tokenizer)
-    if dest.suffix in NOT_WRITTEN or dest.is_file():
+    if dest.suffix in NOT_WRITTEN or (dest.exists() and not dest.is_dir()):
         raise UsageError(f"{dest}: expected a name that ends in .bin, or a folder")
+    if dest.name in ("", ".."):
+        raise UsageError(f"{dest}: expected the name of a folder, which is made anew")
     if version is not None:
         raise UsageError(f"{dest}: --version {version} is for a .bin, and this is a folder; use --dtype")
     return Targets((), dest, others.debug_state, others.tokenizer)
@@ -243,9 +245,15 @@ def write_folder(folder: Path, source: Source, params: Arena, dtype: Dtype) -> l
         for name, content in small_files(source, dtype).items():
             with atomic_write(made / name) as file:
                 file.write(content)
-        if folder.exists():
-            folder.rename(beside / "old")
-        made.rename(folder)
+        old = beside / "old"
+        try:
+            if folder.exists():
+                folder.rename(old)
+            made.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(beside)
     contents = {

@@ -1,5 +1,9 @@
 """formats/atomic.py: a file appears whole or not at all."""
 
+import errno
+import os
+import stat
+
 import pytest
 
 from llmc_cli.formats.atomic import atomic_write
@@ -29,3 +33,38 @@ def test_a_file_gets_the_permissions_of_a_plain_one(tmp_path):
     with atomic_write(tmp_path / "atomic"):
         pass
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="no plain file"), atomic_write(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(FileExistsError, match="no plain file"), atomic_write(path) as file:
+        file.write(b"abc")
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "file.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "file.bin")
+
+
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with atomic_write(tmp_path / "file.bin") as file:
+        file.write(b"abc")
+    assert (tmp_path / "file.bin").read_bytes() == b"abc"

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -321,6 +322,8 @@ def test_destinations_that_cannot_be(tmp_path, folder, monkeypatch):
         (copy, Path("new.bin"), {"tokenizer": tmp_path / "new.bin"}, "twice"),
         (copy, Path("new.gguf"), {}, r"\.bin"),
         (copy, Path("plain"), {}, r"\.bin"),
+        (copy, Path(), {}, "name of a folder"),
+        (copy, Path(".."), {}, "name of a folder"),
         (copy, Path("taken.bin"), {}, "folder"),
         (copy, Path("full"), {}, r"thesis\.tex"),
         (copy, Path("new"), {"version": 3}, "--version"),
@@ -332,6 +335,14 @@ def test_destinations_that_cannot_be(tmp_path, folder, monkeypatch):
             convert(source, dest, **options)
     assert copy.read_bytes() == MODEL.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.bin", "full", "plain", "source", "taken.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_pipe_or_device_is_no_destination(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"\.bin"):
+        convert(MODEL, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
@@ -353,6 +364,24 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
     convert(BF16, dest)
     assert (dest / "model.safetensors").read_bytes() != before
     assert sorted(path.name for path in dest.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_interrupt_while_a_folder_is_replaced(tmp_path, monkeypatch):
+    dest = tmp_path / "folder"
+    convert(MODEL, dest)
+    before = (dest / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        convert(BF16, dest)
+    assert (dest / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

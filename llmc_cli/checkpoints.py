@@ -15,7 +15,7 @@ import numpy as np
 
 from llmc_cli.arena import Arena
 from llmc_cli.batches import Position
-from llmc_cli.errors import UsageError
+from llmc_cli.errors import DataError, UsageError
 from llmc_cli.formats import weights
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.formats.train_state import MERSENNE_WORDS as WORDS
@@ -114,12 +114,18 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def read_record(self) -> dict[str, Any]:
-        """What run.json holds; without one, the record of a run that the C trainer began."""
+        """What run.json holds; without one, the record of a run that the C trainer began. DataError for another's."""
         path = self.path / "run.json"
         if not path.exists():
             return {"schema": SCHEMA, "checkpoints": {}}
-        record: dict[str, Any] = json.loads(path.read_bytes())
-        return record
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            if record["schema"] == SCHEMA and isinstance(record["checkpoints"], dict):
+                return record
+            found = f"schema {record['schema']}"
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"something else ({type(error).__name__}: {error})"
+        raise DataError(f"{path}: found {found}, expected what a run keeps of itself, schema {SCHEMA}; move it away")
 
     def write_record(self, record: dict[str, Any]) -> None:
         with atomic_write(self.path / "run.json") as file:

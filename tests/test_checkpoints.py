@@ -3,7 +3,7 @@ import pytest
 
 from llmc_cli.batches import Position
 from llmc_cli.checkpoints import RunFolder, load_model, position_of, save_model, state_of
-from llmc_cli.errors import UsageError
+from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, initialize
@@ -63,6 +63,15 @@ def test_names_that_are_no_mark(tmp_path):
         (tmp_path / name).touch()
     assert RunFolder(tmp_path).steps() == []
     assert RunFolder(tmp_path / "nowhere").steps() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 2, "checkpoints": {}}', '{"schema": 1, "checkpoints": []}', "\xff"]
+)
+def test_a_damaged_record(tmp_path, text):
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"run\.json: found .*move it away"):
+        RunFolder(tmp_path).read_record()
 
 
 def test_lock(tmp_path):

@@ -193,7 +193,7 @@ def test_config_file_of_another_model(tmp_path, change, text):
         huggingface.read_config(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": "gpt2"}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": "gpt2"}', '{"n_positions": 1e999}'])
 def test_config_file_that_is_none(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_text(content)

@@ -25,7 +25,7 @@ def read_config(path: Path) -> ModelConfig:
     try:
         values = json.loads(path.read_bytes())
         shape = [int(values[key]) for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not the JSON of a model's config: {error}") from None
     except KeyError as error:
         raise DataError(f"{path}: not the config of a GPT-2: it has no {error}") from None

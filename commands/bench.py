@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llmc_cli.commands import options, render
-from llmc_cli.errors import CheckError
+from llmc_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from llmc_cli.benchmarking import Benchmark
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def bench(
     section: Annotated[
-        Literal["kernels", "train", "sample", "prepro"] | None,
-        typer.Argument(metavar="[kernels|train|sample|prepro]", help="What to measure; without it, everything."),
+        Literal["kernels", "train", "sample", "prepro", "start"] | None,
+        typer.Argument(metavar="[kernels|train|sample|prepro|start]", help="What to measure; without it, everything."),
     ] = None,
     model: Annotated[
         str,
@@ -33,10 +33,13 @@ def bench(
         typer.Option(
             "--steps",
             min=1,
-            show_default="kernels 20, train 10, sample 64, prepro 3",
+            show_default="kernels 20, train 10, sample 64, prepro and start 3; fewer where they are long",
             help="Timed runs of each row.",
         ),
     ] = None,
+    recompute: Annotated[
+        int, typer.Option("--recompute", "-r", min=0, max=2, help="In training: what train takes it for.")
+    ] = 1,
     against: Annotated[
         Literal["torch"] | None,
         typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),
@@ -62,14 +65,17 @@ def bench(
     Times are medians, with the best beside them. A row's share is of what bounds it: the fastest matrix product or the
     fastest memory traffic measured here; more than 100% of memory means that the data stays in the caches. Of a
     training step the share is its MFU, of prepro what the tokenizer alone takes. Each side of a comparison works in a
-    process of its own, one at a time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. --baseline
-    judges whole rows, not the parts of a step.
+    process of its own, one at a time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. With
+    --precision bf16 PyTorch trains under autocast. start measures train from the start of its process to its first
+    step, with compiled kernels in the cache and without. --baseline judges whole rows, not the parts of a step.
     """
     from llmc_cli import benchmarking, chart
 
     output = render.Output(json, quiet)
     if plot:
         chart.require_chart(plot)
+        if section == "start":
+            raise UsageError("--plot: start has no shares of a ceiling to draw")
     asked = benchmarking.BenchOptions(
         sections=(section,) if section else benchmarking.SECTIONS,
         model=model,
@@ -81,6 +87,7 @@ def bench(
         device=device,
         precision=precision,
         threads=threads,
+        recompute=recompute,
     )
     benchmark = benchmarking.run(asked, output.note)
     if save:
@@ -125,6 +132,8 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
             for side in benchmark.sides
         ],
     )
+    for section, precision in benchmark.other_precisions.items():
+        output.line(f"{section}: llmc in {benchmark.settings['precision']}, PyTorch in {precision}")
     for section, absent in benchmark.absent.items():
         for mode, why in absent.items():
             output.line(f"{section}: without {mode}: {why}")

@@ -55,7 +55,7 @@ class Baseline:
         return [
             Change(row.name, self.seconds[row.name], row.seconds)
             for row in rows
-            if row.name in self.seconds and not row.calls and row.ceiling
+            if row.name in self.seconds and row.name.count("/") < 2
         ]
 
 

@@ -17,14 +17,16 @@ from llmc_cli.contest import Note
 from llmc_cli.device import Backend, available_cores, open_kernels
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
-from llmc_cli.measuring import Row, Side, measure
+from llmc_cli.measuring import Measured, Row, Side, measure
+from llmc_cli.starting import measure_start
 from llmc_cli.training import model_config
 from llmc_cli.work import Work
 
-SECTIONS = ("kernels", "train", "sample", "prepro")
+SECTIONS = ("kernels", "train", "sample", "prepro", "start")
 AGAINST_TORCH = ("kernels", "train", "sample")
-BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1}
-RUNS = {"kernels": 20, "train": 10, "sample": 64, "prepro": 3}  # timed, of each row, unless told otherwise
+BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1, "start": 4}
+RUNS = {"kernels": 20, "train": 10, "sample": 64, "prepro": 3, "start": 3}  # timed, of each row, unless told otherwise
+BUDGET_S = 120.0  # for a row, unless the number of runs is given
 PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch")
 BUSY = 0.25  # of the cores: work of others that disturbs
 COMPUTED = ("ceilings", "rows", "changes")  # fields that a document shows with what follows from them
@@ -44,6 +46,7 @@ class BenchOptions:
     device: str = "auto"
     precision: str = "auto"
     threads: int | None = None
+    recompute: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class Benchmark:
     """All of one call of ``bench``.
 
     ``settings``: what a comparison requires to be the same beside the machine: model, shape, device, precision, threads
-    and per section its batch and length. ``load``: busy cores in the minute before. ``compile_seconds``: how long
-    opening the kernels took where they had to be compiled, None where they came from the cache. ``absent``: per section
-    the modes of PyTorch that could not take part, and why. ``changes``: against the baseline, where one was given.
+    and per section its batch, length and level of recomputing. ``load``: busy cores in the minute before.
+    ``compile_seconds``: how long opening the kernels took where they had to be compiled, None where they came from the
+    cache. ``absent``: per section the modes of PyTorch that could not take part, and why. ``changes``: against the
+    baseline, where one was given.
     """
 
     machine: dict[str, Any]
@@ -66,6 +70,12 @@ class Benchmark:
     sides: list[Side]
     absent: dict[str, dict[str, str]]
     changes: list[Change]
+
+    @property
+    def other_precisions(self) -> dict[str, str]:
+        """Per section the precision of PyTorch's sides where it is not ours."""
+        precisions = {side.section: str(side.configuration["precision"]) for side in self.sides if side.side != "llmc"}
+        return {section: each for section, each in precisions.items() if each != self.settings["precision"]}
 
     def document(self) -> dict[str, Any]:
         """As JSON has it, with what follows from the figures beside them."""
@@ -99,7 +109,16 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
         earlier.check(machine, settings)
     note("measuring ceilings")
     ceilings = measure_ceilings(backend)
-    measured = {work.section: measure(work, ceilings, options.against_torch, note) for work in works}
+    budget = BUDGET_S if options.steps is None else None
+    measured: dict[str, Measured] = {}
+    for work in works:
+        # all sides and processes take what "auto" has become here
+        work = dataclasses.replace(work, device=backend.device, precision=backend.precision)
+        measured[work.section] = (
+            measure_start(work, options.model, note)
+            if work.section == "start"
+            else measure(work, ceilings, options.against_torch, note, budget)
+        )
     rows = [row for each in measured.values() for row in each.rows]
     return Benchmark(
         machine=machine,
@@ -133,6 +152,7 @@ def _works(options: BenchOptions) -> list[Work]:
             device=options.device,
             precision=options.precision,
             threads=options.threads,
+            recompute=options.recompute,
         )
         for section in options.sections
     ]
@@ -178,8 +198,14 @@ def _settings(options: BenchOptions, works: list[Work], backend: Backend) -> dic
         "device": backend.device,
         "precision": backend.precision,
         "threads": backend.threads,
-        "sections": {work.section: {"batch": work.batch, "seq_len": work.seq_len} for work in works},
+        "sections": {work.section: _shape(work) for work in works},
     }
+
+
+def _shape(work: Work) -> dict[str, int]:
+    """What a section's times depend on."""
+    shape = {"batch": work.batch, "seq_len": work.seq_len}
+    return {**shape, "recompute": work.recompute} if work.section in ("train", "start") else shape
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,11 @@ TELL_EVERY_S = 10.0
 
 TAIL = 3  # lines of a failed process's stderr that are told
 
+LONG_TURN_S = 10.0
+"""After a turn of all sides that took this long nothing is cold any more: it is the only one to warm up."""
+
+LEAST_RUNS = 3  # however long they take
+
 
 Note: TypeAlias = Callable[[str], None]
 """Hears what is under way."""
@@ -120,23 +125,53 @@ def failure(work: Work, error: Unavailable) -> LlmcError:
 
 
 def alternate(
-    contestants: Sequence[Contestant], task: str, runs: int, warm_up: int, untimed: int, note: Note
+    contestants: Sequence[Contestant],
+    task: str,
+    runs: int,
+    warm_up: int,
+    untimed: int,
+    note: Note,
+    budget: float | None = None,
 ) -> dict[str, list[Answer]]:
-    """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count. Each run may be preceded by
-    ``untimed`` ones, which bring back the caches that the other side has used."""
-    answers: dict[str, list[Answer]] = {contestant.side: [] for contestant in contestants}
+    """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count; fewer of both where turns are
+    long: see ``LONG_TURN_S`` and ``fitting_runs``. Each run may be preceded by ``untimed`` ones, which bring back the
+    caches that the other side has used."""
+    for done in range(1, warm_up + 1):
+        start = time.monotonic()
+        _turn(contestants, task, untimed)
+        long = time.monotonic() - start
+        if long >= LONG_TURN_S or done == warm_up:
+            runs = fitting_runs(task, runs, long, note, budget)
+            break
+    turns: list[list[Answer]] = []
     last = time.monotonic()
-    for turn in range(warm_up + runs):
+    while len(turns) < runs:
         if time.monotonic() - last >= TELL_EVERY_S:
             last = time.monotonic()
-            note(f"{task}: {max(0, turn - warm_up)} of {runs} runs")
-        for contestant in contestants:
-            if len(contestants) > 1:
-                time.sleep(SETTLE_S)
-            try:
-                answer = contestant.ask(task, untimed)
-            except Unavailable as error:
-                raise failure(contestant.work, error) from None
-            if turn >= warm_up:
-                answers[contestant.side].append(answer)
+            note(f"{task}: {len(turns)} of {runs} runs")
+        turns.append(_turn(contestants, task, untimed))
+    return {contestant.side: list(answers) for contestant, *answers in zip(contestants, *turns, strict=True)}
+
+
+def fitting_runs(task: str, runs: int, long: float, note: Note, budget: float | None) -> int:
+    """How many turns of ``long`` seconds to make: ``runs``, or with a budget as many as it has time for, but not less
+    than ``LEAST_RUNS``. Where that takes a while it is told."""
+    fitting = runs if budget is None else min(runs, max(LEAST_RUNS, int(budget / max(long, 1e-9))))
+    if fitting < runs:
+        note(f"{task}: a turn takes {long:.0f} s: {fitting} runs instead of {runs}, about {fitting * long:.0f} s")
+    elif fitting * long >= TELL_EVERY_S:
+        note(f"{task}: {fitting} runs, about {fitting * long:.0f} s")
+    return fitting
+
+
+def _turn(contestants: Sequence[Contestant], task: str, untimed: int) -> list[Answer]:
+    """The answer of each contestant, one after the other."""
+    answers = []
+    for contestant in contestants:
+        if len(contestants) > 1:
+            time.sleep(SETTLE_S)
+        try:
+            answers.append(contestant.ask(task, untimed))
+        except Unavailable as error:
+            raise failure(contestant.work, error) from None
     return answers

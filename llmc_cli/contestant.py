@@ -10,34 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmc_cli.errors import LlmcError
+from llmc_cli.process_memory import peak_memory
 from llmc_cli.waiting import wait_passively
 from llmc_cli.work import Work
 
 if TYPE_CHECKING:
     from llmc_cli.workloads import Task, Workload
-
-
-def peak_memory() -> int | None:
-    """Bytes of memory that this process has held at most; None where the system does not say.
-
-    Linux: VmHWM, since getrusage's ru_maxrss there begins with what the parent process held. Elsewhere ru_maxrss, which
-    macOS gives in bytes and the BSDs in KiB.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
@@ -53,7 +34,8 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
                      "on": backend.description}  # fmt: skip
     made: Workload
     if work.section == "train":
-        made = workloads.TrainWorkload(backend.kernels, config, B, T)
+        configuration["recompute"] = work.recompute
+        made = workloads.TrainWorkload(backend.kernels, config, B, T, work.recompute)
     elif work.section == "sample":
         made = workloads.SampleWorkload(backend.kernels, config, B, T, work.steps)
     else:

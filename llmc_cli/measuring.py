@@ -1,5 +1,6 @@
 """One section of ``bench``: rows, each a share of a ceiling, and beside PyTorch where that is asked for."""
 
+import dataclasses
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ SPLIT_RUNS = 2
 
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
                "sample": ("torch eager", "torch compiled")}  # fmt: skip
+
+SAME_PRECISION = {"kernels": ("fp32", "bf16"), "train": ("fp32", "bf16"), "sample": ("fp32",)}
+"""What PyTorch can be asked for too; beside any other precision of ours its side is fp32."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class Measured:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note) -> Measured:
-    """What ``work``, of our side, comes to in ``work.steps`` runs, and with ``torch`` PyTorch at the same, in turns."""
+def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: float | None = None) -> Measured:
+    """What ``work``, of our side, comes to in ``work.steps`` runs, and with ``torch`` PyTorch at the same, in turns;
+    with a ``budget`` of seconds for each row in fewer runs where they are long."""
     section = work.section
     works = [work]
-    if torch:
-        works += [Work(**{**vars(work), "side": mode}) for mode in TORCH_MODES.get(section, ())]
+    if torch and section in TORCH_MODES:
+        precision = work.precision if work.precision in SAME_PRECISION[section] else "fp32"
+        works += [dataclasses.replace(work, side=mode, precision=precision) for mode in TORCH_MODES[section]]
     note(f"{section}: starting {', '.join(each.side for each in works)}")
     with contest(works) as (contestants, absent):
         ours, others = contestants[0], contestants[1:]
@@ -79,7 +85,7 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note) -> Measured
                 continue
             taking_part = [ours, *(other for other in others if task in other.tasks)]
             note(f"{section}: {task}")
-            answers = alternate(taking_part, task, work.steps, WARM_UP[section], UNTIMED.get(section, 0), note)
+            answers = alternate(taking_part, task, work.steps, WARM_UP[section], UNTIMED.get(section, 0), note, budget)
             rows.append(_row(work, task, answers, ceilings))
         if section == "prepro":
             rows = _against_tokenizer(rows)

@@ -2,6 +2,7 @@
 
 The model is an ordinary GPT-2 (Radford et al. 2019): ``nn`` modules, scaled-dot-product attention, the head tied to the
 embedding, fused AdamW, gradients clipped by norm. ``side`` "torch compiled" puts the model through ``torch.compile``.
+With ``precision`` "bf16" the weights stay float32, and forward pass and loss run under ``torch.autocast``.
 """
 
 from collections.abc import Callable
@@ -80,10 +81,16 @@ class GPT2(nn.Module):
         return self.head(self.lnf(x))[:, -1]
 
 
+def autocast(precision: str) -> torch.autocast:
+    """The context in which PyTorch multiplies in ``precision``."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
 class TrainWorkload:
     tasks: tuple[str, ...] = ("step",)
 
-    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool) -> None:
+    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool, precision: str = "fp32") -> None:
+        self.precision = precision
         model = GPT2(config)
         self.parameters = list(model.parameters())
         matrices = [parameter for parameter in self.parameters if parameter.dim() == 2]
@@ -103,7 +110,8 @@ class TrainWorkload:
         return Task(self.step)
 
     def step(self) -> Detail:
-        loss = self.model(self.inputs, self.targets)
+        with autocast(self.precision):
+            loss = self.model(self.inputs, self.targets)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -140,23 +148,26 @@ class KernelsWorkload:
     """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass.
 
     Two have no like: the embedding's backward pass, which makes a whole table of gradients where ours adds to the one
-    that the head has made, and attention through a cache, which is part of ``sample``.
+    that the head has made, and attention through a cache, which is part of ``sample``. In bf16 an operation gets
+    float32 or bfloat16 as it does within a step under autocast, and casts its weight as it does there.
     """
 
-    def __init__(self, config: ModelConfig, B: int, T: int) -> None:
-        self.B, self.T, self.config = B, T, config
+    def __init__(self, config: ModelConfig, B: int, T: int, precision: str = "fp32") -> None:
+        self.B, self.T, self.config, self.precision = B, T, config, precision
+        self.handed_on = torch.bfloat16 if precision == "bf16" else torch.float32  # what linear layers put out
         C, F4 = config.channels, 4 * config.channels
         self._made: dict[str, Callable[[], Callable[[], Any]]] = {
             "embedding_forward": lambda: self._forward(*self._embedding()),
             "residual_norm_forward": lambda: self._forward(*self._norm()),
             "residual_norm_backward": lambda: self._backward(*self._norm()),
             "linear_forward qkv": lambda: self._forward(*self._linear(C, 3 * C)),
-            "linear_forward attproj": lambda: self._forward(*self._linear(C, C)),
-            "linear_forward fcproj": lambda: self._forward(*self._linear(F4, C)),
+            "linear_forward attproj": lambda: self._forward(*self._linear(C, C, self.handed_on)),
+            "linear_forward fcproj": lambda: self._forward(*self._linear(F4, C, self.handed_on)),
             "linear_backward qkv": lambda: self._backward(*self._linear(C, 3 * C)),
-            "linear_backward attproj": lambda: self._backward(*self._linear(C, C)),
+            "linear_backward attproj": lambda: self._backward(*self._linear(C, C, self.handed_on)),
             "linear_backward fc": lambda: self._backward(*self._linear(C, F4)),
             "linear_gelu_forward fc": lambda: self._forward(*self._linear_gelu()),
+            "gelu_forward": lambda: self._forward(*self._gelu()),
             "gelu_linear_backward fcproj": lambda: self._backward(*self._gelu_linear()),
             "attention_forward": lambda: self._forward(*self._attention()),
             "attention_backward": lambda: self._backward(*self._attention()),
@@ -177,19 +188,21 @@ class KernelsWorkload:
 
         return Task(once)
 
-    @staticmethod
-    def _forward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        return function  # with a graph, as in training
+    def _forward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:  # with a graph, as in training
+            with autocast(self.precision):
+                return function()
 
-    @staticmethod
-    def _backward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        output = function()
+        return run
+
+    def _backward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        output = self._forward(function, inputs)()
         upstream = torch.randn_like(output)
         return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
 
     @staticmethod
-    def _leaf(*shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * std).requires_grad_()
+    def _leaf(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape) * std).to(dtype).requires_grad_()
 
     def _embedding(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         C, V = self.config.channels, self.config.vocab_size
@@ -199,25 +212,36 @@ class KernelsWorkload:
 
     def _norm(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         C = self.config.channels
-        x, delta, w, b = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C), self._leaf(C), self._leaf(C)
+        x, delta = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C, dtype=self.handed_on)
+        w, b = self._leaf(C), self._leaf(C)
         return lambda: F.layer_norm(x + delta, (C,), w, b, self.config.norm_eps), [x, delta, w, b]
 
-    def _linear(self, I: int, O: int) -> tuple[Callable[[], Tensor], list[Tensor]]:  # noqa: E741
-        x, w, b = self._leaf(self.B * self.T, I), self._leaf(O, I, std=STD), self._leaf(O)
+    def _linear(
+        self,
+        I: int,  # noqa: E741
+        O: int,  # noqa: E741
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        x, w, b = self._leaf(self.B * self.T, I, dtype=dtype), self._leaf(O, I, std=STD), self._leaf(O)
         return lambda: F.linear(x, w, b), [x, w, b]
 
     def _linear_gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         linear, inputs = self._linear(self.config.channels, 4 * self.config.channels)
         return lambda: F.gelu(linear(), approximate="tanh"), inputs
 
+    def _gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        pre = self._leaf(self.B * self.T, 4 * self.config.channels, dtype=self.handed_on)
+        return lambda: F.gelu(pre, approximate="tanh"), [pre]
+
     def _gelu_linear(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         C = self.config.channels
-        pre, w, b = self._leaf(self.B * self.T, 4 * C), self._leaf(C, 4 * C, std=STD), self._leaf(C)
+        pre = self._leaf(self.B * self.T, 4 * C, dtype=self.handed_on)
+        w, b = self._leaf(C, 4 * C, std=STD), self._leaf(C)
         return lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b]
 
     def _attention(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         B, T, C, NH = self.B, self.T, self.config.channels, self.config.num_heads
-        qkv = self._leaf(B, T, 3 * C)
+        qkv = self._leaf(B, T, 3 * C, dtype=self.handed_on)
 
         def attend() -> Tensor:
             q, k, v = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=2))
@@ -231,12 +255,13 @@ class KernelsWorkload:
         return lambda: F.cross_entropy(F.linear(x, w), targets), [x, w]
 
     def _loss_and_gradient(self) -> Callable[[], Any]:
-        loss, inputs = self._head()
+        head, inputs = self._head()
+        loss = self._forward(head, inputs)
         return lambda: torch.autograd.grad(loss(), inputs)
 
     def _head_logits(self) -> Callable[[], Any]:
-        x = torch.randn(self.B, self.config.channels)
-        w = torch.randn(self.config.vocab_size, self.config.channels) * STD
+        x = torch.randn(self.B, self.config.channels).to(self.handed_on)
+        w = (torch.randn(self.config.vocab_size, self.config.channels) * STD).to(self.handed_on)
         return torch.inference_mode()(lambda: F.linear(x, w))
 
     def _parameters(self) -> list[Tensor]:
@@ -262,17 +287,17 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
     config, B, T = work.config, work.batch, work.seq_len
     made: Workload
     if work.section == "train":
-        made = TrainWorkload(config, B, T, compiled)
+        made = TrainWorkload(config, B, T, compiled, work.precision)
     elif work.section == "sample":
         made = SampleWorkload(config, B, T, work.steps, compiled)
     else:
-        made = KernelsWorkload(config, B, T)
+        made = KernelsWorkload(config, B, T, work.precision)
     if compiled:
         made.prepare(made.tasks[0]).run()
     configuration = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "precision": "fp32",
+        "precision": work.precision,
         "optimizer": "AdamW, fused",
         "attention": "scaled_dot_product_attention",
         "mode": "torch.compile" if compiled else "eager",

@@ -11,8 +11,9 @@ from llmc_cli.models.config import ModelConfig
 class Work:
     """What is to be done, and by whom.
 
-    ``side``: llmc, torch eager or torch compiled; ``section``: kernels, train, sample or prepro. B sequences of T
-    positions; ``steps`` tokens at least have room behind them in ``sample``. ``threads`` None: the side's own default.
+    ``side``: llmc, torch eager or torch compiled; ``section``: kernels, train, sample, prepro or start. B sequences of
+    T positions; ``steps`` tokens at least have room behind them in ``sample``. ``threads`` None: the side's own
+    default. ``recompute``: our level in ``train`` and ``start``.
     """
 
     side: str
@@ -24,6 +25,7 @@ class Work:
     device: str = "auto"
     precision: str = "auto"
     threads: int | None = None
+    recompute: int = 0
 
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self))

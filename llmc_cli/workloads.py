@@ -69,10 +69,10 @@ class TrainWorkload:
 
     tasks: tuple[str, ...] = ("step", "split")
 
-    def __init__(self, kernels: Kernels, config: ModelConfig, B: int, T: int) -> None:
+    def __init__(self, kernels: Kernels, config: ModelConfig, B: int, T: int, recompute: int = 0) -> None:
         self.kernels, self.B, self.T = kernels, B, T
         self.model = random_model(config, kernels)
-        self.model.prepare(B, T)
+        self.model.prepare(B, T, recompute=recompute)
         self.optimizer = AdamW(self.model, weight_decay=WEIGHT_DECAY)
         self.inputs = random_ids(kernels, (B, T), config.vocab_size)
         self.targets = np.roll(self.inputs, -1, axis=1)

@@ -43,6 +43,15 @@ def test_tables_on_stdout_progress_on_stderr(bench):
     assert "train: step" in result.stderr
 
 
+def test_the_level_of_recomputing_is_ours(bench):
+    result = bench("train", "--recompute", 2, "--json", "--quiet")
+    document = json.loads(result.stdout)
+    assert document["settings"]["sections"] == {"train": {"batch": 4, "seq_len": 8, "recompute": 2}}
+    (side,) = document["sides"]
+    assert side["configuration"]["recompute"] == 2
+    assert side["peak_memory"] is None or side["peak_memory"] > 0
+
+
 def test_quiet_json_is_one_document(bench):
     result = bench("sample", "--json", "--quiet")
     assert result.exit_code == 0, result.output
@@ -94,6 +103,7 @@ def test_a_picture(bench, tmp_path):
     [
         (("losses",), 2, "losses"),
         (("train", "--plot", "picture.gif"), 2, "expected .svg or .png"),
+        (("start", "--plot", "picture.svg"), 2, "no shares"),
         (("prepro", "--against", "torch"), 2, "no part in prepro"),
         (("train", "--against", "jax"), 2, "jax"),
         (("train", "--baseline", "missing.json"), 3, "missing.json: No such file"),

@@ -7,18 +7,18 @@ import os
 import numpy as np
 import pytest
 
-from llmc_cli import benchmarking, contest, measuring
+from llmc_cli import benchmarking, contest, measuring, starting
 from llmc_cli.baseline import Baseline, read_baseline, this_machine
 from llmc_cli.benchmarking import Benchmark, BenchOptions
 from llmc_cli.ceilings import Ceilings, matmul_flops, memory_bandwidth
 from llmc_cli.chart import draw, require_chart
-from llmc_cli.contestant import peak_memory
 from llmc_cli.costs import COSTS, Cost, TimedKernels
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
 from llmc_cli.measuring import Row, Side, measure, share_of_ceiling
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_count
+from llmc_cli.process_memory import peak_memory
 from llmc_cli.waiting import PASSIVE, users_environment, wait_passively
 from llmc_cli.work import Work
 from llmc_cli.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
@@ -198,9 +198,43 @@ def test_turns_alternate_and_warm_up_does_not_count(monkeypatch):
     monkeypatch.setattr(contest, "TELL_EVERY_S", 0)
     said = []
     answers = contest.alternate([Fake("a", [9, 1, 2]), Fake("b", [9, 3, 4])], "step", 2, 1, 1, said.append)
-    assert said == ["step: 0 of 2 runs", "step: 0 of 2 runs", "step: 1 of 2 runs"]
+    assert said == ["step: 2 runs, about 0 s", "step: 0 of 2 runs", "step: 1 of 2 runs"]
     assert order == [("a", "step", 1), ("b", "step", 1)] * 3
     assert {side: [answer.seconds for answer in each] for side, each in answers.items()} == {"a": [1, 2], "b": [3, 4]}
+
+
+class Slow:
+    """A side whose turns take ``seconds`` on a clock of the test's."""
+
+    side = "a"
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.asked = clock, seconds, 0
+
+    def ask(self, task, untimed):
+        self.asked += 1
+        self.clock[0] += self.seconds
+        return contest.Answer(self.seconds, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "warm_up", "runs"),
+    [
+        (0.5, 120, 2, 10),  # short: as asked
+        (5, 20, 2, 4),  # as many as the budget has time for
+        (50, 120, 1, 3),  # but some, and one turn to warm up
+        (50, None, 1, 10),  # the number was given
+    ],
+)
+def test_long_turns_are_made_less_often(monkeypatch, seconds, budget, warm_up, runs):
+    clock, said = [0.0], []
+    monkeypatch.setattr(contest.time, "monotonic", lambda: clock[0])
+    side = Slow(clock, seconds)
+    (answers,) = contest.alternate([side], "step", 10, 2, 0, said.append, budget).values()
+    assert (side.asked, len(answers)) == (warm_up + runs, runs)
+    whole = f"about {runs * seconds:.0f} s"
+    assert any(whole in text for text in said) == (runs * seconds >= contest.TELL_EVERY_S)
+    assert any("instead of 10" in text for text in said) == (runs < 10)
 
 
 def test_a_side_that_cannot_is_an_error_for_us_and_an_absence_for_others(monkeypatch, tmp_path):
@@ -230,6 +264,35 @@ def test_a_process_that_dies_is_told_of():
             contest.alternate(contestants, "files", 1, 0, 0, quiet)
 
 
+# the start of the program
+
+
+def test_warm_and_cold_start(monkeypatch, tiny_config):
+    environments = []
+
+    def first_step(work, model, tokens, environment):
+        environments.append(environment)
+        return 30.0 if environment["LLMC_CACHE"] != "kept" else 2.0
+
+    monkeypatch.setenv("LLMC_CACHE", "kept")
+    monkeypatch.setattr(starting, "first_step", first_step)
+    measured = starting.measure_start(work("start"), str(tiny_config), quiet)
+    assert {row.name: row.seconds for row in measured.rows} == {
+        "start/warm": 2.0,
+        "start/cold": 30.0,
+        "start/cold/compile": 28.0,
+    }
+    assert len({each["LLMC_CACHE"] for each in environments}) == 3  # an empty one for each cold run
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_first_step_is_made(tiny_config, tiny_data):
+    tokens = tiny_data / "tiny_train_0.bin"
+    assert 0 < starting.first_step(work("start"), str(tiny_config), tokens, dict(os.environ)) < 60
+    with pytest.raises(MissingError, match=r"llmc train ended with status 3: .*missing\.bin"):
+        starting.first_step(work("start"), str(tiny_config), tiny_data / "missing.bin", dict(os.environ))
+
+
 # baselines, with made-up numbers
 
 
@@ -255,6 +318,28 @@ def test_rows_know_their_ratios():
     made = row("train/step", 2.0, torch={"torch eager": 3.0, "torch compiled": 1.0})
     assert made.ratios == {"torch eager": 1.5, "torch compiled": 0.5}
     assert made.best_mode == "torch compiled"
+
+
+def test_another_precision_of_pytorch_is_known():
+    sides = [Side("train", side, {"precision": "fp32"}, 5) for side in ("llmc", "torch eager", "torch compiled")]
+    assert benchmark(sides=sides).other_precisions == {}
+    made = benchmark(sides=sides, settings=SETTINGS | {"precision": "bf16x3"})
+    assert made.other_precisions == {"train": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("section", "precision", "theirs"),
+    [("train", "bf16", "bf16"), ("kernels", "bf16", "bf16"), ("train", "bf16x3", "fp32"), ("sample", "bf16", "fp32")],
+)
+def test_pytorch_takes_part_in_our_precision_where_it_has_it(monkeypatch, section, precision, theirs):
+    def contest(works):
+        raise StopIteration([each.precision for each in works])
+
+    monkeypatch.setattr(measuring, "contest", contest)
+    with pytest.raises(StopIteration) as started:
+        measure(work(section, precision=precision), CEILINGS, True, quiet)
+    assert started.value.value[0] == precision
+    assert set(started.value.value[1:]) == {theirs}
 
 
 def test_saved_results_are_read_again(tmp_path):
@@ -399,8 +484,27 @@ def test_torch_takes_turns(monkeypatch, section):
     assert first.ratios[first.best_mode] == min(first.torch.values()) / first.seconds
     configuration = measured.sides[1].configuration
     assert configuration["threads"] == 1
+    assert configuration["precision"] == "fp32"
     assert configuration["optimizer"] == "AdamW, fused"
     assert all(side.peak_memory for side in measured.sides)
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("section", ["kernels", "train"])
+def test_torch_in_bf16_runs_under_autocast(section):
+    import torch
+
+    from llmc_cli.torch_workloads import KernelsWorkload, open_torch
+
+    made, configuration = open_torch(work(section, side="torch eager", precision="bf16"))
+    assert configuration["precision"] == "bf16"
+    for name in made.tasks:
+        made.prepare(name).run()
+    if section == "train":
+        assert all(parameter.dtype == torch.float32 for parameter in made.parameters)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        workload = KernelsWorkload(CONFIG, 2, 8, precision)
+        assert workload._forward(*workload._linear(16, 16))().dtype == dtype
 
 
 @pytest.mark.witness

@@ -8,7 +8,7 @@ Device = Annotated[
     str, typer.Option("--device", envvar="LLMC_DEVICE", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
 ]
 Precision = Annotated[
-    str, typer.Option("--precision", metavar="auto|fp32|tf32|bf16", help="What the matrices are multiplied in.")
+    str, typer.Option("--precision", metavar="auto|fp32|bf16|bf16x3|tf32", help="What the matrices are multiplied in.")
 ]
 Threads = Annotated[
     int | None,

@@ -151,7 +151,7 @@ def train(
     from llmc_cli.training import Training
 
     output = render.Output(json, quiet)
-    backend = open_kernels(device, precision, threads, output.note)
+    backend = open_kernels(device, precision, threads, output.note, training=True)
     training = Training(
         TrainOptions(
             model=model, data=data, val_data=val_data, out=out, checkpoint_every=checkpoint_every, keep=keep,

@@ -12,7 +12,10 @@ from pathlib import Path
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "bf16x3", "tf32")
+MATMULS = ("auto", "tiles", "blas")
+PARTS = {"bf16": 1, "bf16x3": 2, "fp32": 3}
+"""On AMX tiles: bf16 parts that a number is split into."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,16 @@ class Backend:
 
 
 def open_kernels(
-    device: str, precision: str, threads: int | None, on_compile: Callable[[str], None] | None = None
+    device: str,
+    precision: str,
+    threads: int | None,
+    on_compile: Callable[[str], None] | None = None,
+    training: bool = False,
 ) -> Backend:
     """The backend for these options; ``threads`` None takes the cores that this process may use.
 
+    Precision "auto" is fp32, but for ``training`` bf16 where the device multiplies it natively. The environment's
+    ``LLMC_MATMUL`` chooses what multiplies matrices on the CPU: "tiles", "blas", or "auto": tiles where there are any.
     ``on_compile`` is told before a wait for the compiler. Raises UsageError for a name that is none, MissingError for
     what this machine or version has not.
     """
@@ -43,23 +52,44 @@ def open_kernels(
         raise UsageError(f"--threads {threads}: expected at least 1")
     if device.startswith("cuda"):
         raise MissingError(f"--device {device}: CUDA is not supported yet; use --device cpu")
-    if precision in ("tf32", "bf16"):
-        raise MissingError(f"--precision {precision}: not supported on the CPU yet; use --precision fp32")
-    why = []
-    if device == "auto":
-        why.append("cpu: the only device supported yet")
-    if precision == "auto":
-        why.append("fp32: the only precision supported on the CPU yet")
-    return _open_cpu(threads or available_cores(), "; ".join(why), on_compile)
-
-
-def _open_cpu(threads: int, why: str, on_compile: Callable[[str], None] | None) -> Backend:
+    if precision == "tf32":
+        raise MissingError("--precision tf32: a precision of GPUs; use --precision fp32, bf16x3 or bf16")
+    chosen = os.environ.get("LLMC_MATMUL", "auto")
+    if chosen not in MATMULS:
+        raise UsageError(f"LLMC_MATMUL={chosen}: expected one of {', '.join(MATMULS)}")
+    why = ["cpu: the only device supported yet"] if device == "auto" else []
+    threads = threads or available_cores()
     _allow_threads(threads)
-    from llmc_cli.kernels.cpu.cache import load_kernels
+    tiles = chosen != "blas" and _has_tiles()
+    if chosen == "tiles" and not tiles:
+        raise MissingError("LLMC_MATMUL=tiles: this processor has no AMX tiles, or the system does not allow them")
+    if precision == "auto":
+        precision = "bf16" if training and tiles else "fp32"
+        native = "multiplied" if tiles else "not multiplied"
+        why.append(f"{precision}: bf16 is {native} natively here" if training else "fp32: unless another is asked for")
+    if precision == "bf16x3" and not tiles:
+        raise MissingError("--precision bf16x3: needs AMX tiles, which are not there; use --precision fp32 or bf16")
+    return _open_cpu(precision, threads, tiles, "; ".join(why), on_compile)
 
-    kernels = load_kernels(on_compile)(threads)
-    description = f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, {kernels.blas_name()}"
-    return Backend(kernels, "cpu", "fp32", threads, description, why)
+
+def _has_tiles() -> bool:
+    from llmc_cli.kernels.cpu.amx import available
+
+    return available()
+
+
+def _open_cpu(precision: str, threads: int, tiles: bool, why: str, on_compile: Callable[[str], None] | None) -> Backend:
+    from llmc_cli.kernels.cpu import cache
+
+    made = cache.load_kernels(on_compile)
+    matmul = None
+    if tiles:
+        matmul = cache.load_tiles(PARTS[precision], on_compile)
+    elif precision == "bf16":
+        matmul = cache.load_rounded(on_compile)
+    kernels = made(threads, matmul)
+    description = f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, {kernels.matmul.name}"
+    return Backend(kernels, "cpu", precision, threads, description, why)
 
 
 def _allow_threads(threads: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from llmc_cli import device
 from llmc_cli.errors import MissingError, UsageError
+from llmc_cli.kernels.cpu import amx
 
 
 def test_cpu_backend_says_what_it_is():
@@ -29,13 +30,46 @@ def test_cpu_backend_says_what_it_is():
         (("cpu", "auto", 0), UsageError, "--threads 0"),
         (("cuda", "auto", None), MissingError, "CUDA is not supported yet"),
         (("cuda:1", "auto", None), MissingError, "CUDA is not supported yet"),
-        (("cpu", "bf16", None), MissingError, "--precision bf16: not supported on the CPU yet"),
-        (("auto", "tf32", None), MissingError, "--precision tf32: not supported on the CPU yet"),
+        (("auto", "tf32", None), MissingError, "--precision tf32: a precision of GPUs"),
     ],
 )
 def test_what_cannot_be_had_is_an_error(args, error, message):
     with pytest.raises(error, match=message):
         device.open_kernels(*args)
+
+
+TILES = [False, pytest.param(True, marks=pytest.mark.skipif(not amx.available(), reason="needs AMX tiles"))]
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_what_multiplies(monkeypatch, tiles):
+    monkeypatch.setenv("LLMC_MATMUL", "tiles" if tiles else "blas")
+    for precision, product in (
+        ("fp32", "six bf16 products on AMX tiles" if tiles else "openblas"),
+        ("bf16", "bf16 on AMX tiles" if tiles else "bf16 operands, float32 products by openblas"),
+    ):
+        backend = device.open_kernels("cpu", precision, 1)
+        assert backend.precision == precision
+        assert product in backend.description
+    training = device.open_kernels("cpu", "auto", 1, training=True)
+    assert training.precision == ("bf16" if tiles else "fp32")
+    assert f"{training.precision}: bf16 is {'' if tiles else 'not '}multiplied natively here" in training.why
+    assert device.open_kernels("cpu", "auto", 1).precision == "fp32"
+    if tiles:
+        assert "three bf16 products on AMX tiles" in device.open_kernels("cpu", "bf16x3", 1).description
+    else:
+        with pytest.raises(MissingError, match="bf16x3: needs AMX tiles"):
+            device.open_kernels("cpu", "bf16x3", 1)
+
+
+def test_what_cannot_multiply(monkeypatch):
+    monkeypatch.setenv("LLMC_MATMUL", "abacus")
+    with pytest.raises(UsageError, match="LLMC_MATMUL=abacus: expected one of auto, tiles, blas"):
+        device.open_kernels("cpu", "fp32", 1)
+    monkeypatch.setenv("LLMC_MATMUL", "tiles")
+    monkeypatch.setattr(device, "_has_tiles", lambda: False)
+    with pytest.raises(MissingError, match="LLMC_MATMUL=tiles: this processor has no AMX tiles"):
+        device.open_kernels("cpu", "fp32", 1)
 
 
 def test_more_threads_than_numba_started_with():

@@ -19,15 +19,14 @@ SMALL_KERNELS = """
 import numba
 import numpy as np
 from llmc_cli.kernels.cpu import embedding
+from llmc_cli.kernels.cpu.matmul import BlasMatmul
 
 class CpuKernels:
     name = "small"
 
-    def __init__(self, threads):
+    def __init__(self, threads, matmul):
         numba.set_num_threads(threads)
-
-    def blas_name(self):
-        return ""
+        self.matmul = BlasMatmul()
 
     def embedding_forward(self, x, wte, wpe, ids, positions):
         embedding.embedding_forward(x, wte, wpe, ids, positions)
@@ -73,7 +72,7 @@ def start(package, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env=kept | {"LLMC_CACHE": str(tmp_path / "cache")} | environment,
+            env=kept | {"LLMC_CACHE": str(tmp_path / "cache"), "LLMC_MATMUL": "blas"} | environment,
         )
 
     return start

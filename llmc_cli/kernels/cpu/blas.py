@@ -48,12 +48,7 @@ _sgemv = _routine(
 def matmul(
     c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
 ) -> None:
-    """c (M,N) = a · b + bias (N,), or added to c with ``acc``; a is (M,K), or (K,M) to be transposed, b (K,N) or (N,K).
-    There is no bias where ``acc`` is.
-
-    All three are row-major, rows may be further apart than they are long. BLAS counts in columns: it is given
-    cᵀ = bᵀ · aᵀ, whose columns are these rows.
-    """
+    """``matmul.Matmul``. BLAS counts in columns: it is given cᵀ = bᵀ · aᵀ, whose columns are these rows."""
     if bias is not None:  # the product is then added to it, which costs BLAS no more than overwriting
         linear.fill_rows(c, bias)
         acc = True
@@ -102,6 +97,17 @@ def library() -> dict[str, Any]:
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     ours = [pool for pool in pools if "scipy" in pool["filepath"].replace("\\", "/").split("/")[-2]]
     return next(iter(ours or pools), {})
+
+
+def name() -> str:
+    """The BLAS in use: library, version, the architecture it chose."""
+    described = library()
+    parts = [
+        str(described.get("internal_api", "unknown BLAS")),
+        described.get("version"),
+        described.get("architecture"),
+    ]
+    return " ".join(part for part in parts if part)
 
 
 def limit_threads(threads: int) -> None:

@@ -2,7 +2,8 @@
 
 Numba's own cache crashes when two processes fill it at the same time, does not notice edits in imported modules, and
 fails where the package is installed read-only. So the kernels live in a folder of ours whose name says what they were
-compiled from and for, filled by one process at a time, and complete only when a marker file stands in it.
+compiled from and for, filled by one process at a time. They come in groups, each compiled when it is first asked for,
+and complete only when its marker file stands in the folder.
 """
 
 import contextlib
@@ -22,14 +23,24 @@ import numba
 from llmc_cli.kernels.cpu import compiling
 
 if TYPE_CHECKING:
+    from llmc_cli.kernels.cpu.decoding import DecodingKernels
     from llmc_cli.kernels.cpu.kernels import CpuKernels
+    from llmc_cli.kernels.cpu.matmul import Matmul
 
 SETTINGS: Any = numba.config  # made of the environment, so no type checker knows what is in it
 
 KERNELS = "llmc_cli.kernels.cpu.kernels"
-MARKER = "complete"
+DECODING = "llmc_cli.kernels.cpu.decoding"
+TILES = "llmc_cli.kernels.cpu.tile_matmul"
+ROUNDED = "llmc_cli.kernels.cpu.rounded_matmul"
+MARKERS = {KERNELS: "complete", DECODING: "complete-decoding", TILES: "complete-tiles", ROUNDED: "complete-rounded"}
+"""Groups of kernels: the module that imports all of one, and its marker; tiles have one for each number of parts."""
+
 KEPT_VERSIONS = 4
 SPACE = 32 << 20  # bytes: several times what the kernels take
+
+_loaded: set[str] = set()
+"""The markers of what this process has loaded."""
 
 
 def cache_root() -> Path:
@@ -59,9 +70,9 @@ def kernel_folder() -> Path:
     return cache_root() / "kernels" / version()
 
 
-def is_warm() -> bool:
-    """Whether loading the kernels needs no compiling."""
-    return KERNELS in sys.modules or _is_complete(kernel_folder())
+def is_warm(group: str = KERNELS) -> bool:
+    """Whether loading a group of kernels needs no compiling."""
+    return MARKERS[group] in _loaded or _is_complete(kernel_folder(), MARKERS[group])
 
 
 def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKernels]":
@@ -70,46 +81,80 @@ def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKe
     Before a wait for the compiler, or for another process that is compiling, ``on_compile`` is told what is coming.
     Where the cache cannot be written the kernels are compiled for this process only.
     """
-    if KERNELS not in sys.modules:
-        folder = kernel_folder()
-        if on_compile is not None and not _is_complete(folder):
-            on_compile("compiling kernels, once, about 20 s")
-        try:
-            if _is_complete(folder):
-                _import_kernels(folder)
-            else:
-                _fill(folder)
-        except OSError:  # no such place, read-only, full
-            _import_kernels(None)
+    _load(KERNELS, on_compile, "compiling kernels, once, about 20 s")
     loaded: type[CpuKernels] = importlib.import_module(KERNELS).CpuKernels
     return loaded
 
 
-def _is_complete(folder: Path) -> bool:
+def load_decoding(on_compile: Callable[[str], None] | None = None) -> "type[DecodingKernels]":
+    """The class of the CPU's kernels for sampling; as ``load_kernels``."""
+    load_kernels(on_compile)
+    _load(DECODING, on_compile, "compiling kernels for sampling, once, about 10 s")
+    loaded: type[DecodingKernels] = importlib.import_module(DECODING).DecodingKernels
+    return loaded
+
+
+def load_tiles(parts: int, on_compile: Callable[[str], None] | None = None) -> "Matmul":
+    """Products on AMX tiles, of numbers in this many parts; as ``load_kernels``."""
+    _load(TILES, on_compile, "compiling matrix products, once, about 6 s", parts)
+    made: Matmul = importlib.import_module(TILES).TileMatmul(parts)
+    return made
+
+
+def load_rounded(on_compile: Callable[[str], None] | None = None) -> "Matmul":
+    """Products of numbers rounded to bf16, by BLAS; as ``load_kernels``."""
+    _load(ROUNDED, on_compile, "compiling the rounding to bf16, once, about 2 s")
+    made: Matmul = importlib.import_module(ROUNDED).RoundedMatmul()
+    return made
+
+
+def _load(group: str, on_compile: Callable[[str], None] | None, told: str, parts: int = 0) -> None:
+    """Import a group of kernels, and where it has ``parts`` compile it for them, with the cache if that is possible."""
+    marker = f"{MARKERS[group]}-{parts}" if parts else MARKERS[group]
+    if marker in _loaded:
+        return
+    folder = kernel_folder()
+    complete = _is_complete(folder, marker)
+    if on_compile is not None and not complete:
+        on_compile(told)
+    try:
+        if complete:
+            _import(group, parts, folder)
+        else:
+            _fill(group, parts, folder, marker)
+    except OSError:  # no such place, read-only, full
+        _import(group, parts, None)
+    _loaded.add(marker)
+
+
+def _is_complete(folder: Path, marker: str) -> bool:
     """Whether all kernels are there and can be used: numba reads only from folders that it could write to."""
-    return (folder / MARKER).exists() and os.access(folder, os.W_OK)
+    return (folder / marker).exists() and os.access(folder, os.W_OK)
 
 
-def _fill(folder: Path) -> None:
-    """Import the kernels into ``folder``, one process at a time. Raises OSError where there is no room for them."""
+def _fill(group: str, parts: int, folder: Path, marker: str) -> None:
+    """Import a group of kernels into ``folder``, one process at a time. Raises OSError where there is no room."""
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < SPACE:
         raise OSError(f"{folder}: less than {SPACE >> 20} MiB free")
     with filelock.FileLock(folder.with_suffix(".lock")):
-        _import_kernels(folder)
-        (folder / MARKER).touch()
+        _import(group, parts, folder)
+        (folder / marker).touch()
         _remove_old_versions(folder)
 
 
-def _import_kernels(folder: Path | None) -> None:
-    """Import the kernels' modules with numba's cache at ``folder``, or with none; numba's setting is put back. Raises
+def _import(group: str, parts: int, folder: Path | None) -> None:
+    """Import a group of kernels with numba's cache at ``folder``, or with none; numba's setting is put back. Raises
     OSError where the folder cannot be used."""
     kept = SETTINGS.CACHE_DIR
     compiling.caching = folder is not None
     SETTINGS.CACHE_DIR = str(folder or "")
     try:
-        importlib.import_module(KERNELS)
-    except RuntimeError as error:
+        module = importlib.import_module(group)
+        if parts:
+            module.compile_product(parts)
+    except (OSError, RuntimeError) as error:
+        sys.modules.pop(group, None)  # its functions would try that folder again
         if "cannot cache function" in str(error):  # numba's way to say that it cannot write there
             raise OSError(f"{folder}: {error}") from error
         raise

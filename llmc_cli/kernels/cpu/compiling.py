@@ -29,7 +29,13 @@ float1 = types.float32[::1]
 float2 = types.float32[:, ::1]
 double1 = types.float64[::1]
 int1 = types.int32[::1]
+int2 = types.int32[:, ::1]
 long2 = types.int64[:, ::1]
+uint1 = types.uint32[::1]
+bytes3 = types.int8[:, :, ::1]
+ubytes2 = types.uint8[:, ::1]
+ushort2 = types.uint16[:, ::1]
+uint2 = types.uint32[:, ::1]
 
 caching = True
 """Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""
@@ -41,12 +47,18 @@ def target() -> tuple[str, str, str]:
     return triple, name, features
 
 
-def kernel(*arguments: Any, fastmath: set[str]) -> Decorator:
-    """Compile the decorated function for exactly these argument types."""
+def kernel(*arguments: Any, fastmath: set[str], parallel: bool = True) -> Decorator:
+    """Compile the decorated function for exactly these argument types; without ``parallel``, prange is a plain range:
+    for calls so short that waking the threads would take longer."""
     decorator: Decorator = njit(
-        void(*arguments), parallel=True, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
+        void(*arguments), parallel=parallel, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
     )
     return decorator
+
+
+def specialized(function: Callable[..., Any]) -> Any:
+    """Compile the decorated function for the argument types of each call, when the first such call is made."""
+    return njit(function, parallel=True, cache=caching, fastmath=CONTRACT, error_model="numpy", boundscheck=False)
 
 
 def helper(fastmath: set[str], inline: bool = True) -> Decorator:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from llmc_cli.kernels.cpu import attention, blas, classifier, embedding, linear, norm, optimizer
+from llmc_cli.kernels.cpu.matmul import BlasMatmul, Matmul
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
-Matmul = Callable[[Float32, Float32, Float32, bool, bool, bool, Float32 | None], None]
 
 HEAD_ROWS = 256  # rows of logits at a time
 SUM_PIECES = 1024
@@ -22,7 +22,8 @@ ALIGNMENT = 64  # bytes
 
 
 class CpuKernels:
-    """Float32 on ``threads`` threads, BLAS included. A weight is its master array.
+    """Float32 on ``threads`` threads, BLAS included. A weight is its master array. ``matmul`` is what multiplies
+    matrices, BLAS where nothing else is said.
 
     Scratch arrays are named, grow to the largest call and stay; views of them are handed out by shape.
     """
@@ -30,8 +31,8 @@ class CpuKernels:
     name: str = "cpu"
     dtype: Any = np.float32
 
-    def __init__(self, threads: int, matmul: Matmul = blas.matmul) -> None:
-        self.matmul = matmul
+    def __init__(self, threads: int, matmul: Matmul | None = None) -> None:
+        self.matmul = matmul or BlasMatmul()
         self._scratch: dict[str, NDArray[Any]] = {}
         self._set_threads(threads)
 
@@ -50,12 +51,6 @@ class CpuKernels:
         finally:
             self._set_threads(kept)
 
-    def blas_name(self) -> str:
-        """The BLAS in use: library, version, the architecture it chose."""
-        library = blas.library()
-        parts = [str(library.get("internal_api", "unknown BLAS")), library.get("version"), library.get("architecture")]
-        return " ".join(part for part in parts if part)
-
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
@@ -73,14 +68,19 @@ class CpuKernels:
 
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory held now."""
-        return sum(flat.nbytes for flat in self._scratch.values())
+        return sum(flat.nbytes for flat in self._scratch.values()) + self.matmul.scratch_bytes()
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""
         work = self.threads * attention.work_floats(T, channels // num_heads)
         logits = min(HEAD_ROWS, B * T) * padded_vocab_size
         sums = 3 * -(-B * T // norm.ROWS) * channels
-        return 4 * (work + logits + sums) + 8 * SUM_PIECES
+        C, N, rows = channels, B * T, min(HEAD_ROWS, B * T)
+        # outputs, inputs and rows of the products; each has three: forward, and the gradients of inputs and weights
+        layers = [(3 * C, C, N), (C, C, N), (4 * C, C, N), (C, 4 * C, N), (padded_vocab_size, C, rows)]
+        sizes = [(R, out, into) for out, into, R in layers]
+        sizes += [(R, into, out) for out, into, R in layers] + layers
+        return 4 * (work + logits + sums) + 8 * SUM_PIECES + self.matmul.workspace_bytes(sizes, self.threads)
 
     def bind(self, master: Float32) -> Float32:
         return master

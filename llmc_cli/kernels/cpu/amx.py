@@ -1,0 +1,273 @@
+"""Intel's AMX tiles, and the vector instructions that fill them, as intrinsics over addresses.
+
+A tile is 16 rows of 64 bytes. A block is two by two of them, 32 x 32 sums in float32, made of a panel of a (32 rows, k
+along them) and one of b (32 columns). A panel holds for each step of 32 k, and each of the ``parts`` of its numbers,
+two tiles one behind the other: those of a are [16 rows][32 k] in bf16, those of b [16 pairs of k][16 columns][2 k].
+
+The number of parts is the length of a tuple, so that it is known to the compiler. One part is the number rounded to
+bf16, which keeps 8 bits; a second one is what the first leaves, rounded again; three hold all 24 bits of a float32.
+Addresses and distances are integers, counted in bytes. Operations: Intel 64 and IA-32 Architectures Software
+Developer's Manual, volume 2, TDPBF16PS and VCVTNE2PS2BF16.
+"""
+
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+TILE = 1024  # bytes
+SIDE = 32  # rows and columns of a block, and k of a step
+
+FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512_bf16"}
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h
+
+CONFIGURATION = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
+"""For ``configure``: palette 1, eight tiles of 64 bytes by 16 rows."""
+
+PRODUCTS = {1: ((0, 0),), 2: ((1, 0), (0, 0), (0, 1)), 3: ((2, 0), (1, 1), (1, 0), (0, 0), (0, 1), (0, 2))}
+"""Which parts of a and b are multiplied, by the number of parts: those that count, in an order that loads few tiles."""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this processor has such tiles and the system lets this process use them, which it is asked for here."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return FLAGS <= set(flags) and ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
+
+
+class BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite has no annotations
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(BFloat16)
+
+
+BYTE, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+POINTER = BYTE.as_pointer()
+FLOATS, WORDS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT32, 16)
+HALVES, BFLOATS = ir.VectorType(INT16, 32), ir.VectorType(BFloat16(), 32)
+
+Emitter = Callable[..., None]
+"""Emits instructions: gets a builder and LLVM values."""
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call an LLVM intrinsic."""
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+
+def _at(builder: Any, address: Any, offset: int, to: Any) -> Any:
+    """A pointer to ``to`` at ``address`` + ``offset``."""
+    return builder.inttoptr(builder.add(address, INT64(offset)), to.as_pointer())
+
+
+def _load(builder: Any, address: Any, offset: int, to: Any) -> Any:
+    loaded = builder.load(_at(builder, address, offset, to))
+    loaded.align = 4
+    return loaded
+
+
+def _load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
+    _call(builder, "llvm.x86.tileloadd64", ir.VoidType(), BYTE(tile), _at(builder, address, 0, BYTE), stride)
+
+
+def _round(builder: Any, low: Any, high: Any) -> Any:
+    """32 numbers in bf16, those of ``low`` first, as 16 words."""
+    rounded = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, high, low)
+    return builder.bitcast(rounded, WORDS)
+
+
+def _split(builder: Any, low: Any, high: Any, parts: int) -> list[Any]:
+    """The parts of 32 numbers, each in bf16 as 16 words."""
+    words = []
+    for part in range(parts):
+        rounded = _round(builder, low, high)
+        words.append(rounded)
+        if part + 1 < parts:
+            halves = builder.bitcast(rounded, HALVES)
+            low = builder.fsub(low, _widened(builder, halves, 0))
+            high = builder.fsub(high, _widened(builder, halves, 16))
+    return words
+
+
+def _widened(builder: Any, halves: Any, start: int) -> Any:
+    """16 of the numbers in bf16 ``halves`` as float32: bf16 is its upper half."""
+    chosen = builder.shuffle_vector(halves, halves, ir.Constant(WORDS, list(range(start, start + 16))))
+    words = builder.shl(builder.zext(chosen, WORDS), ir.Constant(WORDS, [16] * 16))
+    return builder.bitcast(words, FLOATS)
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 x 16 words: in each of four rounds a row takes every second of its pieces from a partner."""
+
+    def exchanged(rows: list[Any], distance: int) -> list[Any]:
+        """Swap the blocks of ``distance`` x ``distance`` words that lie off the diagonal of each pair of blocks."""
+        out = list(rows)
+        upper = [i if not i & distance else 16 + i - distance for i in range(16)]
+        lower = [i + distance if not i & distance else 16 + i for i in range(16)]
+        for i in range(16):
+            if not i & distance:
+                for to, chosen in ((i, upper), (i + distance, lower)):
+                    indices = ir.Constant(WORDS, chosen)
+                    out[to] = builder.shuffle_vector(rows[i], rows[i + distance], indices)
+        return out
+
+    for distance in (8, 4, 2, 1):
+        rows = exchanged(rows, distance)
+    return rows
+
+
+def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, along: bool, turned: bool) -> None:
+    """One tile of each part from 16 x 32 floats; ``along``: k lies along the 16 rows, else there are 32 rows of 16."""
+    rows: list[list[Any]] = [[] for _ in range(parts)]
+    interleaved = ir.Constant(ir.VectorType(INT32, 32), [half for i in range(16) for half in (i, 16 + i)])
+    for _ in range(16):
+        low = _load(builder, source, 0, FLOATS)
+        if not along:
+            source = builder.add(source, stride)
+        high = _load(builder, source, 64 if along else 0, FLOATS)
+        source = builder.add(source, stride)
+        for part, words in enumerate(_split(builder, low, high, parts)):
+            if not along:
+                halves = builder.bitcast(words, HALVES)
+                words = builder.bitcast(builder.shuffle_vector(halves, halves, interleaved), WORDS)
+            rows[part].append(words)
+    for part in range(parts):
+        for i, words in enumerate(_transposed(builder, rows[part]) if turned else rows[part]):
+            builder.store(words, _at(builder, to, part * 2 * TILE + i * 64, WORDS)).align = 64
+
+
+def _packing(along: bool, turned: bool) -> Any:
+    @intrinsic
+    def pack(typing_context: Any, to: Any, source: Any, stride: Any, parts: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _emit_pack(builder, *args[:3], parts.count, along, turned)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, parts), generate
+
+    return pack
+
+
+pack_a_along, pack_a_across = _packing(True, False), _packing(False, True)
+pack_b_along, pack_b_across = _packing(True, True), _packing(False, False)
+"""(to, source, stride, parts): one tile of a panel of a or b, of every part, from floats; along: k lies along the
+source's 16 rows of 32, else across its 32 rows of 16."""
+
+
+@intrinsic
+def configure(typing_context: Any, configuration: Any) -> Any:
+    """Set up the tiles of this thread from the address of ``CONFIGURATION``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), _at(builder, args[0], 0, BYTE))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def release(typing_context: Any) -> Any:
+    """Give up the tiles of this thread, so that the system need not keep them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "llvm.x86.tilerelease", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def multiply_block(
+    typing_context: Any,
+    to: Any,
+    to_stride: Any,
+    source: Any,
+    source_stride: Any,
+    a: Any,
+    b: Any,
+    steps: Any,
+    parts: Any,
+) -> Any:
+    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``steps`` steps of panels a and b. Both blocks are
+    float32 with rows ``stride`` apart; a stride of 0 gives the same row 32 times."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, to_stride, source, source_stride, a, b, steps, _ = args
+
+        def places(address: Any, stride: Any) -> list[Any]:
+            below = builder.add(address, builder.shl(stride, INT64(4)))
+            return [builder.add(start, INT64(column)) for start in (address, below) for column in (0, 64)]
+
+        with builder.if_else(builder.icmp_signed("==", source, INT64(0))) as (zeros, given):
+            with zeros:
+                for tile in range(4):
+                    _call(builder, "llvm.x86.tilezero", ir.VoidType(), BYTE(tile))
+            with given:
+                for tile, place in enumerate(places(source, source_stride)):
+                    _load_tile(builder, tile, place, source_stride)
+        step_bytes = INT64(2 * TILE * parts.count)
+        with cgutils.for_range(builder, steps) as loop:
+            offset = builder.mul(loop.index, step_bytes)
+            _emit_step(builder, builder.add(a, offset), builder.add(b, offset), parts.count)
+        for tile, place in enumerate(places(to, to_stride)):
+            pointer = _at(builder, place, 0, BYTE)
+            _call(builder, "llvm.x86.tilestored64", ir.VoidType(), BYTE(tile), pointer, to_stride)
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(*[size] * 7, parts), generate
+
+
+def _emit_step(builder: Any, a: Any, b: Any, parts: int) -> None:
+    """Tiles 0 to 3 += the products of one step. Tiles 4, 5 hold a part of a, tiles 6, 7 of b, loaded when it changes;
+    loads stand between multiplications, which take longer."""
+    loaded: tuple[int | None, int | None] = None, None
+    for product in PRODUCTS[parts]:
+        waiting = {4 + 2 * which + half: (which, product[which], half)
+                   for which in range(2) if loaded[which] != product[which] for half in range(2)}  # fmt: skip
+        loaded = product
+        for total, left, right in ((0, 4, 6), (2, 5, 6), (1, 4, 7), (3, 5, 7)):
+            for tile in (right, left):
+                if tile in waiting:
+                    which, part, half = waiting.pop(tile)
+                    place = builder.add((a, b)[which], INT64((2 * part + half) * TILE))
+                    _load_tile(builder, tile, place, INT64(64))
+            _call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(left), BYTE(right))
+
+
+@intrinsic
+def load_float(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load(builder, args[0], 0, ir.FloatType())
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def store_float(typing_context: Any, address: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _at(builder, args[0], 0, ir.FloatType())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate

@@ -1,0 +1,254 @@
+"""Matrix products on AMX tiles, of float32 arrays whose numbers are split into one, two or three bf16 parts.
+
+Of a (M,K) and b (K,N) the one with more rows or columns is divided into tasks, each of which packs its block into
+panels (see amx.py) for itself, some k at a time, small enough to stay in the second-level cache. The other one is
+packed before by all threads together, once. So with a few hundred rows of activations the weights are read from memory
+once, and their packed form is never written back.
+
+A task goes through panels of b, some steps of a panel (that stay in the first-level cache) against all panels of a.
+Sums run over k in one order, whatever the blocks and threads: between two pieces of k they are kept in float32 as they
+are. So the same inputs give the same bits.
+
+Error relative to |a|·|b|: one part 2^-9 + 2^-9, two parts (three products) about 2^-16, three parts (six products) that
+of float32.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+from numba.core import types
+from numpy.typing import NDArray
+
+from llmc_cli.errors import MissingError
+from llmc_cli.kernels.cpu import amx, blas
+from llmc_cli.kernels.cpu.compiling import CONTRACT, boolean, helper, int64, specialized, void
+
+Float32 = NDArray[np.float32]
+
+SIDE = amx.SIDE
+SUMS = SIDE * SIDE * 4  # bytes of a block of float32
+ROW = SIDE * 4
+LINE_ROWS = 512  # rows of a from which on a is the one divided
+PIECE = 32  # panels times steps that are packed at a time, where all threads pack
+PAGE = 4096
+EDGE = 2048  # bytes: a tile in float32
+NAMES = {1: "bf16 on AMX tiles", 2: "three bf16 products on AMX tiles", 3: "six bf16 products on AMX tiles"}
+STEPS = {1: 8, 2: 4, 3: 3}
+BLOCK = {1: 256, 2: 256, 3: 128}
+DEPTH = {1: 32, 2: 24, 3: 24}
+
+
+@helper(CONTRACT, inline=False)
+def copy(to, to_stride, source, stride, rows, columns):
+    """``rows`` rows of ``columns`` floats."""
+    for i in range(rows):
+        for j in range(columns):
+            amx.store_float(to + i * to_stride + j * 4, amx.load_float(source + i * stride + j * 4))
+
+
+@helper(CONTRACT, inline=False)
+def pack(to, panel, steps, source, stride, along, is_b, outer, depth, first, last, edge, parts):
+    """Panels ``panel`` bytes apart from floats: those of ``outer`` rows or columns and ``depth`` k, padded with zeros.
+
+    ``along``: k lies along the source's rows. Of all the pairs of a panel and one of ``steps`` steps those from
+    ``first`` up to ``last`` are made, counted as they lie in the source. ``edge`` is scratch for a tile.
+    """
+    panels = (outer + SIDE - 1) // SIDE
+    for n in range(first, last):
+        p, s = (n // steps, n % steps) if along else (n % panels, n // panels)
+        k = min(SIDE, depth - s * SIDE)
+        for half in range(2):
+            line = p * SIDE + half * 16
+            lines = max(0, min(16, outer - line))
+            at, distance = source + (line * stride + s * ROW if along else s * SIDE * stride + line * 4), stride
+            if lines < 16 or k < SIDE:
+                for i in range(0, EDGE, 4):
+                    amx.store_float(edge + i, np.float32(0.0))
+                distance = 128 if along else 64
+                copy(edge, distance, at, stride, lines if along else k, k if along else lines)
+                at = edge
+            target = to + p * panel + s * 2 * amx.TILE * len(parts) + half * amx.TILE
+            if is_b:
+                if along:
+                    amx.pack_b_along(target, at, distance, parts)
+                else:
+                    amx.pack_b_across(target, at, distance, parts)
+            elif along:
+                amx.pack_a_along(target, at, distance, parts)
+            else:
+                amx.pack_a_across(target, at, distance, parts)
+
+
+@helper(CONTRACT, inline=False)
+def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, steps, at_once, sums, parts):
+    """c (rows,columns), at most 32 columns, = ``start`` + panels of a times one of b.
+
+    ``start``: 0 for zeros, c itself, or one row with a ``start_stride`` of 0. ``sums`` is scratch for a block of sums
+    of each panel of a; it also stands for blocks of c that are not whole.
+    """
+    size = 2 * amx.TILE * len(parts)
+    for step in range(0, steps, at_once):
+        count = min(at_once, steps - step)
+        for i in range((rows + SIDE - 1) // SIDE):
+            room, place = sums + i * SUMS, c + i * SIDE * ldc
+            lines = min(SIDE, rows - i * SIDE)
+            whole = lines == SIDE and columns == SIDE
+            if step > 0:
+                source, stride = room, ROW
+            elif start_stride == 0 or whole:
+                source, stride = start + i * SIDE * start_stride, start_stride
+            else:
+                copy(room, ROW, start + i * SIDE * start_stride, start_stride, lines, columns)
+                source, stride = room, ROW
+            last = step + count == steps
+            to, to_stride = (place, ldc) if last and whole else (room, ROW)
+            amx.multiply_block(
+                to, to_stride, source, stride, a + i * panel + step * size, b + step * size, count, parts
+            )
+            if last and not whole:
+                copy(place, ldc, room, ROW, lines, columns)
+
+
+@specialized
+def product(
+    configuration, c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc,
+    shared, private, private_bytes, workers, block, depth, at_once, divide_a, parts,
+):  # fmt: skip
+    """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
+    steps that a task packs at a time; ``private``: ``private_bytes`` of scratch for each of the ``workers``."""
+    size = 2 * amx.TILE * len(parts)
+    all_steps = (K + SIDE - 1) // SIDE
+    panels = ((N if divide_a else M) + SIDE - 1) // SIDE
+    pairs = panels * all_steps
+    pieces = (pairs + PIECE - 1) // PIECE
+    for worker in prange(workers):
+        edge = private + worker * private_bytes
+        for piece in range(worker, pieces, workers):
+            first, last = piece * PIECE, min(pairs, (piece + 1) * PIECE)
+            if divide_a:
+                pack(shared, all_steps * size, all_steps, b, ldb, b_along, True, N, K, first, last, edge, parts)
+            else:
+                pack(shared, all_steps * size, all_steps, a, lda, a_along, False, M, K, first, last, edge, parts)
+    tasks = ((M if divide_a else N) + block - 1) // block
+    for worker in prange(workers):
+        amx.configure(configuration)
+        edge = private + worker * private_bytes
+        edge_bias = edge + EDGE
+        sums = edge_bias + ROW
+        own = sums + (block if divide_a else M + SIDE - 1) // SIDE * SUMS
+        for task in range(worker, tasks, workers):
+            m, n = (task * block, 0) if divide_a else (0, task * block)
+            rows, columns = (min(block, M - m), N) if divide_a else (M, min(block, N - n))
+            for step in range(0, all_steps, depth):
+                steps = min(depth, all_steps - step)
+                k = step * SIDE
+                deep = min(steps * SIDE, K - k)
+                count = ((rows if divide_a else columns) + SIDE - 1) // SIDE * steps
+                if divide_a:
+                    at = a + (m * lda + k * 4 if a_along else k * lda + m * 4)
+                    pack(own, steps * size, steps, at, lda, a_along, False, rows, deep, 0, count, edge, parts)
+                else:
+                    at = b + (n * ldb + k * 4 if b_along else k * ldb + n * 4)
+                    pack(own, steps * size, steps, at, ldb, b_along, True, columns, deep, 0, count, edge, parts)
+                part = shared + step * size
+                for j in range(0, columns, SIDE):
+                    width = min(SIDE, columns - j)
+                    place = c + m * ldc + (n + j) * 4
+                    start, start_stride = 0, 0
+                    if acc or step > 0:
+                        start, start_stride = place, ldc
+                    elif bias != 0:
+                        start = bias + (n + j) * 4
+                        if width < SIDE:
+                            copy(edge_bias, ROW, start, ROW, 1, width)
+                            start = edge_bias
+                    strip, panel = (part, all_steps * size) if divide_a else (own, steps * size)
+                    strip += j // SIDE * panel
+                    if divide_a:
+                        multiply_panels(place, ldc, rows, width, start, start_stride,
+                                        own, steps * size, strip, steps, at_once, sums, parts)  # fmt: skip
+                    else:
+                        multiply_panels(place, ldc, rows, width, start, start_stride,
+                                        part, all_steps * size, strip, steps, at_once, sums, parts)  # fmt: skip
+        amx.release()
+
+
+def compile_product(parts: int) -> None:
+    """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
+    numbers = [int64] * 8 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean]
+    product.compile(void(*numbers, types.UniTuple(int64, parts)))
+
+
+class TileMatmul:
+    """``matmul.Matmul`` on tiles, of numbers in ``parts`` parts. Scratch memory grows to the largest call."""
+
+    def __init__(self, parts: int) -> None:
+        if not amx.available():  # asks for permission, too
+            raise MissingError("no AMX tiles on this processor, or the system does not allow them")
+        self.name = NAMES[parts]
+        self._parts = tuple(range(parts))
+        self._configuration = np.frombuffer(amx.CONFIGURATION, np.uint8)
+        self._shared = self._private = np.empty(0, np.uint8)
+
+    def __call__(
+        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
+    ) -> None:
+        M, N = c.shape
+        K = a.shape[0] if transpose_a else a.shape[1]
+        if M == 1 and transpose_b and not transpose_a:  # a token at a time: b is read as it is
+            blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
+            return
+        workers = numba.get_num_threads()
+        blocking = self.blocking(M, N, K, workers)
+        self._shared = _grown(self._shared, blocking.shared)
+        self._private = _grown(self._private, workers * blocking.private)
+        product(
+            self._configuration.ctypes.data, c.ctypes.data, c.strides[0], M, N, K,
+            a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
+            0 if bias is None else bias.ctypes.data, acc,
+            _aligned(self._shared), _aligned(self._private), blocking.private, workers,
+            blocking.lines, blocking.depth, STEPS[len(self._parts)], blocking.divide_a, self._parts,
+        )  # fmt: skip
+
+    def scratch_bytes(self) -> int:
+        return self._shared.nbytes + self._private.nbytes
+
+    def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
+        blockings = [self.blocking(*size, threads) for size in sizes]
+        shared, private = (max(each) for each in zip(*((b.shared, b.private) for b in blockings), strict=True))
+        return shared + threads * private + 2 * PAGE
+
+    def blocking(self, M: int, N: int, K: int, workers: int) -> "Blocking":
+        """How a product of this size is divided."""
+        parts = len(self._parts)
+        size = 2 * amx.TILE * parts
+        all_steps = -(-K // SIDE)
+        divide_a = M >= LINE_ROWS or M >= N
+        divided, other = (M, N) if divide_a else (N, M)
+        even = -(-divided // (workers * 2 * SIDE)) * SIDE
+        lines, depth = min(BLOCK[parts], even), min(DEPTH[parts], all_steps)
+        shared = -(-other // SIDE) * all_steps * size
+        panels_a = -(-(lines if divide_a else M) // SIDE)
+        private = EDGE + ROW + panels_a * SUMS + lines // SIDE * depth * size
+        return Blocking(divide_a, lines, depth, shared, -(-private // 4096) * 4096)
+
+
+class Blocking(NamedTuple):
+    """How a product is divided, and the scratch memory it takes in bytes, shared and per thread."""
+
+    divide_a: bool
+    lines: int  # rows of a or columns of b in a task
+    depth: int  # steps that are packed at a time
+    shared: int
+    private: int
+
+
+def _grown(scratch: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    return scratch if scratch.size >= size + PAGE else np.empty(size + PAGE, np.uint8)
+
+
+def _aligned(scratch: NDArray[np.uint8]) -> int:
+    """The first address of a page in it."""
+    return int(-(-scratch.ctypes.data // PAGE) * PAGE)

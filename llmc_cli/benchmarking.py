@@ -187,7 +187,8 @@ def _open(options: BenchOptions, note: Note) -> tuple[Backend, float | None]:
         note(text)
 
     start = time.perf_counter()
-    backend = open_kernels(options.device, options.precision, options.threads, tell)
+    training = options.sections != ("sample",)  # what "auto" is the precision of
+    backend = open_kernels(options.device, options.precision, options.threads, tell, training)
     return backend, time.perf_counter() - start if compiled else None
 
 

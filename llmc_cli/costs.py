@@ -53,7 +53,7 @@ def linear_forward(y: Array, x: Array, w: Any, b: Array | None) -> Cost:
 
 def linear_backward(dx: Array | None, dw: Array, db: Array | None, dy: Array, x: Array, w: Any, acc: bool) -> Cost:
     product = 2 * dy.size * x.shape[1]
-    read_weight = size(dw) if dx is not None else 0
+    read_weight = dy.shape[1] * x.shape[1] * x.itemsize if dx is not None else 0
     return Cost(product * (1 if dx is None else 2), size(dx, dy, x) + read_weight + (1 + acc) * size(dw, db))
 
 

@@ -417,7 +417,8 @@ def test_the_time_of_compiling_is_known_where_it_was_done(monkeypatch, backend):
     monkeypatch.setattr(benchmarking, "open_kernels", lambda *arguments: backend)
     assert benchmarking._open(BenchOptions(), quiet) == (backend, None)
 
-    def compile_first(device, precision, threads, on_compile):
+    def compile_first(device, precision, threads, on_compile, training):
+        assert training
         on_compile("compiling")
         return backend
 

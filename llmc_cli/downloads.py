@@ -28,10 +28,18 @@ PASSING = (408, 425, 429)  # statuses below 500 that a later attempt may not mee
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$LLMC_CACHE``, else ``$XDG_CACHE_HOME/llmc``, else ``~/.cache/llmc``."""
+    """Where downloads and kernels are kept: ``$LLMC_CACHE``, else ``$XDG_CACHE_HOME/llmc``, else ``~/.cache/llmc``.
+
+    FileNotFoundError for a user without a home folder, as in some containers.
+    """
     if own := os.environ.get("LLMC_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "llmc"
+    try:
+        return Path.home() / ".cache" / "llmc"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder to keep files in; set LLMC_CACHE") from None
 
 
 def download(

@@ -129,6 +129,13 @@ def test_the_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "llmc"
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(FileNotFoundError, match="LLMC_CACHE"):
+        cache_folder()
+
 
 @pytest.mark.parametrize("checks", [{}, {"sha256": SHA256}, {"size": len(BODY)}, {"sha256": SHA256, "size": len(BODY)}])
 def test_a_plain_download(server, tmp_path, checks):

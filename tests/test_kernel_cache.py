@@ -147,14 +147,37 @@ def test_numba_refuses_the_folder(package, start, tmp_path):
     assert told(start()) == "[]"
 
 
-def test_root_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "a"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert cache.cache_root() == tmp_path / "a"
-    monkeypatch.delenv("LLMC_CACHE")
-    assert cache.cache_root() == tmp_path / "b" / "llmc"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_root() == Path.home() / ".cache" / "llmc"
+def test_a_place_that_cannot_be_looked_into(start, tmp_path):
+    """Such as the home folder of another user: here it is a name that is too long."""
+    assert told(start(LLMC_CACHE=str(tmp_path / ("x" * 300)))) == COMPILING
+
+
+def test_a_file_system_without_locks(package, start, tmp_path):
+    module = package / "kernels" / "cpu" / "cache.py"
+    module.write_text(
+        module.read_text()
+        + """
+def _without(path):
+    raise NotImplementedError("FileSystem does not appear to support flock")
+
+filelock.FileLock = _without
+"""
+    )
+    assert told(start()) == COMPILING
+
+
+def test_without_a_home_folder(package, start, tmp_path):
+    module = package / "downloads.py"
+    module.write_text(
+        module.read_text()
+        + """
+def _homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+Path.home = _homeless
+"""
+    )
+    assert told(start(LLMC_CACHE="")) == COMPILING
 
 
 def test_old_versions_go(tmp_path):

@@ -20,6 +20,7 @@ import filelock
 import llvmlite
 import numba
 
+from llmc_cli.downloads import cache_folder
 from llmc_cli.kernels.cpu import compiling
 
 if TYPE_CHECKING:
@@ -43,15 +44,6 @@ _loaded: set[str] = set()
 """The markers of what this process has loaded."""
 
 
-def cache_root() -> Path:
-    """``LLMC_CACHE``, else ``XDG_CACHE_HOME/llmc``, else ``~/.cache/llmc``; may not exist yet."""
-    if named := os.environ.get("LLMC_CACHE"):
-        return Path(named)
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "llmc"
-    return Path.home() / ".cache" / "llmc"
-
-
 def version() -> str:
     """A hash of everything that compiled kernels depend on: their sources, the compiler, Python and the processor."""
     digest = hashlib.sha256()
@@ -66,13 +58,13 @@ def version() -> str:
 
 
 def kernel_folder() -> Path:
-    """The folder of this version's kernels; may not exist yet."""
-    return cache_root() / "kernels" / version()
+    """The folder of this version's kernels; may not exist yet. FileNotFoundError where there is no place for it."""
+    return cache_folder() / "kernels" / version()
 
 
 def is_warm(group: str = KERNELS) -> bool:
     """Whether loading a group of kernels needs no compiling."""
-    return MARKERS[group] in _loaded or _is_complete(kernel_folder(), MARKERS[group])
+    return MARKERS[group] in _loaded or _is_complete(MARKERS[group])
 
 
 def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKernels]":
@@ -113,23 +105,26 @@ def _load(group: str, on_compile: Callable[[str], None] | None, told: str, parts
     marker = f"{MARKERS[group]}-{parts}" if parts else MARKERS[group]
     if marker in _loaded:
         return
-    folder = kernel_folder()
-    complete = _is_complete(folder, marker)
+    complete = _is_complete(marker)
     if on_compile is not None and not complete:
         on_compile(told)
     try:
         if complete:
-            _import(group, parts, folder)
+            _import(group, parts, kernel_folder())
         else:
-            _fill(group, parts, folder, marker)
-    except OSError:  # no such place, read-only, full
+            _fill(group, parts, kernel_folder(), marker)
+    except (OSError, NotImplementedError):  # no such place, read-only, full; a file system without locks
         _import(group, parts, None)
     _loaded.add(marker)
 
 
-def _is_complete(folder: Path, marker: str) -> bool:
+def _is_complete(marker: str) -> bool:
     """Whether all kernels are there and can be used: numba reads only from folders that it could write to."""
-    return (folder / marker).exists() and os.access(folder, os.W_OK)
+    try:
+        folder = kernel_folder()
+        return (folder / marker).exists() and os.access(folder, os.W_OK)
+    except OSError:  # no home folder, or one that is not ours to look into
+        return False
 
 
 def _fill(group: str, parts: int, folder: Path, marker: str) -> None:

@@ -58,7 +58,7 @@ def open_kernels(
     if chosen not in MATMULS:
         raise UsageError(f"LLMC_MATMUL={chosen}: expected one of {', '.join(MATMULS)}")
     why = ["cpu: the only device supported yet"] if device == "auto" else []
-    threads = threads or available_cores()
+    threads = threads or usual_threads()
     _allow_threads(threads)
     tiles = chosen != "blas" and _has_tiles()
     if chosen == "tiles" and not tiles:
@@ -108,6 +108,13 @@ def _allow_threads(threads: int) -> None:
             f"--threads {threads}: numba has been started with {most}; "
             f"set NUMBA_NUM_THREADS={threads} in the environment"
         )
+
+
+def usual_threads() -> int:
+    """The cores that this process may use, but no more threads than the user has let numba start with."""
+    cores = available_cores()
+    most = os.environ.get("NUMBA_NUM_THREADS", "")
+    return max(1, min(cores, int(most))) if most.isdecimal() else cores
 
 
 def available_cores() -> int:

@@ -18,7 +18,7 @@ def test_cpu_backend_says_what_it_is():
     assert "cpu" in backend.why
     assert "fp32" in backend.why
     assert device.open_kernels("cpu", "fp32", None).why == ""
-    assert device.open_kernels("cpu", "fp32", None).threads == device.available_cores()
+    assert device.open_kernels("cpu", "fp32", None).threads == device.usual_threads()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,23 @@ def test_importing_program_is_not_surprised(tmp_path, monkeypatch, more):
     threads than cores."""
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
     subprocess.run([sys.executable, "-c", PROGRAM.replace("MORE", str(more))], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("most", "threads"), [("1", 1), ("100000", None), ("0", 1), ("", None), ("many", None)])
+def test_numba_limited_by_the_environment(monkeypatch, most, threads):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", most)
+    monkeypatch.setattr(device, "available_cores", lambda: 3)
+    assert device.usual_threads() == (threads or 3)
+    monkeypatch.delenv("NUMBA_NUM_THREADS")
+    assert device.usual_threads() == 3
+
+
+def test_one_thread_by_the_environment(tmp_path):
+    program = "from llmc_cli.device import open_kernels; print(open_kernels('cpu', 'fp32', None).threads)"
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.stdout == "1\n", run.stderr
 
 
 def test_available_cores(monkeypatch):

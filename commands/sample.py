@@ -54,7 +54,14 @@ def sample(
     ] = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
     device: options.Device = "auto",
-    precision: options.Precision = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="auto|fp32|bf16|int8",
+            help="What the weights are kept in: less is faster and coarser; auto: fp32, the model as it is.",
+        ),
+    ] = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -70,8 +77,9 @@ def sample(
     import time
 
     from llmc_cli.checkpoints import load_model, read_config
-    from llmc_cli.device import open_kernels
+    from llmc_cli.device import open_sampling
     from llmc_cli.sampling import Settings, fit, generate
+    from llmc_cli.waiting import spin_between_calls
 
     output = render.Output(json, quiet)
     settings = Settings(temperature, top_k, top_p, min_p, seed)
@@ -85,7 +93,8 @@ def sample(
         )
     start = starting_ids(prompt, prompt_ids, words)
     max_tokens = fit(config, start, max_tokens)  # before the model is loaded, which may take a while
-    loaded = load_model(model, open_kernels(device, precision, threads, output.note).kernels)
+    spin_between_calls()
+    loaded = load_model(model, open_sampling(device, precision, threads, output.note).kernels)
 
     begun, made = time.perf_counter(), 0
     pieces = generate(loaded, start, settings, max_tokens, num, words, stop or ())

@@ -16,6 +16,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "bf16x3", "tf32")
 MATMULS = ("auto", "tiles", "blas")
 PARTS = {"bf16": 1, "bf16x3": 2, "fp32": 3}
 """On AMX tiles: bf16 parts that a number is split into."""
+SAMPLING_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,9 @@ def open_kernels(
     ``on_compile`` is told before a wait for the compiler. Raises UsageError for a name that is none, MissingError for
     what this machine or version has not.
     """
-    if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if precision not in PRECISIONS:
-        raise UsageError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: expected at least 1")
-    if device.startswith("cuda"):
-        raise MissingError(f"--device {device}: CUDA is not supported yet; use --device cpu")
+    if precision == "int8":
+        raise UsageError("--precision int8: for llmc sample only, where weights may be so coarse")
+    _check(device, precision, threads, PRECISIONS)
     if precision == "tf32":
         raise MissingError("--precision tf32: a precision of GPUs; use --precision fp32, bf16x3 or bf16")
     chosen = os.environ.get("LLMC_MATMUL", "auto")
@@ -72,6 +68,35 @@ def open_kernels(
     return _open_cpu(precision, threads, tiles, "; ".join(why), on_compile)
 
 
+def open_sampling(
+    device: str, precision: str, threads: int | None, on_compile: Callable[[str], None] | None = None
+) -> Backend:
+    """As ``open_kernels``, for sampling: a token at a time, the weights in ``precision``, of which "auto" is fp32."""
+    _check(device, precision, threads, SAMPLING_PRECISIONS)
+    why = ["cpu: the only device supported yet"] if device == "auto" else []
+    if precision == "auto":
+        precision = "fp32"
+        why.append("fp32: the model as it is")
+    threads = threads or available_cores()
+    _allow_threads(threads)
+    from llmc_cli.kernels.cpu import cache
+
+    kernels = cache.load_decoding(on_compile)(threads, precision)
+    return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.products_name()), "; ".join(why))
+
+
+def _check(device: str, precision: str, threads: int | None, precisions: tuple[str, ...]) -> None:
+    """UsageError for a name that is none, MissingError for a device that is not there."""
+    if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if precision not in precisions:
+        raise UsageError(f"--precision {precision}: expected one of {', '.join(precisions)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: expected at least 1")
+    if device.startswith("cuda"):
+        raise MissingError(f"--device {device}: CUDA is not supported yet; use --device cpu")
+
+
 def _has_tiles() -> bool:
     from llmc_cli.kernels.cpu.amx import available
 
@@ -88,8 +113,11 @@ def _open_cpu(precision: str, threads: int, tiles: bool, why: str, on_compile: C
     elif precision == "bf16":
         matmul = cache.load_rounded(on_compile)
     kernels = made(threads, matmul)
-    description = f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, {kernels.matmul.name}"
-    return Backend(kernels, "cpu", precision, threads, description, why)
+    return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.matmul.name), why)
+
+
+def _describe(threads: int, products: str) -> str:
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}, {products}"
 
 
 def _allow_threads(threads: int) -> None:

@@ -27,7 +27,7 @@ END_OF_TEXT = 50256
 @pytest.fixture(autouse=True)
 def reference(monkeypatch):
     backend = SimpleNamespace(kernels=ReferenceKernels())
-    monkeypatch.setattr("llmc_cli.device.open_kernels", lambda device, precision, threads, on_compile: backend)
+    monkeypatch.setattr("llmc_cli.device.open_sampling", lambda device, precision, threads, on_compile: backend)
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,11 @@ class DecodingKernels(CpuKernels):
         super().__init__(threads)
         self.form, self.bytewise, self.multiply_steps = form, bytewise, multiply_steps
 
+    def products_name(self) -> str:
+        """What multiplies a token's rows, in words."""
+        means = "products of bytes" if self.form == "int8" and self.bytewise else "float32 arithmetic"
+        return f"{self.form} weights, {means}"
+
     def bind(self, master: Float32) -> DecodingWeight:
         if self.form == "fp32":
             return master
@@ -111,7 +116,7 @@ class DecodingKernels(CpuKernels):
         self, y: Float32, act: Float32, x: Float32, w: DecodingWeight, b: Float32 | None, activated: bool
     ) -> None:
         """y (N,O) = x (N,K) · w (≥O,K)ᵀ + b (O,), and with ``activated`` act (N,O) = gelu(y), w read once."""
-        (N, O), K = y.shape, x.shape[1]  # noqa: E741
+        N, K = x.shape
         biased = b is not None
         padded = -(-K // rows.WIDTH) * rows.WIDTH
         if padded != K:

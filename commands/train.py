@@ -212,7 +212,7 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
 
 
 def follow(output: render.Output, training: "Training") -> None:
-    """Run the training and tell what happens; SIGINT and SIGTERM end it after the step at hand."""
+    """Run the training and tell what happens; SIGINT, SIGTERM and SIGHUP end it after the step at hand."""
     import sys
 
     from llmc_cli.training import StepReport
@@ -226,8 +226,10 @@ def follow(output: render.Output, training: "Training") -> None:
         training.stop()
         output.note("finishing this step; once more stops at once")
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
+        signum = getattr(signal, name, None)
+        if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, stop)
 
     steps, rate = training.plan.steps, 0.0
 

@@ -78,6 +78,8 @@ class RunFolder:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise UsageError(f"{self.path}: another run is using this folder; give each its own --out") from None
+        for unfinished in self.path.glob(".*.part"):  # left by a process that was killed while it wrote
+            unfinished.unlink()
         return lock
 
     def steps(self) -> list[int]:

@@ -79,7 +79,9 @@ def test_lock(tmp_path):
     with pytest.raises(UsageError, match="another run"):
         RunFolder(tmp_path / "new").lock()
     lock.release()
+    (tmp_path / "new" / ".model_00000001.bin.x.part").write_bytes(b"half")
     RunFolder(tmp_path / "new").lock().release()
+    assert [path.name for path in (tmp_path / "new").glob(".*.part")] == []
 
 
 @pytest.mark.parametrize("draws", [0, 5, 624, 700])

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -121,7 +120,7 @@ def test_without_data_it_says_how_to_make_them(tmp_path):
         (["-z", "2"], 4, "--zero 2"),
         (["-f", "1"], 4, "TF32"),
         (["--device", "cuda"], 4, "CUDA"),
-        (["--precision", "bf16"], 4, "bf16"),
+        (["--precision", "tf32"], 4, "tf32"),
         (["-b", "0"], 2, "--batch"),
         (["-d", "65"], 2, "--total-batch 65"),
         (["-e", "d13"], 2, "d84"),
@@ -162,7 +161,7 @@ def test_the_plan_is_the_peak(arguments, tmp_path, tiny_config, recompute):
 
 
 @posix
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(15, 143), (2, 130), (1, 129)])
 def test_a_signal_saves_and_the_resumed_run_is_the_same(arguments, tmp_path, signum, status):
     arguments = [*arguments, "-x", "1500"]
     process = start(*arguments, "--out", tmp_path / "cut")
@@ -212,5 +211,4 @@ def test_kill_at_any_moment(arguments, tmp_path):
         assert losses(second.stdout) == losses(whole.stdout)[max(steps, default=0) :]
         assert (folder / "model_00000120.bin").read_bytes() == expected
         assert (folder / "main.log").read_bytes() == (tmp_path / "whole" / "main.log").read_bytes()
-        leftovers = [path.name for path in Path(folder).iterdir() if path.name.endswith(".part")]
-        assert len(leftovers) <= 1  # of the file that was being written when the process was killed
+        assert not list(Path(folder).glob(".*.part"))

@@ -132,8 +132,8 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
             for side in benchmark.sides
         ],
     )
-    for section, precision in benchmark.other_precisions.items():
-        output.line(f"{section}: llmc in {benchmark.settings['precision']}, PyTorch in {precision}")
+    for section, (ours, theirs) in benchmark.other_precisions.items():
+        output.line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
     for section, absent in benchmark.absent.items():
         for mode, why in absent.items():
             output.line(f"{section}: without {mode}: {why}")

@@ -72,10 +72,12 @@ class Benchmark:
     changes: list[Change]
 
     @property
-    def other_precisions(self) -> dict[str, str]:
-        """Per section the precision of PyTorch's sides where it is not ours."""
-        precisions = {side.section: str(side.configuration["precision"]) for side in self.sides if side.side != "llmc"}
-        return {section: each for section, each in precisions.items() if each != self.settings["precision"]}
+    def other_precisions(self) -> dict[str, tuple[str, str]]:
+        """Per section the precision of our side and that of PyTorch's sides, where these differ."""
+        sides = [(side.section, side.side == "llmc", side.configuration.get("precision", "")) for side in self.sides]
+        ours = {section: precision for section, is_ours, precision in sides if is_ours}
+        theirs = {section: precision for section, is_ours, precision in sides if not is_ours}
+        return {section: (ours[section], each) for section, each in theirs.items() if each != ours[section]}
 
     def document(self) -> dict[str, Any]:
         """As JSON has it, with what follows from the figures beside them."""

@@ -50,7 +50,7 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     shares.invert_yaxis()  # the first row on top
     settings, machine = benchmark.settings, benchmark.machine
     title = f"llmc {settings['model']} {settings['precision']}, {_threads(settings['threads'])}, {machine['processor']}"
-    others = ", ".join(f"{section} {precision}" for section, precision in benchmark.other_precisions.items())
+    others = ", ".join(f"{section} {theirs}" for section, (_, theirs) in benchmark.other_precisions.items())
     figure.suptitle(title + (f"; PyTorch: {others}" if others else ""), fontsize=10, x=0.01, ha="left")
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.lower()[1:], dpi=150)

@@ -22,8 +22,8 @@ TELL_EVERY_S = 10.0
 
 TAIL = 3  # lines of a failed process's stderr that are told
 
-LONG_TURN_S = 10.0
-"""After a turn of all sides that took this long nothing is cold any more: it is the only one to warm up."""
+LONG_TURN_S = 30.0
+"""A turn of all sides that took this long is the only one to warm up: most of it was work, not the start of it."""
 
 LEAST_RUNS = 3  # however long they take
 

@@ -321,10 +321,10 @@ def test_rows_know_their_ratios():
 
 
 def test_another_precision_of_pytorch_is_known():
-    sides = [Side("train", side, {"precision": "fp32"}, 5) for side in ("llmc", "torch eager", "torch compiled")]
-    assert benchmark(sides=sides).other_precisions == {}
-    made = benchmark(sides=sides, settings=SETTINGS | {"precision": "bf16x3"})
-    assert made.other_precisions == {"train": "fp32"}
+    theirs = [Side("train", side, {"precision": "fp32"}, 5) for side in ("torch eager", "torch compiled")]
+    for precision, found in (("fp32", {}), ("bf16x3", {"train": ("bf16x3", "fp32")})):
+        ours = [Side("prepro", "llmc", {}, 5), Side("train", "llmc", {"precision": precision}, 5)]
+        assert benchmark(sides=[*ours, *theirs]).other_precisions == found
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def bench(
         typer.Option(
             "--steps",
             min=1,
-            show_default="kernels 20, train 10, sample 64, prepro and start 3; fewer where they are long",
+            show_default="kernels 20, train 10, sample 10, prepro and start 3; fewer where they are long",
             help="Timed runs of each row.",
         ),
     ] = None,

@@ -14,7 +14,7 @@ from typing import Any
 from llmc_cli.baseline import SCHEMA, Change, read_baseline, this_machine
 from llmc_cli.ceilings import Ceilings, measure_ceilings
 from llmc_cli.contest import Note
-from llmc_cli.device import Backend, available_cores, open_kernels
+from llmc_cli.device import Backend, available_cores, open_kernels, open_sampling
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.measuring import Measured, Row, Side, measure
@@ -25,7 +25,7 @@ from llmc_cli.work import Work
 SECTIONS = ("kernels", "train", "sample", "prepro", "start")
 AGAINST_TORCH = ("kernels", "train", "sample")
 BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1, "start": 4}
-RUNS = {"kernels": 20, "train": 10, "sample": 64, "prepro": 3, "start": 3}  # timed, of each row, unless told otherwise
+RUNS = {"kernels": 20, "train": 10, "sample": 10, "prepro": 3, "start": 3}  # timed, of each row, unless told otherwise
 BUDGET_S = 120.0  # for a row, unless the number of runs is given
 PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch")
 BUSY = 0.25  # of the cores: work of others that disturbs
@@ -115,7 +115,8 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
     measured: dict[str, Measured] = {}
     for work in works:
         # all sides and processes take what "auto" has become here
-        work = dataclasses.replace(work, device=backend.device, precision=backend.precision)
+        if work.section != "sample":  # whose "auto" is every precision
+            work = dataclasses.replace(work, device=backend.device, precision=backend.precision)
         measured[work.section] = (
             measure_start(work, options.model, note)
             if work.section == "start"
@@ -189,8 +190,12 @@ def _open(options: BenchOptions, note: Note) -> tuple[Backend, float | None]:
         note(text)
 
     start = time.perf_counter()
-    training = options.sections != ("sample",)  # what "auto" is the precision of
-    backend = open_kernels(options.device, options.precision, options.threads, tell, training)
+    if options.sections == ("sample",):
+        backend = open_sampling(options.device, options.precision, options.threads, tell)
+    else:
+        backend = open_kernels(options.device, options.precision, options.threads, tell, True)
+        if "sample" in options.sections:
+            open_sampling(options.device, "auto", options.threads, tell)
     return backend, time.perf_counter() - start if compiled else None
 
 

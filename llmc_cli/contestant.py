@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from llmc_cli.errors import LlmcError
 from llmc_cli.process_memory import peak_memory
-from llmc_cli.waiting import wait_passively
+from llmc_cli.waiting import spin_between_calls, wait_passively
 from llmc_cli.work import Work
 
 if TYPE_CHECKING:
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
     """Our work, and what it runs on."""
     from llmc_cli import workloads
-    from llmc_cli.device import open_kernels
+    from llmc_cli.device import open_kernels, open_sampling, sampling_precisions
 
     config, B, T = work.config, work.batch, work.seq_len
     if work.section == "prepro":
         return workloads.PreproWorkload(), {"workers": 1}
+    if work.section == "sample":
+        opened = {each: open_sampling(work.device, each, work.threads) for each in sampling_precisions(work.precision)}
+        kernels = {each: backend.kernels for each, backend in opened.items()}
+        first = next(iter(opened.values()))
+        return workloads.SampleWorkload(kernels, config, B, T), {"device": first.device, "threads": first.threads,
+            "precision": " ".join(opened), "on": "; ".join(each.description for each in opened.values())}  # fmt: skip
     backend = open_kernels(work.device, work.precision, work.threads)
     configuration = {"device": backend.device, "precision": backend.precision, "threads": backend.threads,
                      "on": backend.description}  # fmt: skip
@@ -36,8 +42,6 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
     if work.section == "train":
         configuration["recompute"] = work.recompute
         made = workloads.TrainWorkload(backend.kernels, config, B, T, work.recompute)
-    elif work.section == "sample":
-        made = workloads.SampleWorkload(backend.kernels, config, B, T, work.steps)
     else:
         made = workloads.KernelsWorkload(backend.kernels, config, B, T)
     return made, configuration
@@ -67,7 +71,7 @@ class Desk:
             self.task.run()
         start = time.perf_counter()
         detail = self.task.run()
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / self.task.parts
         return {"seconds": seconds, "flops": self.task.cost.flops, "bytes": self.task.cost.bytes, "detail": detail,
                 "peak_memory": peak_memory()}  # fmt: skip
 
@@ -95,6 +99,8 @@ def main() -> None:
     work = Work.from_text(sys.argv[1])
     if work.side == "llmc":
         wait_passively()
+        if work.section == "sample":
+            spin_between_calls()
     # what a library may print to stdout goes to stderr: answers have their pipe to themselves
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -46,7 +46,7 @@ def open_kernels(
     what this machine or version has not.
     """
     if precision == "int8":
-        raise UsageError("--precision int8: for llmc sample only, where weights may be so coarse")
+        raise UsageError("--precision int8: for llmc sample and llmc bench sample only, where weights may be so coarse")
     _check(device, precision, threads, PRECISIONS)
     if precision == "tf32":
         raise MissingError("--precision tf32: a precision of GPUs; use --precision fp32, bf16x3 or bf16")
@@ -83,6 +83,12 @@ def open_sampling(
 
     kernels = cache.load_decoding(on_compile)(threads, precision)
     return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.products_name()), "; ".join(why))
+
+
+def sampling_precisions(precision: str) -> tuple[str, ...]:
+    """Those that ``bench`` samples with: the one asked for, or all where it is "auto" or none of sampling's."""
+    known = SAMPLING_PRECISIONS[1:]
+    return (precision,) if precision in known else known
 
 
 def _check(device: str, precision: str, threads: int | None, precisions: tuple[str, ...]) -> None:

@@ -9,12 +9,12 @@ from llmc_cli.ceilings import Ceilings
 from llmc_cli.contest import Answer, Contestant, Note, alternate, contest
 from llmc_cli.work import Work
 
-WARM_UP = {"kernels": 1, "train": 2, "sample": 4, "prepro": 1}
+WARM_UP = {"kernels": 1, "train": 2, "sample": 1, "prepro": 1}
 UNTIMED = {"kernels": 1}  # short runs: what the other side's run pushed out of the caches comes back first
 SPLIT_RUNS = 2
 
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
-               "sample": ("torch eager", "torch compiled")}  # fmt: skip
+               "sample": ("torch eager", "torch compiled", "transformers")}  # fmt: skip
 
 SAME_PRECISION = {"kernels": ("fp32", "bf16"), "train": ("fp32", "bf16"), "sample": ("fp32",)}
 """What PyTorch can be asked for too; beside any other precision of ours its side is fp32."""
@@ -107,6 +107,8 @@ def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceil
         share, ceiling = last.flops / seconds / ceilings.flops, "MFU"
     elif work.section == "prepro":
         share, ceiling = 0.0, ""
+    elif work.section == "sample":  # nothing is written that counts
+        share, ceiling = last.bytes / seconds / ceilings.memory["read"], "read"
     else:
         share, ceiling = share_of_ceiling(last.flops / seconds, last.bytes / seconds, ceilings)
     return Row(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmc_cli.device import SAMPLING_PRECISIONS
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.work import Work
-from llmc_cli.workloads import LR, SEED, STD, WEIGHT_DECAY, Detail, Task, Workload
+from llmc_cli.workloads import LR, SEED, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
 
 
 class Block(nn.Module):
@@ -119,28 +120,68 @@ class TrainWorkload:
         return {"loss": loss.item(), "norm": norm.item()}
 
 
-class SampleWorkload:
-    tasks: tuple[str, ...] = ("token",)
+SAMPLING = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
+"""Tasks of ours, beside each of which PyTorch samples in float32."""
 
-    def __init__(self, config: ModelConfig, B: int, T: int, steps: int, compiled: bool) -> None:
+
+class SampleWorkload:
+    tasks: tuple[str, ...] = SAMPLING
+
+    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool) -> None:
         model = GPT2(config).eval()
-        self.T, self.length = T, min(config.max_seq_len, T + steps)
-        shape = (config.num_layers, B, config.num_heads, self.length, config.head_size)
+        self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
+        shape = (config.num_layers, B, config.num_heads, T + self.tokens, config.head_size)
         self.keys, self.values = torch.randn(shape), torch.randn(shape)
         self.position = torch.tensor([T])
         self.extend: Callable[..., Tensor] = torch.compile(model.extend) if compiled else model.extend
-        self.tokens = torch.zeros((B, 1), dtype=torch.int64)
+        self.start = torch.zeros((B, 1), dtype=torch.int64)
 
     def prepare(self, task: str) -> Task:
-        return Task(self.token)
+        return Task(self.run, parts=self.tokens)
 
     @torch.inference_mode()
-    def token(self) -> Detail:
-        if int(self.position) >= self.length:
-            self.position[0] = self.T
-        logits = self.extend(self.tokens, self.keys, self.values, self.position)
-        self.tokens = torch.multinomial(torch.softmax(logits, dim=-1), 1)
-        self.position += 1
+    def run(self) -> Detail:
+        self.position[0] = self.T
+        tokens = self.start
+        for _ in range(self.tokens):
+            tokens = self.extend(tokens, self.keys, self.values, self.position).argmax(-1, keepdim=True)
+            self.position += 1
+        return None
+
+
+class TransformersWorkload:
+    """The same by transformers' ``generate``, greedy, behind T positions in its cache."""
+
+    tasks: tuple[str, ...] = SAMPLING
+
+    def __init__(self, config: ModelConfig, B: int, T: int) -> None:
+        import transformers
+
+        made = transformers.GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.channels,
+            n_layer=config.num_layers, n_head=config.num_heads, layer_norm_epsilon=config.norm_eps,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        self.model: Any = transformers.GPT2LMHeadModel(made).eval()
+        self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
+        self.cache: Any = transformers.DynamicCache(config=made)
+        shape = (B, config.num_heads, T, config.head_size)
+        for layer in range(config.num_layers):
+            self.cache.update(torch.randn(shape), torch.randn(shape), layer)
+        self.ids = torch.zeros((B, T + 1), dtype=torch.int64)
+
+    def prepare(self, task: str) -> Task:
+        return Task(self.run, parts=self.tokens)
+
+    @torch.inference_mode()
+    def run(self) -> Detail:
+        if fed := self.cache.get_seq_length() - self.T:  # by the run before
+            self.cache.crop(-fed)
+        made = self.model.generate(
+            self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, pad_token_id=0,
+            do_sample=False, min_new_tokens=self.tokens, max_new_tokens=self.tokens,
+        )  # fmt: skip
+        assert made.shape[1] == self.ids.shape[1] + self.tokens
         return None
 
 
@@ -289,7 +330,8 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
     if work.section == "train":
         made = TrainWorkload(config, B, T, compiled, work.precision)
     elif work.section == "sample":
-        made = SampleWorkload(config, B, T, work.steps, compiled)
+        by_transformers = work.side == "transformers"
+        made = TransformersWorkload(config, B, T) if by_transformers else SampleWorkload(config, B, T, compiled)
     else:
         made = KernelsWorkload(config, B, T, work.precision)
     if compiled:
@@ -300,7 +342,7 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
         "precision": work.precision,
         "optimizer": "AdamW, fused",
         "attention": "scaled_dot_product_attention",
-        "mode": "torch.compile" if compiled else "eager",
+        "mode": "torch.compile" if compiled else "generate" if work.side == "transformers" else "eager",
         "blas": "MKL" if torch.backends.mkl.is_available() else "no MKL",
     }
     return made, configuration

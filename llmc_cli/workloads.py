@@ -12,13 +12,14 @@ import numpy as np
 from llmc_cli.costs import COSTS, NO_COST, Cost, TimedKernels
 from llmc_cli.kernels.spec import Array, Kernels
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, Cache
+from llmc_cli.models.gpt2 import GPT2, MATRICES, Cache
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.optimizer import AdamW
 from llmc_cli.random import Xorshift
 from llmc_cli.sampling import Settings, Stepper, choose
 
 LR, WEIGHT_DECAY, STD, SEED = 1e-4, 0.1, 0.02, 1337
+TOKENS = 16  # of each sequence, a run of sampling: long enough that its beginning does not count
 NOISE = 1 << 20  # random numbers that are repeated over larger arrays
 
 Detail = dict[str, Any] | None
@@ -26,10 +27,12 @@ Detail = dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Task:
-    """Ready to ``run``; what a run returns goes into the report as it is. ``cost`` is that of one run."""
+    """Ready to ``run``; what a run returns goes into the report as it is. A run has ``parts`` equal parts, of which the
+    time is told; ``cost`` is that of one."""
 
     run: Callable[[], Detail]
     cost: Cost = NO_COST
+    parts: int = 1
 
 
 class Workload(Protocol):
@@ -111,31 +114,40 @@ class TrainWorkload:
 
 
 class SampleWorkload:
-    """B sequences that grow by a token a run, behind T positions in the cache."""
+    """B sequences that grow by some tokens behind T positions in the cache, the likeliest each time: a task for each of
+    the backends, which are named after the precision of their weights. The time told is a token's."""
 
-    tasks: tuple[str, ...] = ("token",)
-
-    def __init__(self, kernels: Kernels, config: ModelConfig, B: int, T: int, steps: int) -> None:
-        self.T = T
-        self.model = random_model(config, kernels)
-        self.cache = Cache(self.model, B, min(config.max_seq_len, T + steps), B)
-        fill(self.cache.keys)
-        fill(self.cache.values)
-        self.cache.lengths[:] = T
-        self.stepper, self.coins, self.settings = Stepper(self.model, self.cache), Xorshift(SEED), Settings()
-        self.tokens = [0] * B
-        weights = parameter_count(config) - config.max_seq_len * config.channels  # of wpe a row is read
-        self.cost = Cost(2 * weights * B, weights * np.dtype(kernels.dtype).itemsize)
+    def __init__(self, backends: dict[str, Kernels], config: ModelConfig, B: int, T: int) -> None:
+        self.backends, self.config, self.B, self.T = backends, config, B, T
+        self.tasks = tuple(f"token {precision}" for precision in backends)
+        self.tokens = min(TOKENS, config.max_seq_len - T)
 
     def prepare(self, task: str) -> Task:
-        return Task(self.token, self.cost)
+        kernels = self.backends[task.split()[1]]
+        model = random_model(self.config, kernels)
+        cache = Cache(model, self.B, self.T + self.tokens, self.B)
+        fill(cache.keys)
+        fill(cache.values)
+        stepper, settings, coins = Stepper(model, cache), Settings(temperature=0), Xorshift(SEED)
 
-    def token(self) -> Detail:
-        if self.cache.lengths[0] >= self.cache.T:
-            self.cache.lengths[:] = self.T
-        logits = self.stepper.step(self.tokens)  # (B, V)
-        self.tokens = [choose(row, self.settings, self.coins) for row in logits]
-        return None
+        def run() -> Detail:
+            cache.lengths[:] = self.T
+            tokens = [0] * self.B
+            for _ in range(self.tokens):
+                tokens = [choose(row, settings, coins) for row in stepper.step(tokens)]
+            return None
+
+        weights = [model.head, *(weight for name in MATRICES for weight in model.weights[name])]
+        sizes = [weight_size(weight) for weight in weights]
+        flops = 2 * self.B * sum(count for count, _ in sizes)
+        return Task(run, Cost(flops, sum(stored for _, stored in sizes)), self.tokens)
+
+
+def weight_size(weight: Any) -> tuple[int, int]:
+    """Numbers of a bound weight, and the bytes that they are kept in."""
+    if hasattr(weight, "master"):
+        return weight.master.size, weight.rows.nbytes + weight.scales.nbytes
+    return weight.size, weight.nbytes
 
 
 class PreproWorkload:

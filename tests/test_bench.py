@@ -59,8 +59,10 @@ def test_quiet_json_is_one_document(bench):
     document = json.loads(result.stdout)
     assert document["schema"] == 1
     assert document["settings"]["sections"] == {"sample": {"batch": 1, "seq_len": 8}}
-    (row,) = document["rows"]
-    assert row["name"] == "sample/token"
+    rows = document["rows"]
+    assert [row["name"] for row in rows] == [f"sample/token {precision}" for precision in ("fp32", "bf16", "int8")]
+    assert rows[0]["ceiling"] == "read"
+    row = rows[-1]
     assert row["tokens_per_s"] == pytest.approx(1 / row["seconds"])
     assert document["sides"][0]["side"] == "llmc"
     assert document["ceilings"]["bytes_per_s"] == 40e9
@@ -81,11 +83,11 @@ def test_a_baseline_is_kept_and_held_against(bench, tmp_path):
     saved(path, 1e6)
     faster = bench("sample", "--baseline", path)
     assert faster.exit_code == 0, faster.output
-    assert "sample/token\t" in faster.stdout.split("row\tbefore, ms\tnow, ms\tchange\n")[1]
+    assert "sample/token fp32\t" in faster.stdout.split("row\tbefore, ms\tnow, ms\tchange\n")[1]
     saved(path, 1e-12)
     slower = bench("sample", "--baseline", path, "--tolerance", 0.25, "--save", path)
     assert slower.exit_code == 1
-    assert "more than 25%: sample/token (+" in slower.stderr
+    assert "more than 25%: sample/token fp32 (+" in slower.stderr
     assert json.loads(path.read_text())["changes"][0]["slowdown"] > 1  # what was measured is kept all the same
     other = bench("sample", "--baseline", path, "-b", 3)
     assert other.exit_code == 2

@@ -252,7 +252,7 @@ def test_what_sampling_is_opened_with():
     assert (backend.precision, backend.threads, backend.kernels.form) == ("fp32", 1, "fp32")
     assert "fp32: the model as it is" in backend.why
     assert "int8 weights" in open_sampling("cpu", "int8", 1).description
-    with pytest.raises(UsageError, match="--precision int8: for llmc sample only"):
+    with pytest.raises(UsageError, match="--precision int8: for llmc sample and"):
         open_kernels("cpu", "int8", 1)
     with pytest.raises(UsageError, match="--precision bf16x3: expected one of auto, fp32, bf16, int8"):
         open_sampling("cpu", "bf16x3", 1)

@@ -19,8 +19,18 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from llmc_cli.kernels.cpu.compiling import (
-    CONTRACT, boolean, bytes3, float1, float2, helper, int2, kernel, target, ubytes2, ushort2,
-)  # fmt: skip
+    CONTRACT,
+    boolean,
+    bytes3,
+    float1,
+    float2,
+    helper,
+    int2,
+    kernel,
+    target,
+    ubytes2,
+    ushort2,
+)
 from llmc_cli.kernels.cpu.exponential import ONE, ROUNDER, ZERO
 from llmc_cli.kernels.cpu.linear import gelu_piece
 from llmc_cli.kernels.cpu.narrow import largest_of
@@ -151,7 +161,6 @@ def byte_product(rows: int, group: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emit = Emitter(context, builder, signature, args, rows, group)
             _, at_y, ldy, _, first, last, _, _, at, depth = args
-            whole = ir.VectorType(I8, 4 * LANES)
             indices, matrix, digits = emit.row_indices(first, last), emit.data(3), emit.data(6)
             w_rows = [builder.gep(matrix, [builder.mul(index, depth)]) for index in indices]
             lines = [builder.add(builder.mul(at, I64(2)), I64(line)) for line in range(2 * group)]
@@ -162,14 +171,15 @@ def byte_product(rows: int, group: int) -> Any:
                 vector = builder.insert_element(ir.Constant(INTS, [0] * LANES), start, I32(0))
                 for row in sums:
                     builder.store(vector, row[column])
-            dot = emit.function(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", INTS, [INTS] + [BYTE_OPERAND] * 2)
+            # newer versions of LLVM have vectors of bytes here, and take these as well
+            dot = emit.function(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", INTS, [INTS] * 3)
             with cgutils.for_range(builder, builder.udiv(depth, I64(4 * LANES))) as loop:
                 offset = builder.mul(loop.index, I64(4 * LANES))
                 for row in w_rows:
                     emit.prefetch(row, offset)
-                factors = [builder.bitcast(emit.load(row, offset, whole), BYTE_OPERAND) for row in w_rows]
+                factors = [emit.load(row, offset, INTS) for row in w_rows]
                 for column, x_row in enumerate(x_rows):
-                    numbers = builder.bitcast(emit.load(x_row, offset, whole), BYTE_OPERAND)
+                    numbers = emit.load(x_row, offset, INTS)
                     for factor, row in zip(factors, sums, strict=True):
                         total = builder.call(dot, [builder.load(row[column]), factor, numbers])
                         builder.store(total, row[column])
@@ -190,7 +200,6 @@ def byte_product(rows: int, group: int) -> Any:
     return product
 
 
-BYTE_OPERAND = INTS
 WIDE = LANES == 16  # 32 registers of it instead of 16
 ROWS, GROUP_ROWS, GROUP_BYTE_ROWS = 4, 4 if WIDE else 2, 2 if WIDE else 1
 float_alone, float_group = float_product(ROWS, 1), float_product(GROUP_ROWS, GROUP)

@@ -162,7 +162,8 @@ class TransformersWorkload:
             n_layer=config.num_layers, n_head=config.num_heads, layer_norm_epsilon=config.norm_eps,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-        self.model: Any = transformers.GPT2LMHeadModel(made).eval()
+        model: Any = transformers.GPT2LMHeadModel(made)
+        self.model = model.eval()
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
         self.cache: Any = transformers.DynamicCache(config=made)
         shape = (B, config.num_heads, T, config.head_size)

@@ -38,7 +38,8 @@ class Narrow:
     scales: Float32
 
 
-DecodingWeight: TypeAlias = Float32 | Narrow
+DecodingWeight: TypeAlias = Any
+"""The master itself in fp32, ``Narrow`` otherwise."""
 
 
 class DecodingKernels(CpuKernels):

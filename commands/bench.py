@@ -121,17 +121,18 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         columns += [f"{mode} ms", "ratio"]
     output.table(columns, [cells(row, modes) for row in benchmark.rows])
 
-    output.table(
-        ("process", "peak memory", "configuration"),
-        [
-            (
-                f"{side.section}: {side.side}",
-                "unknown" if side.peak_memory is None else render.size(side.peak_memory),
-                ", ".join(f"{key} {value}" for key, value in side.configuration.items()),
-            )
-            for side in benchmark.sides
-        ],
-    )
+    if benchmark.sides:
+        output.table(
+            ("process", "peak memory", "configuration"),
+            [
+                (
+                    f"{side.section}: {side.side}",
+                    "unknown" if side.peak_memory is None else render.size(side.peak_memory),
+                    ", ".join(f"{key} {value}" for key, value in side.configuration.items()),
+                )
+                for side in benchmark.sides
+            ],
+        )
     for section, (ours, theirs) in benchmark.other_precisions.items():
         output.line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
     for section, absent in benchmark.absent.items():

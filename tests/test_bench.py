@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from llmc_cli import benchmarking
+from llmc_cli import benchmarking, starting
 from llmc_cli.app import app
 from llmc_cli.ceilings import Ceilings
 
@@ -24,7 +24,7 @@ def bench(monkeypatch, tiny_config):
 
 @pytest.mark.usefixtures("backend")  # the kernels are compiled, so that no line tells of it
 def test_tables_on_stdout_progress_on_stderr(bench):
-    result = bench("train", "-b", 2)
+    result = bench("train", "-b", 2, "--precision", "fp32")
     assert result.exit_code == 0, result.output
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert lines[:4] == [
@@ -98,6 +98,15 @@ def test_a_picture(bench, tmp_path):
     result = bench("sample", "--plot", tmp_path / "picture.svg")
     assert result.exit_code == 0, result.output
     assert b"sample/token" in (tmp_path / "picture.svg").read_bytes()
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_start_has_rows_and_no_processes(bench, monkeypatch):
+    monkeypatch.setattr(starting, "first_step", lambda *arguments: 1.5)
+    result = bench("start")
+    assert result.exit_code == 0, result.output
+    names = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert names[-4:] == ["row", "start/warm", "start/cold", "start/cold/compile"]
 
 
 @pytest.mark.parametrize(

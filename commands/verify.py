@@ -70,7 +70,7 @@ def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) ->
     from llmc_cli.verification import check_kernels, kernel_check_count
 
     backend = open_kernels(*where, output.note)
-    show_checks(output, backend, check_kernels(backend.kernels), kernel_check_count(), {})
+    show_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
 
 
 def verify_state(
@@ -91,7 +91,7 @@ def verify_state(
         content = sys.stdin.buffer.read() if losses == "-" else Path(losses).read_bytes()
         expected = parse_losses(content.decode("utf-8", "replace"), "stdin" if losses == "-" else losses, steps)
     backend = open_kernels(*where, output.note)
-    checks = check_state(model, state, backend.kernels, steps, expected)
+    checks = check_state(model, state, backend.kernels, steps, expected, backend.precision)
     show_checks(output, backend, checks, state_check_count(steps), {"model": str(model), "state": str(state)})
 
 

@@ -40,6 +40,16 @@ class Operation(NamedTuple):
     updated: tuple[str, ...] = ()  # outputs whose old values count, whatever ``acc`` says
 
 
+MULTIPLIED = {
+    "linear_forward": ("y",), "linear_backward": ("dx", "dw"), "linear_gelu_forward": ("act", "pre"),
+    "gelu_linear_backward": ("dpre", "dw"), "head_loss": ("losses", "dx", "dw"), "head_logits": ("logits",),
+}  # fmt: skip
+"""Outputs that depend on the precision of matrix products."""
+
+PRODUCT_BOUNDS = {"fp32": 0.0, "bf16x3": 2.0**-13, "bf16": 2.0**-6}
+"""On these outputs, in place of their bounds in float32 where it is more: twice the largest error of a product. Two
+numbers rounded to bf16 give one that is off by up to 2^-7; three products of two parts by 3 · 2^-16."""
+
 FORWARD_RESULTS = {"residual_norm_backward": ("mean", "rstd"), "attention_backward": ("out", "lse")}
 """Inputs that must be what the forward operation gives for the others."""
 
@@ -126,6 +136,12 @@ OPERATIONS = {
         ("master", "m", "v"),
     ),
 }  # fmt: skip
+
+
+def bound(operation: str, output: str, precision: str) -> float:
+    """The largest max|error| / max|reference| of an output."""
+    multiplied = output in MULTIPLIED.get(operation, ())
+    return max(OPERATIONS[operation].bounds[output], PRODUCT_BOUNDS[precision] if multiplied else 0.0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 from llmc_cli import verification
 from llmc_cli.checkpoints import load_model, save_model
+from llmc_cli.device import open_kernels
 from llmc_cli.errors import DataError
 from llmc_cli.formats.debug_state import read_debug_state, write_debug_state
 from llmc_cli.formats.errors import RangeError, SizeError
@@ -344,3 +345,10 @@ def test_against_live_pytorch(backend, tmp_path, seed):
         losses.append(loss.item())
     failed = failed_checks(backend.kernels, tmp_path / "state.bin", 10, losses, tmp_path / "model.bin")
     assert failed == set()
+
+
+def test_bf16_is_held_to_bounds_of_its_own():
+    kernels = open_kernels("cpu", "bf16", 1).kernels
+    assert all(check.ok for check in check_kernels(kernels, "bf16"))
+    failed = {check.name for check in check_kernels(kernels, "fp32") if not check.ok}
+    assert {"linear_forward", "head_loss", "tiny model"} <= failed

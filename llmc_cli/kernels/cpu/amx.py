@@ -161,7 +161,8 @@ def _packing(along: bool, turned: bool) -> Any:
     @intrinsic
     def pack(typing_context: Any, to: Any, source: Any, stride: Any, parts: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _emit_pack(builder, *args[:3], parts.count, along, turned)
+            to, source, stride, _ = args
+            _emit_pack(builder, to, source, stride, parts.count, along, turned)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, parts), generate

@@ -218,7 +218,7 @@ class TileMatmul:
     def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
         blockings = [self.blocking(*size, threads) for size in sizes]
         shared, private = (max(each) for each in zip(*((b.shared, b.private) for b in blockings), strict=True))
-        return shared + threads * private + 2 * PAGE
+        return int(shared + threads * private + 2 * PAGE)
 
     def blocking(self, M: int, N: int, K: int, workers: int) -> "Blocking":
         """How a product of this size is divided."""

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 import os
 
 import numpy as np
@@ -13,6 +14,11 @@ from llmc_cli.plan import TrainOptions
 from llmc_cli.waiting import wait_passively
 
 wait_passively()  # before numba and scipy load, as the program does
+
+# a background job may have these ignored, and so would the processes that tests send them to
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, available_cores())))  # one core runs two threads too
 
 

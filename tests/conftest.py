@@ -1,7 +1,7 @@
 import dataclasses
 import json
-import signal
 import os
+import signal
 
 import numpy as np
 import pytest

@@ -98,7 +98,7 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     probabilities /= probabilities.sum()
     # of n, those below (1-p)/n add up to less than 1-p: the nucleus lies above, only that is sorted (half: rounding)
     likely = np.flatnonzero(probabilities > (1 - p) / (2 * len(ids)))
-    order = likely[np.argsort(-probabilities[likely], kind="stable")]
+    order = likely[np.argsort(-logits[ids[likely]], kind="stable")]  # probabilities that round alike may differ here
     count = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
     return _only(logits, ids[order[:count]])
 

@@ -1,5 +1,6 @@
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -166,3 +167,14 @@ def test_cpu_quota(tmp_path, groups, files, quota):
 
 def test_processor_name():
     assert device.processor_name() or sys.platform == "win32"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
+def test_no_tiles_where_numba_compiles_for_another_processor():
+    """LLVM would end the process over instructions that it was told not to use."""
+    settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}
+    program = "from llmc_cli.kernels.cpu import amx; print(amx.available())"
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | settings, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "False\n"

@@ -22,10 +22,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from llmc_cli.kernels.cpu.compiling import target
+
 TILE = 1024  # bytes
 SIDE = 32  # rows and columns of a block, and k of a step
 
 FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512_bf16"}
+FEATURES = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}  # the same in LLVM's words
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h
 
 CONFIGURATION = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
@@ -37,7 +40,9 @@ PRODUCTS = {1: ((0, 0),), 2: ((1, 0), (0, 0), (0, 1)), 3: ((2, 0), (1, 1), (1, 0
 
 @functools.cache
 def available() -> bool:
-    """Whether this processor has such tiles and the system lets this process use them, which it is asked for here."""
+    """Whether this processor has such tiles, numba compiles for them (NUMBA_CPU_NAME may name another processor, and
+    LLVM ends the process over an instruction that it has not), and the system lets this process use them, which it is
+    asked for here."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     try:
@@ -45,7 +50,10 @@ def available() -> bool:
     except OSError:
         return False
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return FLAGS <= set(flags) and ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
+    compiled_for = target()[2].split(",")
+    if not (FLAGS <= set(flags) and FEATURES <= set(compiled_for)):
+        return False
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0)
 
 
 class BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite has no annotations

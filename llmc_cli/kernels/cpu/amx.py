@@ -266,6 +266,46 @@ def _emit_step(builder: Any, a: Any, b: Any, parts: int) -> None:
 
 
 @intrinsic
+def put_block(
+    typing_context: Any, to: Any, to_stride: Any, source: Any, source_stride: Any, block: Any, stream: Any
+) -> Any:
+    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``block``, whose rows stand one behind the other.
+    ``stream``: written past the caches; ``to`` and its stride must be multiples of 64 then."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, to_stride, source, source_stride, block, stream = args
+        past_caches = builder.module.add_metadata([INT32(1)])
+
+        def put(add: bool, stream: bool) -> None:
+            with cgutils.for_range(builder, INT64(SIDE)) as loop:
+                row, place = (
+                    builder.add(start, builder.mul(loop.index, stride))
+                    for start, stride in ((block, INT64(128)), (to, to_stride))
+                )
+                given = builder.add(source, builder.mul(loop.index, source_stride))
+                for column in (0, 64):
+                    numbers = _load(builder, row, column, FLOATS)
+                    if add:
+                        numbers = builder.fadd(_load(builder, given, column, FLOATS), numbers)
+                    stored = builder.store(numbers, _at(builder, place, column, FLOATS))
+                    stored.align = 64 if stream else 4
+                    if stream:
+                        stored.set_metadata("nontemporal", past_caches)
+
+        with builder.if_else(builder.icmp_signed("==", source, INT64(0))) as (alone, added):
+            for add, branch in ((False, alone), (True, added)):
+                with branch, builder.if_else(builder.trunc(stream, ir.IntType(1))) as (past, through):
+                    with past:
+                        put(add, True)
+                    with through:
+                        put(add, False)
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(size, size, size, size, size, types.boolean), generate
+
+
+@intrinsic
 def load_float(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _load(builder, args[0], 0, ir.FloatType())

@@ -9,8 +9,9 @@ A task goes through panels of b, some steps of a panel (that stay in the first-l
 Sums run over k in one order, whatever the blocks and threads: between two pieces of k they are kept in float32 as they
 are. So the same inputs give the same bits.
 
-Error relative to |a|·|b|: one part 2^-9 + 2^-9, two parts (three products) about 2^-16, three parts (six products) that
-of float32.
+A number in one part is off by 2^-8 at most, in two by 2^-16. So the error relative to |a|·|b| is at most 2^-7 of one
+part, and 3 · 2^-16 of two, whose second parts are not multiplied with each other (three products). That of three parts
+(six products) is float32's own.
 """
 
 from typing import NamedTuple
@@ -33,11 +34,13 @@ ROW = SIDE * 4
 LINE_ROWS = 512  # rows of a from which on a is the one divided
 PIECE = 32  # panels times steps that are packed at a time, where all threads pack
 PAGE = 4096
+STREAMED = 4 << 20  # bytes of c from which on it is written past the caches: it would not stay there
 EDGE = 2048  # bytes: a tile in float32
+PRECISE = 3  # parts: all of a float32
 NAMES = {1: "bf16 on AMX tiles", 2: "three bf16 products on AMX tiles", 3: "six bf16 products on AMX tiles"}
-STEPS = {1: 8, 2: 4, 3: 3}
-BLOCK = {1: 256, 2: 256, 3: 128}
-DEPTH = {1: 32, 2: 24, 3: 24}
+STEPS = {1: 8, 2: 4, 3: 2}  # of a panel of b that stay in the first-level cache, by the number of parts
+BLOCK = {1: 256, 2: 256, 3: 128}  # rows of a or columns of b in a task
+DEPTH = {1: 32, 2: 24, 3: 24}  # steps that a task packs at a time: its block stays in the second-level cache
 
 
 @helper(CONTRACT, inline=False)
@@ -82,13 +85,16 @@ def pack(to, panel, steps, source, stride, along, is_b, outer, depth, first, las
 
 
 @helper(CONTRACT, inline=False)
-def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, steps, at_once, sums, parts):
+def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, steps, at_once, sums, stream, parts):
     """c (rows,columns), at most 32 columns, = ``start`` + panels of a times one of b.
 
     ``start``: 0 for zeros, c itself, or one row with a ``start_stride`` of 0. ``sums`` is scratch for a block of sums
-    of each panel of a; it also stands for blocks of c that are not whole.
+    of each panel of a, and one more; it also stands for blocks of c that are not whole. ``stream``: whole blocks go
+    past the caches.
     """
     size = 2 * amx.TILE * len(parts)
+    apart = len(parts) == PRECISE  # the sums of each turn start from zeros, so that they round finely
+    turn = sums + (rows + SIDE - 1) // SIDE * SUMS
     for step in range(0, steps, at_once):
         count = min(at_once, steps - step)
         for i in range((rows + SIDE - 1) // SIDE):
@@ -104,9 +110,16 @@ def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, ste
                 source, stride = room, ROW
             last = step + count == steps
             to, to_stride = (place, ldc) if last and whole else (room, ROW)
-            amx.multiply_block(
-                to, to_stride, source, stride, a + i * panel + step * size, b + step * size, count, parts
-            )
+            streamed = stream and last and whole
+            left, right = a + i * panel + step * size, b + step * size
+            if apart:
+                amx.multiply_block(turn, ROW, 0, 0, left, right, count, parts)
+                amx.put_block(to, to_stride, source, stride, turn, streamed)
+            elif streamed:
+                amx.multiply_block(turn, ROW, source, stride, left, right, count, parts)
+                amx.put_block(to, to_stride, 0, 0, turn, True)
+            else:
+                amx.multiply_block(to, to_stride, source, stride, left, right, count, parts)
             if last and not whole:
                 copy(place, ldc, room, ROW, lines, columns)
 
@@ -114,7 +127,7 @@ def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, ste
 @specialized
 def product(
     configuration, c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc,
-    shared, private, private_bytes, workers, block, depth, at_once, divide_a, parts,
+    shared, private, private_bytes, workers, block, depth, at_once, divide_a, stream, parts,
 ):  # fmt: skip
     """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
     steps that a task packs at a time; ``private``: ``private_bytes`` of scratch for each of the ``workers``."""
@@ -137,7 +150,7 @@ def product(
         edge = private + worker * private_bytes
         edge_bias = edge + EDGE
         sums = edge_bias + ROW
-        own = sums + (block if divide_a else M + SIDE - 1) // SIDE * SUMS
+        own = sums + (((block if divide_a else M) + SIDE - 1) // SIDE + 1) * SUMS
         for task in range(worker, tasks, workers):
             m, n = (task * block, 0) if divide_a else (0, task * block)
             rows, columns = (min(block, M - m), N) if divide_a else (M, min(block, N - n))
@@ -168,16 +181,16 @@ def product(
                     strip += j // SIDE * panel
                     if divide_a:
                         multiply_panels(place, ldc, rows, width, start, start_stride,
-                                        own, steps * size, strip, steps, at_once, sums, parts)  # fmt: skip
+                                        own, steps * size, strip, steps, at_once, sums, stream, parts)  # fmt: skip
                     else:
                         multiply_panels(place, ldc, rows, width, start, start_stride,
-                                        part, all_steps * size, strip, steps, at_once, sums, parts)  # fmt: skip
+                                        part, all_steps * size, strip, steps, at_once, sums, stream, parts)  # fmt: skip
         amx.release()
 
 
 def compile_product(parts: int) -> None:
     """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
-    numbers = [int64] * 8 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean]
+    numbers = [int64] * 8 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean] * 2
     product.compile(void(*numbers, types.UniTuple(int64, parts)))
 
 
@@ -188,7 +201,7 @@ class TileMatmul:
         if not amx.available():  # asks for permission, too
             raise MissingError("no AMX tiles on this processor, or the system does not allow them")
         self.name = NAMES[parts]
-        self._parts = tuple(range(parts))
+        self.parts = tuple(range(parts))
         self._configuration = np.frombuffer(amx.CONFIGURATION, np.uint8)
         self._shared = self._private = np.empty(0, np.uint8)
 
@@ -202,6 +215,8 @@ class TileMatmul:
             return
         workers = numba.get_num_threads()
         blocking = self.blocking(M, N, K, workers)
+        whole_lines = c.ctypes.data % 64 == 0 and c.strides[0] % 64 == 0
+        stream = whole_lines and not acc and blocking.depth * SIDE >= K and 4 * M * N >= STREAMED
         self._shared = _grown(self._shared, blocking.shared)
         self._private = _grown(self._private, workers * blocking.private)
         product(
@@ -209,7 +224,8 @@ class TileMatmul:
             a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
             0 if bias is None else bias.ctypes.data, acc,
             _aligned(self._shared), _aligned(self._private), blocking.private, workers,
-            blocking.lines, blocking.depth, STEPS[len(self._parts)], blocking.divide_a, self._parts,
+            blocking.lines, blocking.depth, STEPS[len(self.parts)], blocking.divide_a, stream,
+            self.parts,
         )  # fmt: skip
 
     def scratch_bytes(self) -> int:
@@ -222,7 +238,7 @@ class TileMatmul:
 
     def blocking(self, M: int, N: int, K: int, workers: int) -> "Blocking":
         """How a product of this size is divided."""
-        parts = len(self._parts)
+        parts = len(self.parts)
         size = 2 * amx.TILE * parts
         all_steps = -(-K // SIDE)
         divide_a = M >= LINE_ROWS or M >= N
@@ -231,7 +247,7 @@ class TileMatmul:
         lines, depth = min(BLOCK[parts], even), min(DEPTH[parts], all_steps)
         shared = -(-other // SIDE) * all_steps * size
         panels_a = -(-(lines if divide_a else M) // SIDE)
-        private = EDGE + ROW + panels_a * SUMS + lines // SIDE * depth * size
+        private = EDGE + ROW + (panels_a + 1) * SUMS + lines // SIDE * depth * size
         return Blocking(divide_a, lines, depth, shared, -(-private // 4096) * 4096)
 
 

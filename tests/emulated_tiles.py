@@ -1,0 +1,147 @@
+"""What amx.py's intrinsics do, in plain loops over the same bytes, for machines that have no tiles.
+
+``emulated`` gives the module of the products compiled with these in their place.
+"""
+
+import importlib.util
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llvmlite import ir
+from numba import carray, njit
+from numba.core.types import int64, voidptr
+from numba.extending import intrinsic
+
+from llmc_cli.kernels.cpu import amx, compiling
+
+SOURCE = Path(amx.__file__).with_name("tile_matmul.py")
+"""Not imported from here: that is for cache.py, which says where its kernels are kept."""
+
+
+@intrinsic
+def pointer(typing_context, address):
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return voidptr(int64), generate
+
+
+@njit
+def words(address, count):
+    return carray(pointer(address), (count,), np.uint32)
+
+
+@njit
+def halves(address, count):
+    return carray(pointer(address), (count,), np.uint16)
+
+
+@njit
+def floats(address, count):
+    return carray(pointer(address), (count,), np.float32)
+
+
+@njit
+def pack(to, source, stride, parts, along, is_b):
+    number = np.empty(1, np.float32)
+    bits = number.view(np.uint32)
+    for line in range(16):
+        for k in range(32):
+            at = source + (line * stride + k * 4 if along else k * stride + line * 4)
+            number[0] = floats(at, 1)[0]
+            for part in range(len(parts)):
+                whole = number[0]
+                bits[0] = (bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) & 0xFFFF0000
+                place = (k // 2) * 64 + line * 4 + (k % 2) * 2 if is_b else line * 64 + k * 2
+                halves(to + part * 2 * amx.TILE + place, 1)[0] = bits[0] >> np.uint32(16)
+                number[0] = whole - number[0]
+
+
+@njit
+def pack_a_along(to, source, stride, parts):
+    pack(to, source, stride, parts, True, False)
+
+
+@njit
+def pack_a_across(to, source, stride, parts):
+    pack(to, source, stride, parts, False, False)
+
+
+@njit
+def pack_b_along(to, source, stride, parts):
+    pack(to, source, stride, parts, True, True)
+
+
+@njit
+def pack_b_across(to, source, stride, parts):
+    pack(to, source, stride, parts, False, True)
+
+
+@njit
+def unpack(to, panel, is_b):
+    """to (32 lines, 32 k) = one part of one step of a panel, in float32."""
+    bits = to.view(np.uint32)
+    for line in range(32):
+        for k in range(32):
+            place = k // 2 * 64 + line % 16 * 4 + k % 2 * 2 if is_b else line % 16 * 64 + k * 2
+            bits[line, k] = np.uint32(halves(panel + line // 16 * amx.TILE + place, 1)[0]) << np.uint32(16)
+
+
+@njit
+def multiply_block(to, to_stride, source, source_stride, a, b, steps, parts):
+    """Sums in another order than a processor's, over all parts that together count."""
+    count = len(parts)
+    left, right = np.empty((2, 32, 32), np.float32)
+    total = np.zeros((32, 32), np.float32)
+    if source != 0:
+        for i in range(32):
+            total[i] = floats(source + i * source_stride, 32)
+    for step in range(steps):
+        for p in range(count):
+            for q in range(count - p):
+                unpack(left, a + (step * count + p) * 2 * amx.TILE, False)
+                unpack(right, b + (step * count + q) * 2 * amx.TILE, True)
+                for i in range(32):
+                    for j in range(32):
+                        for k in range(32):
+                            total[i, j] += left[i, k] * right[j, k]
+    for i in range(32):
+        floats(to + i * to_stride, 32)[:] = total[i]
+
+
+@njit
+def put_block(to, to_stride, source, source_stride, block, stream):
+    for i in range(32):
+        numbers = floats(block + i * 128, 32).copy()
+        if source != 0:
+            numbers += floats(source + i * source_stride, 32)
+        floats(to + i * to_stride, 32)[:] = numbers
+
+
+@njit
+def configure(configuration):
+    pass
+
+
+@njit
+def release():
+    pass
+
+
+INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, configure, release)
+
+
+def emulated():
+    """tile_matmul.py once more, on emulated tiles. The real one and its cache know nothing of it."""
+    tiles = types.ModuleType("emulated_amx")
+    vars(tiles).update(vars(amx))
+    vars(tiles).update({function.__name__: function for function in INSTEAD}, available=lambda: True)
+    specification = importlib.util.spec_from_file_location("emulated_tile_matmul", SOURCE)
+    module = importlib.util.module_from_spec(specification)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "caching", False)
+        specification.loader.exec_module(module)
+    module.amx = tiles  # looked up when a kernel is compiled, by its first call
+    return module

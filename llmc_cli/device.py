@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
@@ -113,12 +114,14 @@ def _open_cpu(precision: str, threads: int, tiles: bool, why: str, on_compile: C
     from llmc_cli.kernels.cpu import cache
 
     made = cache.load_kernels(on_compile)
-    matmul = None
+    chosen: list[Any] = []
     if tiles:
-        matmul = cache.load_tiles(PARTS[precision], on_compile)
+        chosen.append(cache.load_tiles(PARTS[precision], on_compile))
+        if precision == "bf16":
+            chosen.append(cache.load_tile_attention(on_compile))
     elif precision == "bf16":
-        matmul = cache.load_rounded(on_compile)
-    kernels = made(threads, matmul)
+        chosen.append(cache.load_rounded(on_compile))
+    kernels = made(threads, *chosen)
     return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.matmul.name), why)
 
 

@@ -50,6 +50,9 @@ PRODUCT_BOUNDS = {"fp32": 0.0, "bf16x3": 2.0**-13, "bf16": 2.0**-6}
 """On these outputs, in place of their bounds in float32 where it is more: twice the largest error of a product. Two
 numbers rounded to bf16 give one that is off by up to 2^-7; three products of two parts by 3 · 2^-16."""
 
+ATTENTION_BOUND = 2.0**-4
+"""On attention in training in bf16: an error of a score is one of its exponent, and a score may be 10."""
+
 FORWARD_RESULTS = {"residual_norm_backward": ("mean", "rstd"), "attention_backward": ("out", "lse")}
 """Inputs that must be what the forward operation gives for the others."""
 
@@ -140,8 +143,12 @@ OPERATIONS = {
 
 def bound(operation: str, output: str, precision: str) -> float:
     """The largest max|error| / max|reference| of an output."""
-    multiplied = output in MULTIPLIED.get(operation, ())
-    return max(OPERATIONS[operation].bounds[output], PRODUCT_BOUNDS[precision] if multiplied else 0.0)
+    bounds = [OPERATIONS[operation].bounds[output]]
+    if output in MULTIPLIED.get(operation, ()):
+        bounds.append(PRODUCT_BOUNDS[precision])
+    if precision == "bf16" and operation in ("attention_forward", "attention_backward"):
+        bounds.append(ATTENTION_BOUND)
+    return max(bounds)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """What amx.py's intrinsics do, in plain loops over the same bytes, for machines that have no tiles.
 
-``emulated`` gives the module of the products compiled with these in their place.
+``emulated`` gives modules of kernels compiled with these in their place.
 """
 
-import importlib.util
+import importlib
+import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +14,8 @@ from numba import carray, njit
 from numba.core.types import int64, voidptr
 from numba.extending import intrinsic
 
+from llmc_cli.kernels import cpu
 from llmc_cli.kernels.cpu import amx, compiling
-
-SOURCE = Path(amx.__file__).with_name("tile_matmul.py")
-"""Not imported from here: that is for cache.py, which says where its kernels are kept."""
 
 
 @intrinsic
@@ -26,11 +24,6 @@ def pointer(typing_context, address):
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return voidptr(int64), generate
-
-
-@njit
-def words(address, count):
-    return carray(pointer(address), (count,), np.uint32)
 
 
 @njit
@@ -121,7 +114,7 @@ def put_block(to, to_stride, source, source_stride, block, stream):
 
 
 @njit
-def configure(configuration):
+def configure():
     pass
 
 
@@ -130,18 +123,33 @@ def release():
     pass
 
 
-INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, configure, release)
+@njit
+def turn_block(to, to_stride, source):
+    for i in range(32):
+        floats(to + i * to_stride, 32)[:] = matrix(source)[:, i]
+
+
+@njit
+def matrix(address):
+    return carray(pointer(address), (32, 32), np.float32)
+
+
+INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, turn_block,
+           configure, release)  # fmt: skip
+MODULES = ("panels", "tile_matmul", "tile_attention")
 
 
 def emulated():
-    """tile_matmul.py once more, on emulated tiles. The real one and its cache know nothing of it."""
+    """The modules of ``MODULES`` once more, by name, on emulated tiles. The real ones and their cache know nothing of
+    these."""
     tiles = types.ModuleType("emulated_amx")
     vars(tiles).update(vars(amx))
     vars(tiles).update({function.__name__: function for function in INSTEAD}, available=lambda: True)
-    specification = importlib.util.spec_from_file_location("emulated_tile_matmul", SOURCE)
-    module = importlib.util.module_from_spec(specification)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "caching", False)
-        specification.loader.exec_module(module)
-    module.amx = tiles  # looked up when a kernel is compiled, by its first call
-    return module
+        patch.setattr(cpu, "amx", tiles)
+        for name in MODULES:
+            patch.setitem(sys.modules, f"{cpu.__name__}.{name}", None)  # put back or removed at the end
+            patch.setattr(cpu, name, None, raising=False)
+            del sys.modules[f"{cpu.__name__}.{name}"]
+        return {name: importlib.import_module(f"{cpu.__name__}.{name}") for name in MODULES}

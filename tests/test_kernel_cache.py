@@ -24,7 +24,7 @@ from llmc_cli.kernels.cpu.matmul import BlasMatmul
 class CpuKernels:
     name = "small"
 
-    def __init__(self, threads, matmul):
+    def __init__(self, threads, matmul=None):
         numba.set_num_threads(threads)
         self.matmul = BlasMatmul()
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmc_cli.comparison import compare
 from llmc_cli.device import open_kernels
-from llmc_cli.kernel_cases import OPERATIONS, REFERENCE, Case, cases, prepare, run
+from llmc_cli.kernel_cases import OPERATIONS, REFERENCE, Case, bound, cases, prepare, run
 
 USES_BLAS = ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward",
              "head_loss", "head_logits")  # fmt: skip
@@ -29,11 +29,19 @@ def cpu():
     return open_kernels("cpu", "fp32", 2).kernels
 
 
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def precise(request):
+    """Kernels and their precision."""
+    return open_kernels("cpu", request.param, 2).kernels, request.param
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation}-{case.label}")
-def test_against_reference(cpu, case):
-    found, expected = run(cpu, case), run(REFERENCE, case)
+def test_against_reference(precise, case):
+    kernels, precision = precise
+    found, expected = run(kernels, case), run(REFERENCE, case)
     for name, values in found.items():
-        check = compare(case.operation, name, values, expected[name], OPERATIONS[case.operation].bounds[name])
+        limit = bound(case.operation, name, precision)
+        check = compare(case.operation, name, values, expected[name], limit)
         assert check.ok, check
 
 
@@ -53,7 +61,8 @@ WITH_BLAS = [case for case in CASES if case.operation in USES_BLAS]
 
 
 @pytest.mark.parametrize("case", BLAS_FREE, ids=lambda case: f"{case.operation}-{case.label}")
-def test_same_bits_with_one_thread_and_two(cpu, case):
+def test_same_bits_with_one_thread_and_two(precise, case):
+    cpu, _ = precise
     two = {name: value.tobytes() for name, value in run(cpu, case).items()}
     with cpu.limited_to(1):
         one = {name: value.tobytes() for name, value in run(cpu, case).items()}
@@ -73,7 +82,8 @@ def test_same_bits_but_for_blas(cpu, case):
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.operation)
-def test_a_second_call_allocates_nothing(cpu, case):
+def test_a_second_call_allocates_nothing(precise, case):
+    cpu, _ = precise
     from numba.core.runtime import _nrt_python, rtsys
 
     _nrt_python.memsys_enable_stats()
@@ -122,7 +132,8 @@ def test_norms_in_place(cpu):
         assert np.array_equal(taken, dx)
 
 
-def test_attention_does_not_see_the_future(cpu):
+def test_attention_does_not_see_the_future(precise):
+    cpu, _ = precise
     B, T, NH, HS = 1, 90, 2, 16
     qkv = normal(1, B, T, 3 * NH * HS).astype(np.float32)
     out, lse = np.empty((B, T, NH * HS), np.float32), np.empty((B, NH, T), np.float32)
@@ -145,8 +156,9 @@ def test_attention_with_large_scores(cpu):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so(cpu, bad):
+def test_what_is_not_finite_stays_so(precise, bad):
     """The trainer stops at a loss that is not finite, so no kernel may hide one."""
+    cpu, _ = precise
     for operation, name, output in (
         ("linear_gelu_forward", "x", "act"),
         ("gelu_linear_backward", "dy", "dpre"),
@@ -203,10 +215,10 @@ def test_head_loss_with_large_logits(cpu):
     assert losses.tolist() == [0.0, 0.0, 1e4]
 
 
-def test_workspace_is_planned(cpu):
+def test_workspace_is_planned(precise):
     """``workspace_bytes`` says what the scratch memory of a training step comes to."""
     B, T, C, NH, V, Vp = 2, 40, 48, 3, 300, 384
-    fresh = open_kernels("cpu", "fp32", 2).kernels
+    fresh = open_kernels("cpu", precise[1], 2).kernels
     for case in (
         Case("attention_backward", "", {"dqkv": np.zeros((B, T, 3 * C)), "dout": np.zeros((B, T, C)),
              "out": np.zeros((B, T, C)), "lse": np.zeros((B, NH, T)), "qkv": np.zeros((B, T, 3 * C)), "num_heads": NH}),

@@ -1,5 +1,6 @@
 """Products on tiles, real ones where there are any, and emulated ones, against float64."""
 
+import importlib
 import itertools
 import sys
 
@@ -33,7 +34,7 @@ def tiles(request):
 @pytest.fixture(scope="module")
 def emulation():
     cache.load_kernels()  # before the products, which import some of them
-    return emulated()
+    return emulated()["tile_matmul"]
 
 
 def matrix(rng, rows, columns, extra, offset):
@@ -138,6 +139,11 @@ def test_scratch_is_planned(tiles):
         check(fresh, M, N, K, False, False, "overwrite", BOUNDS[len(tiles.parts)])
         assert 0 < fresh.scratch_bytes() <= fresh.workspace_bytes(sizes, threads)
     assert fresh.scratch_bytes() == fresh.workspace_bytes(sizes, threads)
+
+
+def test_emulation_stays_apart(emulation):
+    assert sys.modules.get("llmc_cli.kernels.cpu.tile_matmul") is not emulation
+    assert importlib.import_module("llmc_cli.kernels.cpu.panels").amx is amx
 
 
 def test_no_tiles(monkeypatch, emulation):

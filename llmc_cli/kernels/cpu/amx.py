@@ -32,7 +32,7 @@ FEATURES = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}  #
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h
 
 CONFIGURATION = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
-"""For ``configure``: palette 1, eight tiles of 64 bytes by 16 rows."""
+"""What ``configure`` loads: palette 1, eight tiles of 64 bytes by 16 rows."""
 
 PRODUCTS = {1: ((0, 0),), 2: ((1, 0), (0, 0), (0, 1)), 3: ((2, 0), (1, 1), (1, 0), (0, 0), (0, 1), (0, 2))}
 """Which parts of a and b are multiplied, by the number of parts: those that count, in an order that loads few tiles."""
@@ -185,14 +185,15 @@ source's 16 rows of 32, else across its 32 rows of 16."""
 
 
 @intrinsic
-def configure(typing_context: Any, configuration: Any) -> Any:
-    """Set up the tiles of this thread from the address of ``CONFIGURATION``."""
+def configure(typing_context: Any) -> Any:
+    """Set up the tiles of this thread."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), _at(builder, args[0], 0, BYTE))
+        constant = cgutils.global_constant(builder, "tile_configuration", cgutils.make_bytearray(CONFIGURATION))
+        _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(constant, POINTER))
         return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return types.void(), generate
 
 
 @intrinsic
@@ -303,6 +304,34 @@ def put_block(
 
     size = types.int64
     return types.void(size, size, size, size, size, types.boolean), generate
+
+
+@intrinsic
+def turn_block(typing_context: Any, to: Any, to_stride: Any, source: Any) -> Any:
+    """Block at ``to`` = ``source``, whose rows stand one behind the other, transposed."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, to_stride, source = args
+        for across in (0, 1):
+            place = builder.add(to, INT64(64 * across))
+            for down in (0, 1):
+                rows = [_load(builder, source, 64 * down + 128 * (16 * across + i), WORDS) for i in range(16)]
+                for row in _transposed(builder, rows):
+                    builder.store(row, _at(builder, place, 0, WORDS)).align = 4
+                    place = builder.add(place, to_stride)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """For ``numba.carray``: an array that lies at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], POINTER)
+
+    return types.voidptr(types.int64), generate
 
 
 @intrinsic

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -33,8 +34,15 @@ SETTINGS: Any = numba.config  # made of the environment, so no type checker know
 KERNELS = "llmc_cli.kernels.cpu.kernels"
 DECODING = "llmc_cli.kernels.cpu.decoding"
 TILES = "llmc_cli.kernels.cpu.tile_matmul"
+TILE_ATTENTION = "llmc_cli.kernels.cpu.tile_attention"
 ROUNDED = "llmc_cli.kernels.cpu.rounded_matmul"
-MARKERS = {KERNELS: "complete", DECODING: "complete-decoding", TILES: "complete-tiles", ROUNDED: "complete-rounded"}
+MARKERS = {
+    KERNELS: "complete",
+    DECODING: "complete-decoding",
+    TILES: "complete-tiles",
+    TILE_ATTENTION: "complete-tile-attention",
+    ROUNDED: "complete-rounded",
+}
 """Groups of kernels: the module that imports all of one, and its marker; tiles have one for each number of parts."""
 
 KEPT_VERSIONS = 4
@@ -91,6 +99,12 @@ def load_tiles(parts: int, on_compile: Callable[[str], None] | None = None) -> "
     _load(TILES, on_compile, "compiling matrix products, once, about 6 s", parts)
     made: Matmul = importlib.import_module(TILES).TileMatmul(parts)
     return made
+
+
+def load_tile_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
+    """Attention on AMX tiles, once ``load_tiles`` has succeeded; as ``load_kernels``."""
+    _load(TILE_ATTENTION, on_compile, "compiling attention, once, about 9 s")
+    return importlib.import_module(TILE_ATTENTION)
 
 
 def load_rounded(on_compile: Callable[[str], None] | None = None) -> "Matmul":

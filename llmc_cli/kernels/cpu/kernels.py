@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -23,7 +24,7 @@ ALIGNMENT = 64  # bytes
 
 class CpuKernels:
     """Float32 on ``threads`` threads, BLAS included. A weight is its master array. ``matmul`` is what multiplies
-    matrices, BLAS where nothing else is said.
+    matrices, BLAS where nothing else is said, and ``attend`` the module of attention's kernels in training.
 
     Scratch arrays are named, grow to the largest call and stay; views of them are handed out by shape.
     """
@@ -31,8 +32,8 @@ class CpuKernels:
     name: str = "cpu"
     dtype: Any = np.float32
 
-    def __init__(self, threads: int, matmul: Matmul | None = None) -> None:
-        self.matmul = matmul or BlasMatmul()
+    def __init__(self, threads: int, matmul: Matmul | None = None, attend: ModuleType = attention) -> None:
+        self.matmul, self.attend = matmul or BlasMatmul(), attend
         self._scratch: dict[str, NDArray[Any]] = {}
         self._set_threads(threads)
 
@@ -72,7 +73,7 @@ class CpuKernels:
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""
-        work = self.threads * attention.work_floats(T, channels // num_heads)
+        work: int = self.threads * self.attend.work_floats(T, channels // num_heads)
         logits = min(HEAD_ROWS, B * T) * padded_vocab_size
         sums = 3 * -(-B * T // norm.ROWS) * channels
         C, N, rows = channels, B * T, min(HEAD_ROWS, B * T)
@@ -141,8 +142,8 @@ class CpuKernels:
 
     def attention_forward(self, out: Float32, lse: Float32, qkv: Float32, num_heads: int) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(T, C // num_heads)))
-        attention.attention_forward(
+        work = self.scratch("attention", (self.threads, self.attend.work_floats(T, C // num_heads)))
+        self.attend.attention_forward(
             out.reshape(-1), lse.reshape(-1), qkv.reshape(-1), work, B, T, num_heads, C // num_heads
         )
 
@@ -150,8 +151,8 @@ class CpuKernels:
         self, dqkv: Float32, dout: Float32, out: Float32, lse: Float32, qkv: Float32, num_heads: int
     ) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(T, C // num_heads)))
-        attention.attention_backward(
+        work = self.scratch("attention", (self.threads, self.attend.work_floats(T, C // num_heads)))
+        self.attend.attention_backward(
             dqkv.reshape(-1), dout.reshape(-1), out.reshape(-1), lse.reshape(-1), qkv.reshape(-1),
             work, B, T, num_heads, C // num_heads,
         )  # fmt: skip

@@ -25,63 +25,19 @@ from numpy.typing import NDArray
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.cpu import amx, blas
 from llmc_cli.kernels.cpu.compiling import CONTRACT, boolean, helper, int64, specialized, void
+from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, pack
 
 Float32 = NDArray[np.float32]
 
-SIDE = amx.SIDE
-SUMS = SIDE * SIDE * 4  # bytes of a block of float32
-ROW = SIDE * 4
 LINE_ROWS = 512  # rows of a from which on a is the one divided
 PIECE = 32  # panels times steps that are packed at a time, where all threads pack
 PAGE = 4096
 STREAMED = 4 << 20  # bytes of c from which on it is written past the caches: it would not stay there
-EDGE = 2048  # bytes: a tile in float32
 PRECISE = 3  # parts: all of a float32
 NAMES = {1: "bf16 on AMX tiles", 2: "three bf16 products on AMX tiles", 3: "six bf16 products on AMX tiles"}
 STEPS = {1: 8, 2: 4, 3: 2}  # of a panel of b that stay in the first-level cache, by the number of parts
-BLOCK = {1: 256, 2: 256, 3: 128}  # rows of a or columns of b in a task
+LINES = {1: 256, 2: 256, 3: 128}  # rows of a or columns of b in a task
 DEPTH = {1: 32, 2: 24, 3: 24}  # steps that a task packs at a time: its block stays in the second-level cache
-
-
-@helper(CONTRACT, inline=False)
-def copy(to, to_stride, source, stride, rows, columns):
-    """``rows`` rows of ``columns`` floats."""
-    for i in range(rows):
-        for j in range(columns):
-            amx.store_float(to + i * to_stride + j * 4, amx.load_float(source + i * stride + j * 4))
-
-
-@helper(CONTRACT, inline=False)
-def pack(to, panel, steps, source, stride, along, is_b, outer, depth, first, last, edge, parts):
-    """Panels ``panel`` bytes apart from floats: those of ``outer`` rows or columns and ``depth`` k, padded with zeros.
-
-    ``along``: k lies along the source's rows. Of all the pairs of a panel and one of ``steps`` steps those from
-    ``first`` up to ``last`` are made, counted as they lie in the source. ``edge`` is scratch for a tile.
-    """
-    panels = (outer + SIDE - 1) // SIDE
-    for n in range(first, last):
-        p, s = (n // steps, n % steps) if along else (n % panels, n // panels)
-        k = min(SIDE, depth - s * SIDE)
-        for half in range(2):
-            line = p * SIDE + half * 16
-            lines = max(0, min(16, outer - line))
-            at, distance = source + (line * stride + s * ROW if along else s * SIDE * stride + line * 4), stride
-            if lines < 16 or k < SIDE:
-                for i in range(0, EDGE, 4):
-                    amx.store_float(edge + i, np.float32(0.0))
-                distance = 128 if along else 64
-                copy(edge, distance, at, stride, lines if along else k, k if along else lines)
-                at = edge
-            target = to + p * panel + s * 2 * amx.TILE * len(parts) + half * amx.TILE
-            if is_b:
-                if along:
-                    amx.pack_b_along(target, at, distance, parts)
-                else:
-                    amx.pack_b_across(target, at, distance, parts)
-            elif along:
-                amx.pack_a_along(target, at, distance, parts)
-            else:
-                amx.pack_a_across(target, at, distance, parts)
 
 
 @helper(CONTRACT, inline=False)
@@ -94,11 +50,11 @@ def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, ste
     """
     size = 2 * amx.TILE * len(parts)
     apart = len(parts) == PRECISE  # the sums of each turn start from zeros, so that they round finely
-    turn = sums + (rows + SIDE - 1) // SIDE * SUMS
+    turn = sums + (rows + SIDE - 1) // SIDE * BLOCK
     for step in range(0, steps, at_once):
         count = min(at_once, steps - step)
         for i in range((rows + SIDE - 1) // SIDE):
-            room, place = sums + i * SUMS, c + i * SIDE * ldc
+            room, place = sums + i * BLOCK, c + i * SIDE * ldc
             lines = min(SIDE, rows - i * SIDE)
             whole = lines == SIDE and columns == SIDE
             if step > 0:
@@ -126,7 +82,7 @@ def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, ste
 
 @specialized
 def product(
-    configuration, c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc,
+    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc,
     shared, private, private_bytes, workers, block, depth, at_once, divide_a, stream, parts,
 ):  # fmt: skip
     """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
@@ -146,11 +102,11 @@ def product(
                 pack(shared, all_steps * size, all_steps, a, lda, a_along, False, M, K, first, last, edge, parts)
     tasks = ((M if divide_a else N) + block - 1) // block
     for worker in prange(workers):
-        amx.configure(configuration)
+        amx.configure()
         edge = private + worker * private_bytes
         edge_bias = edge + EDGE
         sums = edge_bias + ROW
-        own = sums + (((block if divide_a else M) + SIDE - 1) // SIDE + 1) * SUMS
+        own = sums + (((block if divide_a else M) + SIDE - 1) // SIDE + 1) * BLOCK
         for task in range(worker, tasks, workers):
             m, n = (task * block, 0) if divide_a else (0, task * block)
             rows, columns = (min(block, M - m), N) if divide_a else (M, min(block, N - n))
@@ -190,7 +146,7 @@ def product(
 
 def compile_product(parts: int) -> None:
     """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
-    numbers = [int64] * 8 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean] * 2
+    numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean] * 2
     product.compile(void(*numbers, types.UniTuple(int64, parts)))
 
 
@@ -202,7 +158,6 @@ class TileMatmul:
             raise MissingError("no AMX tiles on this processor, or the system does not allow them")
         self.name = NAMES[parts]
         self.parts = tuple(range(parts))
-        self._configuration = np.frombuffer(amx.CONFIGURATION, np.uint8)
         self._shared = self._private = np.empty(0, np.uint8)
 
     def __call__(
@@ -220,7 +175,7 @@ class TileMatmul:
         self._shared = _grown(self._shared, blocking.shared)
         self._private = _grown(self._private, workers * blocking.private)
         product(
-            self._configuration.ctypes.data, c.ctypes.data, c.strides[0], M, N, K,
+            c.ctypes.data, c.strides[0], M, N, K,
             a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
             0 if bias is None else bias.ctypes.data, acc,
             _aligned(self._shared), _aligned(self._private), blocking.private, workers,
@@ -244,10 +199,10 @@ class TileMatmul:
         divide_a = M >= LINE_ROWS or M >= N
         divided, other = (M, N) if divide_a else (N, M)
         even = -(-divided // (workers * 2 * SIDE)) * SIDE
-        lines, depth = min(BLOCK[parts], even), min(DEPTH[parts], all_steps)
+        lines, depth = min(LINES[parts], even), min(DEPTH[parts], all_steps)
         shared = -(-other // SIDE) * all_steps * size
         panels_a = -(-(lines if divide_a else M) // SIDE)
-        private = EDGE + ROW + (panels_a + 1) * SUMS + lines // SIDE * depth * size
+        private = EDGE + ROW + (panels_a + 1) * BLOCK + lines // SIDE * depth * size
         return Blocking(divide_a, lines, depth, shared, -(-private // 4096) * 4096)
 
 

@@ -97,7 +97,7 @@ class Kernels(Protocol):
     ) -> None:
         """Back through y = act · wᵀ + b, act = gelu(pre), with w (C,F) the projection *behind* the activation:
         dpre (N,F) = (dy (N,C) · w) · gelu'(pre), overwritten; dw (C,F) = dyᵀ · act, db (C,) = the sum of dy over rows,
-        both overwritten, or added to with ``acc``."""
+        both overwritten, or added to with ``acc``. dpre may be act, which is not needed behind this."""
         ...
 
     def attention_forward(self, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
@@ -108,7 +108,7 @@ class Kernels(Protocol):
         ...
 
     def attention_backward(self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
-        """dqkv (B,T,3C) from dout (B,T,C) and what forward left, scores recomputed; overwritten."""
+        """dqkv (B,T,3C) from dout (B,T,C) and what forward left, scores recomputed; overwritten. It may be qkv."""
         ...
 
     def attention_cached(

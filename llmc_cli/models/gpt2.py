@@ -53,7 +53,7 @@ def activation_shapes(config: ModelConfig, B: int, T: int, recompute: int = 0) -
 def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
     """Scratch that the backward pass uses again in every layer."""
     C, N = config.channels, B * T
-    return {"dres": (N, C), "dbranch": (N, C), "dfc": (N, 4 * C), "dqkv": (B, T, 3 * C)}
+    return {"dres": (N, C), "dbranch": (N, C)}
 
 
 def cache_shapes(config: ModelConfig, S: int, T: int) -> dict[str, tuple[int, ...]]:
@@ -170,10 +170,10 @@ class GPT2:
             self.compute_again(layer, res)
             # MLP branch: dres is the gradient of both the stream and the branch's output
             k.gelu_linear_backward(
-                s["dfc"], g["fcprojw"][layer], g["fcprojb"][layer],
+                gelu, g["fcprojw"][layer], g["fcprojb"][layer],
                 dres, gelu, a["fc"][layer], self.weights["fcprojw"][layer], acc,
             )  # fmt: skip
-            k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], s["dfc"], ln2, self.weights["fcw"][layer], acc)
+            k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], gelu, ln2, self.weights["fcw"][layer], acc)
             k.residual_norm_backward(
                 dres, g["ln2w"][layer], g["ln2b"][layer],
                 dbranch, a["res_att"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
@@ -185,11 +185,11 @@ class GPT2:
             )  # fmt: skip
             dout = dbranch.reshape(a["att"][layer].shape)  # (B, T, C)
             k.attention_backward(
-                s["dqkv"], dout, a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads
+                a["qkv"][layer], dout, a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads
             )
             k.linear_backward(
                 dbranch, g["qkvw"][layer], g["qkvb"][layer],
-                self.rows(s["dqkv"]), ln1, self.weights["qkvw"][layer], acc,
+                self.rows(a["qkv"][layer]), ln1, self.weights["qkvw"][layer], acc,
             )  # fmt: skip
             k.residual_norm_backward(
                 dres, g["ln1w"][layer], g["ln1b"][layer],

@@ -17,7 +17,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
-HEAD_ROWS = 256  # rows of logits at a time
+HEAD_ROWS = 512  # rows of logits at a time
 SUM_PIECES = 1024
 ALIGNMENT = 64  # bytes
 

@@ -29,7 +29,8 @@ from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, pack
 
 Float32 = NDArray[np.float32]
 
-LINE_ROWS = 512  # rows of a from which on a is the one divided
+LINE_ROWS = {1: 512, 2: 256, 3: 256}  # rows of a that are packed before, where b has more columns than that
+SHARED = 32 << 20  # bytes of what is packed before; products of more go piece by piece along k
 PIECE = 32  # panels times steps that are packed at a time, where all threads pack
 PAGE = 4096
 STREAMED = 4 << 20  # bytes of c from which on it is written past the caches: it would not stay there
@@ -170,6 +171,12 @@ class TileMatmul:
             return
         workers = numba.get_num_threads()
         blocking = self.blocking(M, N, K, workers)
+        if blocking.k < K:
+            for start in range(0, K, blocking.k):
+                piece = slice(start, min(K, start + blocking.k))
+                left, right = a[piece] if transpose_a else a[:, piece], b[:, piece] if transpose_b else b[piece]
+                self(c, left, right, transpose_a, transpose_b, acc or start > 0, None if start else bias)
+            return
         whole_lines = c.ctypes.data % 64 == 0 and c.strides[0] % 64 == 0
         stream = whole_lines and not acc and blocking.depth * SIDE >= K and 4 * M * N >= STREAMED
         self._shared = _grown(self._shared, blocking.shared)
@@ -195,21 +202,23 @@ class TileMatmul:
         """How a product of this size is divided."""
         parts = len(self.parts)
         size = 2 * amx.TILE * parts
-        all_steps = -(-K // SIDE)
-        divide_a = M >= LINE_ROWS or M >= N
+        divide_a = M > LINE_ROWS[parts] or M >= N
         divided, other = (M, N) if divide_a else (N, M)
+        k = min(K, max(1, SHARED // (-(-other // SIDE) * size * DEPTH[parts])) * DEPTH[parts] * SIDE)
+        all_steps = -(-k // SIDE)
         even = -(-divided // (workers * 2 * SIDE)) * SIDE
         lines, depth = min(LINES[parts], even), min(DEPTH[parts], all_steps)
         shared = -(-other // SIDE) * all_steps * size
         panels_a = -(-(lines if divide_a else M) // SIDE)
         private = EDGE + ROW + (panels_a + 1) * BLOCK + lines // SIDE * depth * size
-        return Blocking(divide_a, lines, depth, shared, -(-private // 4096) * 4096)
+        return Blocking(divide_a, k, lines, depth, shared, -(-private // 4096) * 4096)
 
 
 class Blocking(NamedTuple):
     """How a product is divided, and the scratch memory it takes in bytes, shared and per thread."""
 
     divide_a: bool
+    k: int  # of one piece
     lines: int  # rows of a or columns of b in a task
     depth: int  # steps that are packed at a time
     shared: int

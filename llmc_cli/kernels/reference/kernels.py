@@ -149,9 +149,9 @@ class ReferenceKernels:
                 dprobabilities = dheads[b, :, h] @ v[b, :, h].T  # (T, T)
                 mean = (dprobabilities * probabilities).sum(axis=1, keepdims=True)
                 dscores = probabilities * (dprobabilities - mean) / np.sqrt(size)
-                dq[b, :, h] = dscores @ k[b, :, h]
-                dk[b, :, h] = dscores.T @ q[b, :, h]
-                dv[b, :, h] = probabilities.T @ dheads[b, :, h]
+                dq[b, :, h], dk[b, :, h], dv[b, :, h] = (
+                    dscores @ k[b, :, h], dscores.T @ q[b, :, h], probabilities.T @ dheads[b, :, h]
+                )  # fmt: skip
 
     def attention_cached(
         self, out: Float64, keys: Float64, values: Float64, qkv: Float64, lengths: Int32, num_heads: int

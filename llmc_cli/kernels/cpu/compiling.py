@@ -34,7 +34,6 @@ long2 = types.int64[:, ::1]
 uint1 = types.uint32[::1]
 bytes3 = types.int8[:, :, ::1]
 ubytes2 = types.uint8[:, ::1]
-ushort2 = types.uint16[:, ::1]
 uint2 = types.uint32[:, ::1]
 
 caching = True

@@ -1,35 +1,45 @@
 """Matrices in less than float32: bfloat16 and int8 made of float32, and float32 made of them.
 
-bfloat16 is the upper 16 bits, rounded to the nearest, of two equally near to the even one. int8 is steps of a row's
+bfloat16 is the upper 16 bits, rounded to the nearest, of two equally near to the even one. Two share a word, so that
+``LANES`` words are widened without moving a number: of every 2·LANES numbers the first half lies in the lower halves of
+LANES words, the second half in the upper ones. int8 is steps of a row's
 scale, symmetric: a row's largest number is 127 steps from ``MIDDLE``, which stands for 0. Rows are padded with zeros.
 """
 
 import numpy as np
 from numba import prange
 
-from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, kernel, ubytes2, uint2, ushort2
+from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, kernel, ubytes2, uint2
 from llmc_cli.kernels.cpu.exponential import ROUNDER, ZERO, from_order_key, order_key
+from llmc_cli.kernels.cpu.tiles import LANES
 
 MIDDLE = np.float32(128.0)
 STEPS = np.float32(127.0)  # to either side of it
 EXPONENT = np.uint32(0x7F800000)  # all of it set: infinity, or NaN where more bits are
 SIGN_OFF = np.uint32(0x7FFFFFFF)
+UPPER = np.uint32(0xFFFF0000)
 QUIET = np.uint32(0x40)  # the bit that keeps a NaN one, and a quiet one
 
 
-@helper(CONTRACT, inline=False)
-def round_row(row, bits):
-    for j in range(bits.size):
-        u = bits[j]
-        rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        row[j] = (u >> np.uint32(16)) | QUIET if (u & SIGN_OFF) > EXPONENT else rounded
+@helper(CONTRACT)
+def rounded(bits):
+    """The upper 16 of a float32's bits, rounded."""
+    upper = bits >> np.uint32(16)
+    nan = (bits & SIGN_OFF) > EXPONENT
+    return upper | QUIET if nan else (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
 
 
-@kernel(ushort2, uint2, fastmath=CONTRACT)
+@kernel(uint2, uint2, fastmath=CONTRACT)
 def round_rows(rows, bits):
-    """rows (O,Kp) bfloat16 of bits (O,K), those of float32."""
+    """rows (O,Kp/2), two bfloat16 to a word, of bits (O,K), those of float32."""
+    K = bits.shape[1]
     for o in prange(bits.shape[0]):
-        round_row(rows[o], bits[o])
+        for j in range(rows.shape[1]):
+            low = j // LANES * 2 * LANES + j % LANES
+            high = low + LANES
+            first = rounded(bits[o, low]) if low < K else np.uint32(0)
+            second = rounded(bits[o, high]) if high < K else np.uint32(0)
+            rows[o, j] = first | (second << np.uint32(16))
 
 
 @helper(CONTRACT, inline=False)
@@ -75,14 +85,10 @@ def expand_steps(wide, rows, scales):
         expand_row(wide[o], rows[o], scales[o])
 
 
-@helper(CONTRACT, inline=False)
-def shift_row(row, bits):
-    for j in range(row.size):
-        row[j] = np.uint32(bits[j]) << np.uint32(16)
-
-
-@kernel(uint2, ushort2, fastmath=CONTRACT)
+@kernel(uint2, uint2, fastmath=CONTRACT)
 def expand_bfloat16(wide, rows):
-    """wide (O,K), the bits of float32, of rows (O,Kp)."""
+    """wide (O,K), the bits of float32, of rows (O,Kp/2)."""
     for o in prange(wide.shape[0]):
-        shift_row(wide[o], rows[o])
+        for j in range(wide.shape[1]):
+            word = rows[o, j // (2 * LANES) * LANES + j % LANES]
+            wide[o, j] = word & UPPER if j % (2 * LANES) >= LANES else word << np.uint32(16)

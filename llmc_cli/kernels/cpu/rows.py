@@ -1,14 +1,16 @@
 """A few rows times a matrix that is read once: what decoding a token is made of.
 
-The matrix (O,K) is in one of three forms, told apart by its type: float32 as it is; bfloat16, as the upper 16 bits; or
-steps of a row's scale, uint8 around ``MIDDLE``. It is widened to float32 in registers. Where the processor multiplies
-bytes (VNNI) the steps stay bytes and x becomes two signed bytes a number, so that every product and sum is exact.
+The matrix (O,K) is in one of three forms, told apart by its type: float32 as it is; bfloat16, two to a word (see
+narrow.py); or steps of a row's scale, uint8 around ``MIDDLE``. It is widened to float32 in registers. Where the
+processor multiplies bytes (VNNI) the steps stay bytes and x becomes two signed bytes a number, so that every product
+and sum is exact.
 
 Memory is what bounds all this, so several rows of the matrix stream at once, and the rows of x go through a block of it
 in groups, while it is in the cache. Each number of the result is summed up in the same order whatever stands beside
 it: a row has the same bits alone and among others.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +31,7 @@ from llmc_cli.kernels.cpu.compiling import (
     kernel,
     target,
     ubytes2,
-    ushort2,
+    uint2,
 )
 from llmc_cli.kernels.cpu.exponential import ONE, ROUNDER, ZERO
 from llmc_cli.kernels.cpu.linear import gelu_piece
@@ -99,16 +101,17 @@ class Emitter:
             )
         return self.builder.extract_element(vector, I32(0))
 
-    def widened(self, w: Any, offset: Any) -> Any:
-        """LANES numbers of the matrix as float32."""
-        b, bits = self.builder, w.type.pointee
-        loaded = self.load(w, offset, FLOATS if bits == ir.FloatType() else ir.VectorType(bits, LANES))
-        if bits == ir.FloatType():
-            return loaded
-        whole = b.zext(loaded, INTS)
-        if bits.width == 16:
-            return b.bitcast(b.shl(whole, ir.Constant(INTS, [16] * LANES)), FLOATS)
-        return b.sitofp(b.sub(whole, ir.Constant(INTS, [MIDDLE] * LANES)), FLOATS)
+    def widened(self, w: Any, offset: Any) -> list[Any]:
+        """LANES numbers of the matrix as float32, of words twice as many, one vector behind the other."""
+        b, kind = self.builder, w.type.pointee
+        loaded = self.load(w, offset, FLOATS if kind == ir.FloatType() else ir.VectorType(kind, LANES))
+        if kind == ir.FloatType():
+            return [loaded]
+        if kind == I32:
+            low = b.shl(loaded, ir.Constant(INTS, [16] * LANES))
+            high = b.and_(loaded, ir.Constant(INTS, [0xFFFF0000] * LANES))
+            return [b.bitcast(low, FLOATS), b.bitcast(high, FLOATS)]
+        return [b.sitofp(b.sub(b.zext(loaded, INTS), ir.Constant(INTS, [MIDDLE] * LANES)), FLOATS)]
 
 
 def float_product(rows: int, group: int) -> Any:
@@ -122,25 +125,33 @@ def float_product(rows: int, group: int) -> Any:
             emit = Emitter(context, builder, signature, args, rows, group)
             _, at_y, ldy, _, first, last, _, at_x, depth = args
             indices, matrix = emit.row_indices(first, last), emit.data(3)
-            w_rows = [builder.gep(matrix, [builder.mul(index, depth)]) for index in indices]
+            together = 2 if matrix.type.pointee == I32 else 1  # numbers in an element
+            elements = builder.udiv(depth, I64(together))
+            w_rows = [builder.gep(matrix, [builder.mul(index, elements)]) for index in indices]
             x_rows = [builder.gep(emit.data(6), [builder.add(at_x, builder.mul(depth, I64(i)))]) for i in range(group)]
-            sums = [[cgutils.alloca_once(builder, FLOATS) for _ in x_rows] for _ in w_rows]
-            for total in (total for row in sums for total in row):
+            sums = [[[cgutils.alloca_once(builder, FLOATS) for _ in range(together)] for _ in x_rows] for _ in w_rows]
+            for total in (total for row in sums for parts in row for total in parts):
                 builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
             multiply_add = emit.function(f"llvm.fmuladd.v{LANES}f32", FLOATS, [FLOATS] * 3)
-            with cgutils.for_range(builder, builder.udiv(depth, I64(LANES))) as loop:
+            with cgutils.for_range(builder, builder.udiv(elements, I64(LANES))) as loop:
                 offset = builder.mul(loop.index, I64(LANES))
                 for row in w_rows:
                     emit.prefetch(row, offset)
                 factors = [emit.widened(row, offset) for row in w_rows]
                 for i, x_row in enumerate(x_rows):
-                    numbers = emit.load(x_row, offset, FLOATS)
-                    for factor, row in zip(factors, sums, strict=True):
-                        builder.store(builder.call(multiply_add, [factor, numbers, builder.load(row[i])]), row[i])
+                    for part in range(together):
+                        place = builder.add(builder.mul(offset, I64(together)), I64(part * LANES))
+                        numbers = emit.load(x_row, place, FLOATS)
+                        for factor, row in zip(factors, sums, strict=True):
+                            total = row[i][part]
+                            builder.store(
+                                builder.call(multiply_add, [factor[part], numbers, builder.load(total)]), total
+                            )
             for index, row in zip(indices, sums, strict=True):
-                for i, total in enumerate(row):
+                for i, parts in enumerate(row):
+                    total = functools.reduce(builder.fadd, [builder.load(part) for part in parts])
                     place = builder.add(builder.add(at_y, index), builder.mul(ldy, I64(i)))
-                    builder.store(emit.sum(builder.load(total), builder.fadd), builder.gep(emit.data(0), [place]))
+                    builder.store(emit.sum(total, builder.fadd), builder.gep(emit.data(0), [place]))
             return context.get_dummy_value()
 
         size = types.int64
@@ -201,9 +212,10 @@ def byte_product(rows: int, group: int) -> Any:
 
 
 WIDE = LANES == 16  # 32 registers of it instead of 16
-ROWS, GROUP_ROWS, GROUP_BYTE_ROWS = 4, 4 if WIDE else 2, 2 if WIDE else 1
+ROWS, BYTE_ROWS = 2, 4
+GROUP_ROWS, GROUP_BYTE_ROWS = (2, 2) if WIDE else (1, 1)
 float_alone, float_group = float_product(ROWS, 1), float_product(GROUP_ROWS, GROUP)
-byte_alone, byte_group = byte_product(ROWS, 1), byte_product(GROUP_BYTE_ROWS, GROUP)
+byte_alone, byte_group = byte_product(BYTE_ROWS, 1), byte_product(GROUP_BYTE_ROWS, GROUP)
 
 
 @helper(CONTRACT, inline=False)
@@ -231,7 +243,7 @@ def finish(y, act, b, biased, activated, here):
 def float_rows(y, act, x, w, scales, b, scaled, biased, activated):
     """y (S,O) = x (S,K) · w (≥O,K)ᵀ · scales (O,) + b (O,), act (S,O) = gelu(y); the last three where asked for."""
     S, O = y.shape  # noqa: E741
-    K = w.shape[1]
+    K = x.shape[1]
     for block in prange((O + BLOCK - 1) // BLOCK):
         start, stop = block * BLOCK, min(O, (block + 1) * BLOCK)
         grouped = S - S % GROUP
@@ -286,7 +298,7 @@ def byte_rows(y, act, x, w, scales, b, biased, activated, digits, starts, steps)
             for o in range(start, stop, GROUP_BYTE_ROWS):
                 byte_group(y, i * O, O, w, o, O - 1, digits, starts, i, K)
         for i in range(grouped, S):
-            for o in range(start, stop, ROWS):
+            for o in range(start, stop, BYTE_ROWS):
                 byte_alone(y, i * O, O, w, o, O - 1, digits, starts, i, K)
         here = slice(start, stop)
         for i in range(S):
@@ -297,7 +309,7 @@ def byte_rows(y, act, x, w, scales, b, biased, activated, digits, starts, steps)
 BYTEWISE = multiplies_bytes()
 COMMON = (float1, float1, boolean, boolean, boolean)
 fp32_rows = kernel(float2, float2, float2, float2, *COMMON, fastmath=CONTRACT)(float_rows)
-bf16_rows = kernel(float2, float2, float2, ushort2, *COMMON, fastmath=CONTRACT)(float_rows)
+bf16_rows = kernel(float2, float2, float2, uint2, *COMMON, fastmath=CONTRACT)(float_rows)
 BYTES = (float1, float1, boolean, boolean, bytes3, int2, float1)
 if BYTEWISE:
     int8_rows = kernel(float2, float2, float2, ubytes2, *BYTES, fastmath=CONTRACT)(byte_rows)

@@ -55,7 +55,14 @@ def bench(
         Path | None, typer.Option("--plot", metavar="FILE.svg|png", help="Draw the results as a bar chart.")
     ] = None,
     device: options.Device = "auto",
-    precision: options.Precision = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="auto|fp32|bf16|bf16x3|tf32|int8",
+            help="What the matrices are multiplied in; int8 in sample only.",
+        ),
+    ] = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -42,7 +42,8 @@ def open_kernels(
     """The backend for these options; ``threads`` None takes the cores that this process may use.
 
     Precision "auto" is fp32, but for ``training`` bf16 where the device multiplies it natively. The environment's
-    ``LLMC_MATMUL`` chooses what multiplies matrices on the CPU: "tiles", "blas", or "auto": tiles where there are any.
+    ``LLMC_MATMUL`` chooses what multiplies matrices on the CPU: "tiles", "blas", or "auto": tiles where there are any,
+    for fp32 whichever was faster in a measurement made once.
     ``on_compile`` is told before a wait for the compiler. Raises UsageError for a name that is none, MissingError for
     what this machine or version has not.
     """
@@ -66,7 +67,7 @@ def open_kernels(
         why.append(f"{precision}: bf16 is {native} natively here" if training else "fp32: unless another is asked for")
     if precision == "bf16x3" and not tiles:
         raise MissingError("--precision bf16x3: needs AMX tiles, which are not there; use --precision fp32 or bf16")
-    return _open_cpu(precision, threads, tiles, "; ".join(why), on_compile)
+    return _open_cpu(precision, threads, tiles, chosen == "auto", why, on_compile)
 
 
 def open_sampling(
@@ -110,7 +111,10 @@ def _has_tiles() -> bool:
     return available()
 
 
-def _open_cpu(precision: str, threads: int, tiles: bool, why: str, on_compile: Callable[[str], None] | None) -> Backend:
+def _open_cpu(
+    precision: str, threads: int, tiles: bool, free: bool, why: list[str], on_compile: Callable[[str], None] | None
+) -> Backend:
+    """``free``: float32 may be multiplied by BLAS even where there are tiles, if that is faster."""
     from llmc_cli.kernels.cpu import cache
 
     made = cache.load_kernels(on_compile)
@@ -122,7 +126,15 @@ def _open_cpu(precision: str, threads: int, tiles: bool, why: str, on_compile: C
     elif precision == "bf16":
         chosen.append(cache.load_rounded(on_compile))
     kernels = made(threads, *chosen)
-    return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.matmul.name), why)
+    products = kernels.matmul.name
+    if tiles and free and precision == "fp32":
+        from llmc_cli.kernels.cpu.preference import gain
+
+        gained = gain(kernels.matmul, threads)
+        if gained < 1.0:
+            kernels = made(threads)
+        products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
+    return Backend(kernels, "cpu", precision, threads, _describe(threads, products), "; ".join(why))
 
 
 def _describe(threads: int, products: str) -> str:

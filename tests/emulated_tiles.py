@@ -105,9 +105,9 @@ def multiply_block(to, to_stride, source, source_stride, a, b, steps, parts):
 
 
 @njit
-def put_block(to, to_stride, source, source_stride, block, stream):
+def put_block(to, to_stride, source, source_stride, block, block_stride, stream):
     for i in range(32):
-        numbers = floats(block + i * 128, 32).copy()
+        numbers = floats(block + i * block_stride, 32).copy()
         if source != 0:
             numbers += floats(source + i * source_stride, 32)
         floats(to + i * to_stride, 32)[:] = numbers

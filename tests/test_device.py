@@ -8,7 +8,7 @@ import pytest
 
 from llmc_cli import device
 from llmc_cli.errors import MissingError, UsageError
-from llmc_cli.kernels.cpu import amx
+from llmc_cli.kernels.cpu import amx, cache
 
 
 def test_cpu_backend_says_what_it_is():
@@ -61,6 +61,39 @@ def test_what_multiplies(monkeypatch, tiles):
     else:
         with pytest.raises(MissingError, match="bf16x3: needs AMX tiles"):
             device.open_kernels("cpu", "bf16x3", 1)
+
+
+@pytest.mark.skipif(not amx.available(), reason="needs AMX tiles")
+@pytest.mark.parametrize(("gained", "product"), [(1.5, "six bf16 products"), (0.9, "openblas")])
+def test_float32_takes_what_is_faster(monkeypatch, gained, product):
+    monkeypatch.delenv("LLMC_MATMUL", raising=False)
+    cache.load_kernels()
+    from llmc_cli.kernels.cpu import preference
+
+    monkeypatch.setattr(preference, "gain", lambda matmul, threads: gained)
+    backend = device.open_kernels("cpu", "fp32", 1)
+    assert backend.kernels.matmul.name.startswith(product)
+    assert f"six bf16 products on AMX tiles measured {gained:.2f} times as fast as BLAS" in backend.description
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_faster_is_measured_once(monkeypatch, tmp_path, writable):
+    cache.load_kernels()
+    from llmc_cli.kernels.cpu import preference
+    from llmc_cli.kernels.cpu.matmul import BlasMatmul
+
+    folder = tmp_path / "kernels"
+    if not writable:
+        folder.write_text("a file, so no folder")
+    monkeypatch.setattr(cache, "kernel_folder", lambda: folder)
+    found = preference.gain(BlasMatmul(), 1)
+    assert 0.05 < found < 20.0  # itself, on a busy machine
+    if writable:
+        monkeypatch.setattr(preference, "measure", lambda matmul: pytest.fail("measured again"))
+        assert preference.gain(BlasMatmul(), 1) == pytest.approx(found, abs=0.006)
+    else:
+        monkeypatch.setattr(preference, "measure", lambda matmul: 7.0)
+        assert preference.gain(BlasMatmul(), 1) == 7.0
 
 
 def test_what_cannot_multiply(monkeypatch):

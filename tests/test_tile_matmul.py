@@ -11,6 +11,7 @@ from emulated_tiles import emulated
 
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.cpu import amx, cache
+from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
 BOUNDS = {1: 2.0**-7, 2: 2.0**-14, 3: 1e-6}
 """On the error relative to |a|·|b|, by parts; float32's own sums are in it."""
@@ -54,17 +55,28 @@ def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
     kept, before = surrounding[:, N:].copy(), c.astype(np.float64)
     if mode != "acc":
         c[...] = np.nan
-    multiply(c, a, b, transpose_a, transpose_b, mode == "acc", bias)
+    act = matrix(rng, M, N, 2, 1) if mode == "gelu" else None
+    pre = matrix(rng, M, N, 2, 1) if mode == "gelu backward" else None
+    multiply(c, a, b, transpose_a, transpose_b, mode == "acc", bias, act, pre)
     left, right = (x.T if turned else x for x, turned in ((a, transpose_a), (b, transpose_b)))
     start = before if mode == "acc" else np.zeros(N) if bias is None else bias.astype(np.float64)
     expected = left.astype(np.float64) @ right.astype(np.float64) + start
     scale = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64) + np.abs(start)
+    if act is not None:
+        assert np.abs(act - gelu(c.astype(np.float64))).max() <= 1e-6 * np.abs(c).max()
+    if pre is not None:
+        derivative = gelu_derivative(pre.astype(np.float64))
+        # the derivative's own error counts where it is nearly 0
+        expected, scale = expected * derivative, scale * (np.abs(derivative) + 1e-6 / bound)
     assert (np.abs(c - expected) / scale).max() <= bound
     assert np.array_equal(surrounding[:, N:], kept)
     return c
 
 
-@pytest.mark.parametrize("mode", ["overwrite", "acc", "bias"])
+MODES = ("overwrite", "acc", "bias", "gelu", "gelu backward")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("M", "N", "K"), SIZES)
 def test_against_float64(tiles, M, N, K, mode):
     for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
@@ -74,7 +86,7 @@ def test_against_float64(tiles, M, N, K, mode):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_emulated(emulation, parts):
     multiply = emulation.TileMatmul(parts)
-    modes = itertools.cycle(("overwrite", "acc", "bias"))
+    modes = itertools.cycle(MODES)
     for (M, N, K), turns in itertools.product(EMULATED_SIZES, itertools.product((False, True), repeat=2)):
         check(multiply, M, N, K, *turns, next(modes), BOUNDS[parts])
 

@@ -268,22 +268,28 @@ def _emit_step(builder: Any, a: Any, b: Any, parts: int) -> None:
 
 @intrinsic
 def put_block(
-    typing_context: Any, to: Any, to_stride: Any, source: Any, source_stride: Any, block: Any, stream: Any
+    typing_context: Any,
+    to: Any,
+    to_stride: Any,
+    source: Any,
+    source_stride: Any,
+    block: Any,
+    block_stride: Any,
+    stream: Any,
 ) -> Any:
-    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``block``, whose rows stand one behind the other.
-    ``stream``: written past the caches; ``to`` and its stride must be multiples of 64 then."""
+    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``block``, rows ``stride`` apart. ``stream``: written
+    past the caches; ``to`` and its stride must be multiples of 64 then."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, to_stride, source, source_stride, block, stream = args
+        to, to_stride, source, source_stride, block, block_stride, stream = args
         past_caches = builder.module.add_metadata([INT32(1)])
 
         def put(add: bool, stream: bool) -> None:
             with cgutils.for_range(builder, INT64(SIDE)) as loop:
-                row, place = (
+                row, place, given = (
                     builder.add(start, builder.mul(loop.index, stride))
-                    for start, stride in ((block, INT64(128)), (to, to_stride))
+                    for start, stride in ((block, block_stride), (to, to_stride), (source, source_stride))
                 )
-                given = builder.add(source, builder.mul(loop.index, source_stride))
                 for column in (0, 64):
                     numbers = _load(builder, row, column, FLOATS)
                     if add:
@@ -303,7 +309,7 @@ def put_block(
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(size, size, size, size, size, types.boolean), generate
+    return types.void(*[size] * 6, types.boolean), generate
 
 
 @intrinsic

@@ -128,8 +128,7 @@ class CpuKernels:
             self.matmul(dx, dy, w, False, False, False, None)
 
     def linear_gelu_forward(self, act: Float32, pre: Float32, x: Float32, w: Float32, b: Float32) -> None:
-        self.linear_forward(pre, x, w, b)
-        self.gelu_forward(act, pre)
+        self.matmul(pre, x, w, False, True, False, b, act=act)
 
     def gelu_forward(self, act: Float32, pre: Float32) -> None:
         linear.gelu_forward(act.reshape(-1), pre.reshape(-1))
@@ -137,8 +136,8 @@ class CpuKernels:
     def gelu_linear_backward(
         self, dpre: Float32, dw: Float32, db: Float32, dy: Float32, act: Float32, pre: Float32, w: Float32, acc: bool
     ) -> None:
-        self.linear_backward(dpre, dw, db, dy, act, w, acc)
-        linear.gelu_backward(dpre.reshape(-1), pre.reshape(-1))
+        self.linear_backward(None, dw, db, dy, act, w, acc)
+        self.matmul(dpre, dy, w, False, False, False, None, pre=pre)
 
     def attention_forward(self, out: Float32, lse: Float32, qkv: Float32, num_heads: int) -> None:
         B, T, C = out.shape

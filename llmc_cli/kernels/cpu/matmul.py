@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc_cli.kernels.cpu import blas
+from llmc_cli.kernels.cpu import blas, linear
 
 Float32 = NDArray[np.float32]
 
@@ -17,16 +17,26 @@ class Matmul(Protocol):
     """In words, for people."""
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
-    ) -> None:
+        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
+        act: Float32 | None = None, pre: Float32 | None = None,
+    ) -> None:  # fmt: skip
         """c (M,N) = a · b + bias (N,), or added to c with ``acc``, where there is no bias; a is (M,K), or (K,M) to be
-        transposed, b (K,N) or (N,K). Rows of all three may be further apart than they are long."""
+        transposed, b (K,N) or (N,K). Rows of all three may be further apart than they are long. With act (M,N) also
+        act = gelu(c), or with pre (M,N) c is multiplied by gelu'(pre) at the end; c is contiguous then."""
 
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory held now."""
 
     def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
         """Bytes of scratch memory that products of these sizes (M, N, K) come to."""
+
+
+def activate(c: Float32, act: Float32 | None, pre: Float32 | None) -> None:
+    """What stands behind a product, in a pass of its own."""
+    if act is not None:
+        linear.gelu_forward(act.reshape(-1), c.reshape(-1))
+    if pre is not None:
+        linear.gelu_backward(c.reshape(-1), pre.reshape(-1))
 
 
 class BlasMatmul:
@@ -36,9 +46,11 @@ class BlasMatmul:
         self.name = blas.name()
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
-    ) -> None:
+        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
+        act: Float32 | None = None, pre: Float32 | None = None,
+    ) -> None:  # fmt: skip
         blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
+        activate(c, act, pre)
 
     def scratch_bytes(self) -> int:
         return 0

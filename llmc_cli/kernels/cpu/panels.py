@@ -1,6 +1,7 @@
 """Panels of float32 matrices of any size for AMX tiles (see amx.py), and what else is done by addresses."""
 
 import numpy as np
+from numba import carray  # type: ignore[attr-defined]
 
 from llmc_cli.kernels.cpu import amx
 from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
@@ -11,12 +12,31 @@ ROW = SIDE * 4
 EDGE = 2048  # bytes: a tile in float32
 
 
+@helper(CONTRACT)
+def matrix(address, rows, columns):
+    return carray(amx.pointer(address), (rows, columns), np.float32)
+
+
+@helper(CONTRACT)
+def vector(address, size):
+    return carray(amx.pointer(address), (size,), np.float32)
+
+
 @helper(CONTRACT, inline=False)
 def copy(to, to_stride, source, stride, rows, columns):
     """``rows`` rows of ``columns`` floats."""
     for i in range(rows):
         for j in range(columns):
             amx.store_float(to + i * to_stride + j * 4, amx.load_float(source + i * stride + j * 4))
+
+
+@helper(CONTRACT, inline=False)
+def copy_block(to, to_stride, source, stride, rows, columns):
+    """The part (rows,columns) of a block, fast where it is all of it."""
+    if rows == SIDE and columns == SIDE:
+        amx.put_block(to, to_stride, 0, 0, source, stride, False)
+    else:
+        copy(to, to_stride, source, stride, rows, columns)
 
 
 @helper(CONTRACT, inline=False)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llmc_cli.kernels.cpu import blas
 from llmc_cli.kernels.cpu.compiling import CONTRACT, helper, int64, kernel, uint1, uint2
+from llmc_cli.kernels.cpu.matmul import activate
 
 Float32 = NDArray[np.float32]
 HALF = np.uint32(0x7FFF)
@@ -43,9 +44,11 @@ class RoundedMatmul:
         self._scratch = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
-    ) -> None:
+        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
+        act: Float32 | None = None, pre: Float32 | None = None,
+    ) -> None:  # fmt: skip
         blas.matmul(c, self._rounded(0, a), self._rounded(1, b), transpose_a, transpose_b, acc, bias)
+        activate(c, act, pre)
 
     def _rounded(self, which: int, x: Float32) -> Float32:
         """x in scratch memory."""

@@ -11,13 +11,13 @@ All memory is gone through by addresses, arrays included: those of a parallel lo
 import math
 
 import numpy as np
-from numba import carray, prange  # type: ignore[attr-defined]
+from numba import prange
 
 from llmc_cli.kernels.cpu import amx
 from llmc_cli.kernels.cpu.attention import MASKED, dot, mask, softmax_block, softmax_block_backward
 from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO
-from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, pack
+from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, matrix, pack, vector
 
 SPAN = 8
 GROUP = 4
@@ -37,31 +37,12 @@ def work_floats(T: int, HS: int) -> int:
     return max(forward, backward) // 4
 
 
-@helper(CONTRACT)
-def matrix(address, rows, columns):
-    return carray(amx.pointer(address), (rows, columns), np.float32)
-
-
-@helper(CONTRACT)
-def vector(address, size):
-    return carray(amx.pointer(address), (size,), np.float32)
-
-
 @helper(CONTRACT, inline=False)
 def pack_matrix(to, panel, source, stride, along, is_b, outer, depth, edge):
     """A whole matrix of ``outer`` rows or columns and ``depth`` k; ``panel``: bytes from a panel to the next."""
     steps = (depth + SIDE - 1) // SIDE
     count = (outer + SIDE - 1) // SIDE * steps
     pack(to, panel, steps, source, stride, along, is_b, outer, depth, 0, count, edge, PARTS)
-
-
-@helper(CONTRACT, inline=False)
-def unpack(to, stride, block, rows, columns):
-    """Rows and columns of a block of sums, to where they belong."""
-    if rows == SIDE and columns == SIDE:
-        amx.put_block(to, stride, 0, 0, block, False)
-    else:
-        copy(to, stride, block, ROW, rows, columns)
 
 
 @helper(CONTRACT, inline=False)
@@ -236,8 +217,8 @@ def attend_backward(work, dq, dout, out, lse, q, C4, T, HS):
         for j in range(wide):
             place, to = (panel * wide + j) * BLOCK, dq + panel * SIDE * stride + j * ROW
             rows, columns = min(SIDE, T - panel * SIDE), min(SIDE, HS - j * SIDE)
-            unpack(to + C4, stride, dkeys + place, rows, columns)
-            unpack(to + 2 * C4, stride, dvalues + place, rows, columns)
+            copy_block(to + C4, stride, dkeys + place, ROW, rows, columns)
+            copy_block(to + 2 * C4, stride, dvalues + place, ROW, rows, columns)
 
 
 @kernel(float1, float1, float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.cpu import amx, blas
 from llmc_cli.kernels.cpu.compiling import CONTRACT, boolean, helper, int64, specialized, void
-from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, pack
+from llmc_cli.kernels.cpu.linear import gelu_piece, gelu_piece_backward
+from llmc_cli.kernels.cpu.matmul import activate
+from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, pack, vector
 
 Float32 = NDArray[np.float32]
 
@@ -34,6 +36,7 @@ SHARED = 32 << 20  # bytes of what is packed before; products of more go piece b
 PIECE = 32  # panels times steps that are packed at a time, where all threads pack
 PAGE = 4096
 STREAMED = 4 << 20  # bytes of c from which on it is written past the caches: it would not stay there
+NO_GELU, GELU, GELU_BACKWARD = 0, 1, 2
 PRECISE = 3  # parts: all of a float32
 NAMES = {1: "bf16 on AMX tiles", 2: "three bf16 products on AMX tiles", 3: "six bf16 products on AMX tiles"}
 STEPS = {1: 8, 2: 4, 3: 2}  # of a panel of b that stay in the first-level cache, by the number of parts
@@ -42,16 +45,20 @@ DEPTH = {1: 32, 2: 24, 3: 24}  # steps that a task packs at a time: its block st
 
 
 @helper(CONTRACT, inline=False)
-def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, steps, at_once, sums, stream, parts):
+def multiply_panels(
+    c, ldc, rows, columns, start, start_stride, beside, ld_beside, gelu,
+    a, panel, b, steps, at_once, sums, stream, parts,
+):  # fmt: skip
     """c (rows,columns), at most 32 columns, = ``start`` + panels of a times one of b.
 
-    ``start``: 0 for zeros, c itself, or one row with a ``start_stride`` of 0. ``sums`` is scratch for a block of sums
-    of each panel of a, and one more; it also stands for blocks of c that are not whole. ``stream``: whole blocks go
-    past the caches.
+    ``start``: 0 for zeros, c itself, or one row with a ``start_stride`` of 0. ``gelu``: what happens to a block that is
+    complete, with one ``beside`` it. ``sums`` is scratch for a block of sums of each panel of a, and two more; it also
+    stands for blocks of c that are not whole. ``stream``: whole blocks go past the caches.
     """
     size = 2 * amx.TILE * len(parts)
     apart = len(parts) == PRECISE  # the sums of each turn start from zeros, so that they round finely
     turn = sums + (rows + SIDE - 1) // SIDE * BLOCK
+    other = turn + BLOCK
     for step in range(0, steps, at_once):
         count = min(at_once, steps - step)
         for i in range((rows + SIDE - 1) // SIDE):
@@ -66,24 +73,40 @@ def multiply_panels(c, ldc, rows, columns, start, start_stride, a, panel, b, ste
                 copy(room, ROW, start + i * SIDE * start_stride, start_stride, lines, columns)
                 source, stride = room, ROW
             last = step + count == steps
-            to, to_stride = (place, ldc) if last and whole else (room, ROW)
+            to, to_stride = (place, ldc) if last and whole and gelu == NO_GELU else (room, ROW)
             streamed = stream and last and whole
             left, right = a + i * panel + step * size, b + step * size
             if apart:
                 amx.multiply_block(turn, ROW, 0, 0, left, right, count, parts)
-                amx.put_block(to, to_stride, source, stride, turn, streamed)
-            elif streamed:
+                amx.put_block(to, to_stride, source, stride, turn, ROW, streamed and gelu == NO_GELU)
+            elif streamed and gelu == NO_GELU:
                 amx.multiply_block(turn, ROW, source, stride, left, right, count, parts)
-                amx.put_block(to, to_stride, 0, 0, turn, True)
+                amx.put_block(to, to_stride, 0, 0, turn, ROW, True)
             else:
                 amx.multiply_block(to, to_stride, source, stride, left, right, count, parts)
-            if last and not whole:
-                copy(place, ldc, room, ROW, lines, columns)
+            if not last:
+                continue
+            if gelu == GELU:
+                gelu_piece(vector(other, SIDE * SIDE), vector(room, SIDE * SIDE))
+                write(beside + i * SIDE * ld_beside, ld_beside, other, lines, columns, streamed)
+            elif gelu == GELU_BACKWARD:
+                copy_block(other, ROW, beside + i * SIDE * ld_beside, ld_beside, lines, columns)
+                gelu_piece_backward(vector(room, SIDE * SIDE), vector(other, SIDE * SIDE))
+            if gelu != NO_GELU or not whole:
+                write(place, ldc, room, lines, columns, streamed)
+
+
+@helper(CONTRACT, inline=False)
+def write(to, stride, block, rows, columns, streamed):
+    if streamed:
+        amx.put_block(to, stride, 0, 0, block, ROW, True)
+    else:
+        copy_block(to, stride, block, ROW, rows, columns)
 
 
 @specialized
 def product(
-    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc,
+    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc, beside, ld_beside, gelu,
     shared, private, private_bytes, workers, block, depth, at_once, divide_a, stream, parts,
 ):  # fmt: skip
     """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
@@ -107,7 +130,7 @@ def product(
         edge = private + worker * private_bytes
         edge_bias = edge + EDGE
         sums = edge_bias + ROW
-        own = sums + (((block if divide_a else M) + SIDE - 1) // SIDE + 1) * BLOCK
+        own = sums + (((block if divide_a else M) + SIDE - 1) // SIDE + 2) * BLOCK
         for task in range(worker, tasks, workers):
             m, n = (task * block, 0) if divide_a else (0, task * block)
             rows, columns = (min(block, M - m), N) if divide_a else (M, min(block, N - n))
@@ -136,18 +159,18 @@ def product(
                             start = edge_bias
                     strip, panel = (part, all_steps * size) if divide_a else (own, steps * size)
                     strip += j // SIDE * panel
-                    if divide_a:
-                        multiply_panels(place, ldc, rows, width, start, start_stride,
-                                        own, steps * size, strip, steps, at_once, sums, stream, parts)  # fmt: skip
-                    else:
-                        multiply_panels(place, ldc, rows, width, start, start_stride,
-                                        part, all_steps * size, strip, steps, at_once, sums, stream, parts)  # fmt: skip
+                    left, left_panel = (own, steps * size) if divide_a else (part, all_steps * size)
+                    multiply_panels(
+                        place, ldc, rows, width, start, start_stride,
+                        beside + m * ld_beside + (n + j) * 4, ld_beside, gelu if step + steps == all_steps else NO_GELU,
+                        left, left_panel, strip, steps, at_once, sums, stream, parts,
+                    )  # fmt: skip
         amx.release()
 
 
 def compile_product(parts: int) -> None:
     """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
-    numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 7 + [boolean] * 2
+    numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 10 + [boolean] * 2
     product.compile(void(*numbers, types.UniTuple(int64, parts)))
 
 
@@ -162,12 +185,14 @@ class TileMatmul:
         self._shared = self._private = np.empty(0, np.uint8)
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
-    ) -> None:
+        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
+        act: Float32 | None = None, pre: Float32 | None = None,
+    ) -> None:  # fmt: skip
         M, N = c.shape
         K = a.shape[0] if transpose_a else a.shape[1]
         if M == 1 and transpose_b and not transpose_a:  # a token at a time: b is read as it is
             blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
+            activate(c, act, pre)
             return
         workers = numba.get_num_threads()
         blocking = self.blocking(M, N, K, workers)
@@ -175,9 +200,13 @@ class TileMatmul:
             for start in range(0, K, blocking.k):
                 piece = slice(start, min(K, start + blocking.k))
                 left, right = a[piece] if transpose_a else a[:, piece], b[:, piece] if transpose_b else b[piece]
-                self(c, left, right, transpose_a, transpose_b, acc or start > 0, None if start else bias)
+                last = piece.stop == K
+                self(c, left, right, transpose_a, transpose_b, acc or start > 0, None if start else bias,
+                     act if last else None, pre if last else None)  # fmt: skip
             return
-        whole_lines = c.ctypes.data % 64 == 0 and c.strides[0] % 64 == 0
+        beside, gelu = (act, GELU) if act is not None else (pre, GELU_BACKWARD) if pre is not None else (None, NO_GELU)
+        written = [c] if act is None else [c, act]
+        whole_lines = all(array.ctypes.data % 64 == 0 and array.strides[0] % 64 == 0 for array in written)
         stream = whole_lines and not acc and blocking.depth * SIDE >= K and 4 * M * N >= STREAMED
         self._shared = _grown(self._shared, blocking.shared)
         self._private = _grown(self._private, workers * blocking.private)
@@ -185,6 +214,7 @@ class TileMatmul:
             c.ctypes.data, c.strides[0], M, N, K,
             a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
             0 if bias is None else bias.ctypes.data, acc,
+            0 if beside is None else beside.ctypes.data, 0 if beside is None else beside.strides[0], gelu,
             _aligned(self._shared), _aligned(self._private), blocking.private, workers,
             blocking.lines, blocking.depth, STEPS[len(self.parts)], blocking.divide_a, stream,
             self.parts,
@@ -210,7 +240,7 @@ class TileMatmul:
         lines, depth = min(LINES[parts], even), min(DEPTH[parts], all_steps)
         shared = -(-other // SIDE) * all_steps * size
         panels_a = -(-(lines if divide_a else M) // SIDE)
-        private = EDGE + ROW + (panels_a + 1) * BLOCK + lines // SIDE * depth * size
+        private = EDGE + ROW + (panels_a + 2) * BLOCK + lines // SIDE * depth * size
         return Blocking(divide_a, k, lines, depth, shared, -(-private // 4096) * 4096)
 
 

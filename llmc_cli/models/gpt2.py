@@ -51,7 +51,7 @@ def activation_shapes(config: ModelConfig, B: int, T: int, recompute: int = 0) -
 
 
 def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """Scratch that the backward pass uses again in every layer."""
+    """Scratch that the backward pass uses again in every layer. Other gradients take the place of activations."""
     C, N = config.channels, B * T
     return {"dres": (N, C), "dbranch": (N, C)}
 
@@ -156,7 +156,8 @@ class GPT2:
 
     def backward(self, targets: Array, dloss: float, acc: bool) -> Array:
         """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
-        added to what is there with ``acc``."""
+        added to what is there with ``acc``. The gradients of ``gelu`` and ``qkv`` take the place of these, so this can
+        be called once after each ``forward``."""
         k, p, g, a, s = self.kernels, self.params, self.grads, self.acts, self.scratch
         dres, dbranch, V = s["dres"], s["dbranch"], self.config.vocab_size
         k.head_loss(a["losses"], dbranch, g["wte"], a["lnf"], self.head, targets.reshape(-1), V, dloss, acc)

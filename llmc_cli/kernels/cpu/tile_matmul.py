@@ -2,12 +2,13 @@
 
 Of a (M,K) and b (K,N) the one with more rows or columns is divided into tasks, each of which packs its block into
 panels (see amx.py) for itself, some k at a time, small enough to stay in the second-level cache. The other one is
-packed before by all threads together, once. So with a few hundred rows of activations the weights are read from memory
-once, and their packed form is never written back.
+packed before by all threads together, once, or where it is large piece by piece along k. So with a few hundred rows of
+activations the weights are read from memory once, and their packed form is never written back.
 
 A task goes through panels of b, some steps of a panel (that stay in the first-level cache) against all panels of a.
 Sums run over k in one order, whatever the blocks and threads: between two pieces of k they are kept in float32 as they
-are. So the same inputs give the same bits.
+are. So the same inputs give the same bits. Bias and GELU are part of this: sums start from the one, and the other is
+taken of a block before it leaves the first-level cache.
 
 A number in one part is off by 2^-8 at most, in two by 2^-16. So the error relative to |a|·|b| is at most 2^-7 of one
 part, and 3 · 2^-16 of two, whose second parts are not multiplied with each other (three products). That of three parts

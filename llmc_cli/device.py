@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
@@ -118,21 +117,20 @@ def _open_cpu(
     from llmc_cli.kernels.cpu import cache
 
     made = cache.load_kernels(on_compile)
-    chosen: list[Any] = []
+    matmul = attend = None
     if tiles:
-        chosen.append(cache.load_tiles(PARTS[precision], on_compile))
-        if precision == "bf16":
-            chosen.append(cache.load_tile_attention(on_compile))
+        matmul = cache.load_tiles(PARTS[precision], on_compile)
+        attend = cache.load_tile_attention(on_compile) if precision == "bf16" else None
     elif precision == "bf16":
-        chosen.append(cache.load_rounded(on_compile))
-    kernels = made(threads, *chosen)
+        matmul = cache.load_rounded(on_compile)
+    kernels = made(threads, matmul, attend, on_compile)
     products = kernels.matmul.name
     if tiles and free and precision == "fp32":
         from llmc_cli.kernels.cpu.preference import gain
 
         gained = gain(kernels.matmul, threads)
         if gained < 1.0:
-            kernels = made(threads)
+            kernels = made(threads, None, None, on_compile)
         products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
     return Backend(kernels, "cpu", precision, threads, _describe(threads, products), "; ".join(why))
 

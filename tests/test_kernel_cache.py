@@ -24,7 +24,7 @@ from llmc_cli.kernels.cpu.matmul import BlasMatmul
 class CpuKernels:
     name = "small"
 
-    def __init__(self, threads, matmul=None):
+    def __init__(self, threads, matmul, attend, on_compile):
         numba.set_num_threads(threads)
         self.matmul = BlasMatmul()
 
@@ -86,7 +86,7 @@ def told(process):
     return out.strip()
 
 
-COMPILING = "['compiling kernels, once, about 20 s']"
+COMPILING = "['compiling kernels, once, about 10 s']"
 
 
 def test_cold_then_warm_then_edited(start, package, tmp_path):

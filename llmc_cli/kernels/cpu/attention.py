@@ -12,11 +12,11 @@ from numba import prange
 
 from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, float1, float2, helper, int1, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO, exp
+from llmc_cli.kernels.cpu.softmax import MASKED, dot, mask, softmax_block, softmax_block_backward
 from llmc_cli.kernels.cpu.tiles import COLUMNS, multiply
 
 QUERIES = 32  # a block; multiples of tiles.COLUMNS, tiles.ROWS and 4
 KEYS = 64
-MASKED = np.float32(-1e30)  # exp makes exactly 0 of it; an infinity would become NaN
 
 
 def work_floats(length: int, HS: int) -> int:
@@ -62,38 +62,6 @@ def transpose(to, source):
     for j in range(to.shape[0]):
         for i in range(to.shape[1]):
             to[j, i] = source[i, j]
-
-
-@helper(CONTRACT, inline=False)
-def mask(scores, first):
-    """Hide scores (keys,queries) of keys behind their query; ``first`` is the first key's position less the query's."""
-    for i in range(scores.shape[0]):
-        for j in range(min(QUERIES, first + i)):
-            scores[i, j] = MASKED
-
-
-@helper(CONTRACT, inline=False)
-def softmax_block(scores, largest, total, shrink, scale):
-    """Turn scores (keys,queries) into exponentials against the largest so far; ``largest``, ``total`` and ``shrink``
-    (queries,) are each query's largest score, sum of exponentials, and factor for what was summed before."""
-    keys, queries = scores.shape
-    for j in range(queries):
-        shrink[j] = largest[j]
-    for i in range(0, keys, 4):  # four rows a turn: fewer reads and writes of ``largest``
-        for j in range(queries):
-            a, b, c, d = scores[i, j], scores[i + 1, j], scores[i + 2, j], scores[i + 3, j]
-            a = a if a > b else b
-            c = c if c > d else d
-            a = a if a > c else c
-            largest[j] = a if a > largest[j] else largest[j]
-    for j in range(queries):
-        shrink[j] = exp((shrink[j] - largest[j]) * scale)
-        total[j] *= shrink[j]
-    for i in range(keys):
-        for j in range(queries):
-            exponential = exp((scores[i, j] - largest[j]) * scale)
-            scores[i, j] = exponential
-            total[j] += exponential
 
 
 @helper(CONTRACT, inline=False)
@@ -157,25 +125,6 @@ def attention_forward(out, lse, qkv, work, B, T, NH, HS):
                 work[worker], out, b * T * C + h * HS, C, lse, task * T,
                 qkv, at, 3 * C, T, qkv, at + C, qkv, at + 2 * C, 3 * C, T, HS,
             )  # fmt: skip
-
-
-@helper(CONTRACT, inline=False)
-def softmax_block_backward(scores, dscores, lse, delta, scale):
-    """Scores and gradients of probabilities (keys,queries) become probabilities and gradients of scores."""
-    keys, queries = scores.shape
-    for i in range(keys):
-        for j in range(queries):
-            probability = exp(scores[i, j] * scale - lse[j])
-            scores[i, j] = probability
-            dscores[i, j] = probability * (dscores[i, j] - delta[j]) * scale
-
-
-@helper(REORDER, inline=False)
-def dot(x, y):
-    total = ZERO
-    for j in range(x.size):
-        total += x[j] * y[j]
-    return total
 
 
 @helper(CONTRACT, inline=False)

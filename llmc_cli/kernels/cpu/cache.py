@@ -35,10 +35,12 @@ KERNELS = "llmc_cli.kernels.cpu.kernels"
 DECODING = "llmc_cli.kernels.cpu.decoding"
 TILES = "llmc_cli.kernels.cpu.tile_matmul"
 TILE_ATTENTION = "llmc_cli.kernels.cpu.tile_attention"
+ATTENTION = "llmc_cli.kernels.cpu.attention"
 ROUNDED = "llmc_cli.kernels.cpu.rounded_matmul"
 MARKERS = {
     KERNELS: "complete",
     DECODING: "complete-decoding",
+    ATTENTION: "complete-attention",
     TILES: "complete-tiles",
     TILE_ATTENTION: "complete-tile-attention",
     ROUNDED: "complete-rounded",
@@ -81,7 +83,7 @@ def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKe
     Before a wait for the compiler, or for another process that is compiling, ``on_compile`` is told what is coming.
     Where the cache cannot be written the kernels are compiled for this process only.
     """
-    _load(KERNELS, on_compile, "compiling kernels, once, about 20 s")
+    _load(KERNELS, on_compile, "compiling kernels, once, about 10 s")
     loaded: type[CpuKernels] = importlib.import_module(KERNELS).CpuKernels
     return loaded
 
@@ -89,6 +91,7 @@ def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKe
 def load_decoding(on_compile: Callable[[str], None] | None = None) -> "type[DecodingKernels]":
     """The class of the CPU's kernels for sampling; as ``load_kernels``."""
     load_kernels(on_compile)
+    load_attention(on_compile)
     _load(DECODING, on_compile, "compiling kernels for sampling, once, about 10 s")
     loaded: type[DecodingKernels] = importlib.import_module(DECODING).DecodingKernels
     return loaded
@@ -101,9 +104,15 @@ def load_tiles(parts: int, on_compile: Callable[[str], None] | None = None) -> "
     return made
 
 
+def load_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
+    """Attention in float32; as ``load_kernels``."""
+    _load(ATTENTION, on_compile, "compiling attention, once, about 12 s")
+    return importlib.import_module(ATTENTION)
+
+
 def load_tile_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
     """Attention on AMX tiles, once ``load_tiles`` has succeeded; as ``load_kernels``."""
-    _load(TILE_ATTENTION, on_compile, "compiling attention, once, about 9 s")
+    _load(TILE_ATTENTION, on_compile, "compiling attention on tiles, once, about 10 s")
     return importlib.import_module(TILE_ATTENTION)
 
 

@@ -1,8 +1,9 @@
 """``spec.Kernels`` on the CPU in float32: what runs for each operation, and the scratch memory it needs."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmc_cli.kernels.cpu import attention, blas, classifier, embedding, linear, norm, optimizer
+from llmc_cli.kernels.cpu import blas, cache, classifier, embedding, linear, norm, optimizer
 from llmc_cli.kernels.cpu.matmul import BlasMatmul, Matmul
 
 Float32 = NDArray[np.float32]
@@ -24,7 +25,8 @@ ALIGNMENT = 64  # bytes
 
 class CpuKernels:
     """Float32 on ``threads`` threads, BLAS included. A weight is its master array. ``matmul`` is what multiplies
-    matrices, BLAS where nothing else is said, and ``attend`` the module of attention's kernels in training.
+    matrices, BLAS where nothing else is said, and ``attend`` the module of attention's kernels in training, float32's
+    where nothing else is said. That one is loaded when it is needed, and ``on_compile`` told if it has to be compiled.
 
     Scratch arrays are named, grow to the largest call and stay; views of them are handed out by shape.
     """
@@ -32,8 +34,14 @@ class CpuKernels:
     name: str = "cpu"
     dtype: Any = np.float32
 
-    def __init__(self, threads: int, matmul: Matmul | None = None, attend: ModuleType = attention) -> None:
-        self.matmul, self.attend = matmul or BlasMatmul(), attend
+    def __init__(
+        self,
+        threads: int,
+        matmul: Matmul | None = None,
+        attend: ModuleType | None = None,
+        on_compile: Callable[[str], None] | None = None,
+    ) -> None:
+        self.matmul, self._attend, self._on_compile = matmul or BlasMatmul(), attend, on_compile
         self._scratch: dict[str, NDArray[Any]] = {}
         self._set_threads(threads)
 
@@ -41,6 +49,14 @@ class CpuKernels:
         self.threads = threads
         numba.set_num_threads(threads)
         blas.limit_threads(threads)
+
+    @functools.cached_property
+    def _attention(self) -> ModuleType:
+        return cache.load_attention(self._on_compile)
+
+    @property
+    def attend(self) -> ModuleType:
+        return self._attend or self._attention
 
     @contextlib.contextmanager
     def limited_to(self, threads: int) -> Iterator[None]:
@@ -160,9 +176,9 @@ class CpuKernels:
         self, out: Float32, keys: Float32, values: Float32, qkv: Float32, lengths: Int32, num_heads: int
     ) -> None:
         T, (_, NH, Tmax, HS) = out.shape[1], keys.shape
-        work = self.scratch("attention", (self.threads, attention.work_floats(Tmax, HS)))
+        work = self.scratch("attention", (self.threads, self._attention.work_floats(Tmax, HS)))
         lse = self.scratch("lse", (self.threads, T))
-        attention.attention_cached(
+        self._attention.attention_cached(
             out.reshape(-1), keys.reshape(-1), values.reshape(-1), qkv.reshape(-1), lengths, work, lse, T, Tmax, NH, HS
         )
 

@@ -14,10 +14,10 @@ import numpy as np
 from numba import prange
 
 from llmc_cli.kernels.cpu import amx
-from llmc_cli.kernels.cpu.attention import MASKED, dot, mask, softmax_block, softmax_block_backward
 from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO
 from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, matrix, pack, vector
+from llmc_cli.kernels.cpu.softmax import MASKED, dot, mask, softmax_block, softmax_block_backward
 
 SPAN = 8
 GROUP = 4

@@ -42,7 +42,7 @@ def open_kernels(
 
     Precision "auto" is fp32, but for ``training`` bf16 where the device multiplies it natively. The environment's
     ``LLMC_MATMUL`` chooses what multiplies matrices on the CPU: "tiles", "blas", or "auto": tiles where there are any,
-    for fp32 whichever was faster in a measurement made once.
+    for fp32 whichever was faster in a measurement made once, when the machine is idle.
     ``on_compile`` is told before a wait for the compiler. Raises UsageError for a name that is none, MissingError for
     what this machine or version has not.
     """
@@ -129,9 +129,10 @@ def _open_cpu(
         from llmc_cli.kernels.cpu.preference import gain
 
         gained = gain(kernels.matmul, threads)
-        if gained < 1.0:
-            kernels = made(threads, None, None, on_compile)
-        products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
+        if gained is not None:
+            if gained < 1.0:
+                kernels = made(threads, None, None, on_compile)
+            products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
     return Backend(kernels, "cpu", precision, threads, _describe(threads, products), "; ".join(why))
 
 

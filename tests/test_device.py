@@ -86,6 +86,9 @@ def test_what_is_faster_is_measured_once(monkeypatch, tmp_path, writable):
     if not writable:
         folder.write_text("a file, so no folder")
     monkeypatch.setattr(cache, "kernel_folder", lambda: folder)
+    monkeypatch.setattr(preference, "is_busy", lambda: True)
+    assert preference.gain(BlasMatmul(), 1) is None
+    monkeypatch.setattr(preference, "is_busy", lambda: False)
     found = preference.gain(BlasMatmul(), 1)
     assert 0.05 < found < 20.0  # itself, on a busy machine
     if writable:

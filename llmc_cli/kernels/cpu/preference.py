@@ -2,6 +2,7 @@
 and the one that resumes it must not multiply differently."""
 
 import contextlib
+import os
 import time
 
 import numpy as np
@@ -11,18 +12,27 @@ from llmc_cli.kernels.cpu import cache
 from llmc_cli.kernels.cpu.matmul import BlasMatmul, Matmul
 
 SHAPE = (1024, 768, 768)  # M, N, K
-TURNS = 5
+TURNS = 15
+BUSY = 0.5  # processes that run or want to
 
 
-def gain(matmul: Matmul, threads: int) -> float:
-    """How many times as fast as BLAS ``matmul`` is with this many threads, which numba and BLAS are set to."""
+def gain(matmul: Matmul, threads: int) -> float | None:
+    """How many times as fast as BLAS ``matmul`` is with this many threads, which numba and BLAS are set to. None where
+    that is not known, and the machine too busy to tell: a wrong figure would be kept."""
     name = f"float32-gain-{threads}"
     with contextlib.suppress(OSError, ValueError):
         return float((cache.kernel_folder() / name).read_text())
+    if is_busy():
+        return None
     measured = measure(matmul)
     with contextlib.suppress(OSError), atomic_write(cache.kernel_folder() / name) as file:
         file.write(f"{measured:.2f}\n".encode())
     return measured
+
+
+def is_busy() -> bool:
+    """Whether half a core or more has been at work during the last minute; not known on Windows."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] >= BUSY
 
 
 def measure(matmul: Matmul) -> float:

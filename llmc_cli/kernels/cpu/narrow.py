@@ -2,8 +2,8 @@
 
 bfloat16 is the upper 16 bits, rounded to the nearest, of two equally near to the even one. Two share a word, so that
 ``LANES`` words are widened without moving a number: of every 2·LANES numbers the first half lies in the lower halves of
-LANES words, the second half in the upper ones. int8 is steps of a row's
-scale, symmetric: a row's largest number is 127 steps from ``MIDDLE``, which stands for 0. Rows are padded with zeros.
+LANES words, the second half in the upper ones. int8 is steps of a row's scale, symmetric: a row's largest number is 127
+steps from ``MIDDLE``, which stands for 0. Rows are padded with zeros.
 """
 
 import numpy as np

@@ -339,6 +339,15 @@ def test_a_damaged_compressed_member(tmp_path):
         TorchZip(path)["w"]
 
 
+def test_an_unknown_compression(tmp_path):
+    path = write(tmp_path / "f", state_dict(w=tensor()))
+    content = path.read_bytes().replace(b"PK\3\4\x14\0\0\0\0\0", b"PK\3\4\x14\0\0\0\x63\0")
+    content = content.replace(b"PK\1\2\x14\3\x14\0\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0\x63\0")
+    path.write_bytes(content)
+    with pytest.raises(MagicError):
+        TorchZip(path)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 1028), st.integers(0, 255))
 @example(836, 0)  # an escape that Python warns of

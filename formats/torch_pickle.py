@@ -86,7 +86,7 @@ class TorchZip(Tensors):
             with zipfile.ZipFile(self.path) as archive:
                 self._members = {member.filename: member for member in archive.infolist()}
                 self._folder, program = self._read_program(archive)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise self._damaged(error) from None
         self._tensors = _run(self.path, program)
         self.info = {name: TensorInfo(each.storage.dtype, each.shape) for name, each in self._tensors.items()}
@@ -149,7 +149,7 @@ class TorchZip(Tensors):
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
                 unpacked = file.read(member.file_size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise self._damaged(error) from None
         if len(unpacked) != member.file_size:
             raise self._damaged(f"{member.filename} is shorter than it says")

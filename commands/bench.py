@@ -39,7 +39,7 @@ def bench(
     ] = None,
     recompute: Annotated[
         int, typer.Option("--recompute", "-r", min=0, max=2, help="In training: what train takes it for.")
-    ] = 1,
+    ] = 2,
     against: Annotated[
         Literal["torch"] | None,
         typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),

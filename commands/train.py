@@ -73,7 +73,7 @@ def train(
             min=0,
             max=2,
         ),
-    ] = 1,
+    ] = 2,
     schedule: Annotated[str, option(RATE, "--schedule -k", "cosine, linear, constant or wsd.")] = "cosine",
     lr: Annotated[float, option(RATE, "--lr -l", "The highest learning rate.")] = 3e-4,
     warmup: Annotated[int, option(RATE, "--warmup -u", "Steps of linear warm-up.", min=0)] = 0,

@@ -46,7 +46,7 @@ class BenchOptions:
     device: str = "auto"
     precision: str = "auto"
     threads: int | None = None
-    recompute: int = 1
+    recompute: int = 2
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class TrainOptions:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
-    recompute: int = 1
+    recompute: int = 2
     shuffle: bool = True
     seed: int = 42
 

@@ -36,11 +36,13 @@ DECODING = "llmc_cli.kernels.cpu.decoding"
 TILES = "llmc_cli.kernels.cpu.tile_matmul"
 TILE_ATTENTION = "llmc_cli.kernels.cpu.tile_attention"
 ATTENTION = "llmc_cli.kernels.cpu.attention"
+CACHED_ATTENTION = "llmc_cli.kernels.cpu.cached_attention"
 ROUNDED = "llmc_cli.kernels.cpu.rounded_matmul"
 MARKERS = {
     KERNELS: "complete",
     DECODING: "complete-decoding",
     ATTENTION: "complete-attention",
+    CACHED_ATTENTION: "complete-cached-attention",
     TILES: "complete-tiles",
     TILE_ATTENTION: "complete-tile-attention",
     ROUNDED: "complete-rounded",
@@ -91,7 +93,7 @@ def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKe
 def load_decoding(on_compile: Callable[[str], None] | None = None) -> "type[DecodingKernels]":
     """The class of the CPU's kernels for sampling; as ``load_kernels``."""
     load_kernels(on_compile)
-    load_attention(on_compile)
+    load_cached_attention(on_compile)
     _load(DECODING, on_compile, "compiling kernels for sampling, once, about 10 s")
     loaded: type[DecodingKernels] = importlib.import_module(DECODING).DecodingKernels
     return loaded
@@ -106,8 +108,14 @@ def load_tiles(parts: int, on_compile: Callable[[str], None] | None = None) -> "
 
 def load_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
     """Attention in float32; as ``load_kernels``."""
-    _load(ATTENTION, on_compile, "compiling attention, once, about 12 s")
+    _load(ATTENTION, on_compile, "compiling attention, once, about 8 s")
     return importlib.import_module(ATTENTION)
+
+
+def load_cached_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
+    """Attention of new tokens to what is cached, in float32; as ``load_kernels``."""
+    _load(CACHED_ATTENTION, on_compile, "compiling attention for sampling, once, about 4 s")
+    return importlib.import_module(CACHED_ATTENTION)
 
 
 def load_tile_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:

@@ -26,7 +26,8 @@ ALIGNMENT = 64  # bytes
 class CpuKernels:
     """Float32 on ``threads`` threads, BLAS included. A weight is its master array. ``matmul`` is what multiplies
     matrices, BLAS where nothing else is said, and ``attend`` the module of attention's kernels in training, float32's
-    where nothing else is said. That one is loaded when it is needed, and ``on_compile`` told if it has to be compiled.
+    where nothing else is said. Those in float32 are loaded when they are needed, and ``on_compile`` told if they have
+    to be compiled.
 
     Scratch arrays are named, grow to the largest call and stay; views of them are handed out by shape.
     """
@@ -53,6 +54,10 @@ class CpuKernels:
     @functools.cached_property
     def _attention(self) -> ModuleType:
         return cache.load_attention(self._on_compile)
+
+    @functools.cached_property
+    def _cached_attention(self) -> ModuleType:
+        return cache.load_cached_attention(self._on_compile)
 
     @property
     def attend(self) -> ModuleType:
@@ -176,9 +181,9 @@ class CpuKernels:
         self, out: Float32, keys: Float32, values: Float32, qkv: Float32, lengths: Int32, num_heads: int
     ) -> None:
         T, (_, NH, Tmax, HS) = out.shape[1], keys.shape
-        work = self.scratch("attention", (self.threads, self._attention.work_floats(Tmax, HS)))
+        work = self.scratch("attention", (self.threads, self._cached_attention.work_floats(Tmax, HS)))
         lse = self.scratch("lse", (self.threads, T))
-        self._attention.attention_cached(
+        self._cached_attention.attention_cached(
             out.reshape(-1), keys.reshape(-1), values.reshape(-1), qkv.reshape(-1), lengths, work, lse, T, Tmax, NH, HS
         )
 

@@ -1,0 +1,695 @@
+// Causal attention on tensor cores, bf16 with sums in float, for heads of 64 and 128. Needs sm_80.
+//
+//   qkv, dqkv    (B, T, 3C)  Bf16, C = NH * HS; a row is q, k, v, each by head
+//   out, dout    (B, T, C)  Bf16
+//   lse          (B, NH, T)  float, log of the sum of exp(scale * q·k)
+//   statistics   (B, NH, T, 2)  float: lse * log2(e), and the sum of dout * out over the head
+//
+// All aligned to 16 bytes. The backward pass computes the scores again: the delta kernel first, then dk and dv (keys)
+// and dq (queries), whose order does not matter. Every output belongs to one block, which sums in a fixed order.
+// Dao 2023, arXiv:2307.08691.
+//
+// Grid: (ceil(T / rows), NH, B), for the delta kernel (ceil(B * T * NH * HS / 8 / threads)).
+// A thread holds as many registers as the most careful compiler (sm_80's) gives it without a spill; every change of the
+// sizes below is to be compiled for all architectures.
+
+struct Launch {
+    int threads;
+    int rows;    // of the sequence that a block owns
+    int shared;  // bytes of dynamic shared memory
+};
+
+// attention.py reads these lines.
+constexpr Launch FORWARD_64 = {128, 128, 49152};
+constexpr Launch DELTA_64 = {256, 0, 0};
+constexpr Launch KEYS_64 = {128, 64, 17408};
+constexpr Launch QUERIES_64 = {128, 128, 49152};
+constexpr Launch FORWARD_128 = {256, 128, 65536};
+constexpr Launch DELTA_128 = {256, 0, 0};
+constexpr Launch KEYS_128 = {256, 128, 99328};
+constexpr Launch QUERIES_128 = {256, 128, 65536};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__host__ __device__ constexpr int larger(int a, int b) {
+    return a > b ? a : b;
+}
+
+// The sizes of one kernel. A block owns ROWS rows of one head, for which RESIDENT tiles (q, or k and v, or q and dout)
+// stay for the whole kernel: in shared memory, or, where IN_REGISTERS, in registers, after they have passed through
+// shared memory. Two tiles of STREAMED rows at a time (k and v, or q and dout) pass through a ring of two stages.
+template <int HEAD, int WARPS, int WARP_PATCHES, int STREAMED_ROWS, bool REGISTERS, int RESIDENT, int EXTRA>
+struct Sizes {
+    static constexpr int HS = HEAD;
+    static constexpr int STEPS = HEAD / 16;    // k steps of a product over the head
+    static constexpr int COLUMNS = HEAD / 8;   // 8-column patches of a row, each 16 bytes
+    static constexpr int ROW = HEAD * 2;       // bytes
+    static constexpr int THREADS = WARPS * WARP;
+    static constexpr int PATCHES = WARP_PATCHES;  // of 16 rows
+    static constexpr int WARP_ROWS = PATCHES * 16;
+    static constexpr int ROWS = WARPS * WARP_ROWS;
+    static constexpr int STREAMED = STREAMED_ROWS;
+    static constexpr int SCORES = STREAMED_ROWS / 8;  // 8-column patches of scores
+    static constexpr bool IN_REGISTERS = REGISTERS;
+    static constexpr int KEPT_PATCHES = IN_REGISTERS ? PATCHES : 1;
+    static constexpr int KEPT_STEPS = IN_REGISTERS ? STEPS : 1;
+    static constexpr int OWN = ROWS * ROW;              // bytes of a resident tile
+    static constexpr int TILE = STREAMED * ROW;         // bytes of a streamed tile
+    static constexpr int STAGE = 2 * TILE + EXTRA;
+    static constexpr int RING = IN_REGISTERS ? 0 : RESIDENT * OWN;  // where the ring begins; resident tiles are at 0
+    static constexpr int SHARED = IN_REGISTERS ? larger(2 * STAGE, RESIDENT * OWN) : RESIDENT * OWN + 2 * STAGE;
+};
+
+// ---- Tiles in shared memory: rows of HS numbers without padding, chunk c (16 bytes) of row r being at c ^ (r % 8). So
+// eight rows at one column of chunks are in different banks, as are the chunks of a row.
+
+template <int HS>
+__device__ __forceinline__ unsigned place(int row, int chunk) {
+    return (unsigned)(row * HS * 2 + ((chunk ^ (row & 7)) << 4));
+}
+
+// Begins to copy `ROWS` rows, `stride` numbers apart, to a tile. Those from `valid` on become zero.
+template <int HS, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_tile(unsigned tile, const Bf16* source, int stride, int valid) {
+    constexpr int CHUNKS = HS / 8;  // of a row
+    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
+#pragma unroll
+    for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        const int index = i * THREADS + threadIdx.x;
+        const int row = index / CHUNKS;
+        const int chunk = index % CHUNKS;
+        const bool inside = row < valid;
+        copy_async_16(tile + place<HS>(row, chunk), source + (inside ? row * stride : 0) + chunk * 8, inside);
+    }
+}
+
+// A lane's part of the addresses of load_matrices: an address is tile + row * HS * 2 + (part ^ step * 32), where row is
+// a multiple of 8 and a step is 16 columns.
+//   of rows: a 16x16 operand a in a tile (row, k); transposed, two 16x8 operands b in a tile (k, column)
+//   of columns: two 16x8 operands b in a tile (column, k)
+template <int HS>
+__device__ __forceinline__ unsigned lane_of_rows(int lane) {
+    return place<HS>(lane & 15, lane >> 4);
+}
+
+template <int HS>
+__device__ __forceinline__ unsigned lane_of_columns(int lane) {
+    return place<HS>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+}
+
+// ---- Products of a warp. Sums are in patches of 16x8 as multiply_add has them: [patch of rows][patch of columns][4].
+
+template <int M, int N>
+__device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sums[m][n][e] = 0.0f;
+            }
+        }
+    }
+}
+
+// This warp's rows of a resident tile, to registers. `tile` is where those rows begin.
+template <class S>
+__device__ __forceinline__ void keep(
+    unsigned (&kept)[S::KEPT_PATCHES][S::KEPT_STEPS][4], unsigned tile, unsigned rows) {
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+        for (int step = 0; step < S::STEPS; step++) {
+            load_matrices(kept[m][step], tile + m * 16 * S::ROW + (rows ^ (step << 5)));
+        }
+    }
+}
+
+// sums (WARP_ROWS, STREAMED) += own (WARP_ROWS, HS) · streamed (STREAMED, HS)ᵀ, own from `kept` or from shared memory
+template <class S>
+__device__ __forceinline__ void multiply_rows(
+    float (&sums)[S::PATCHES][S::SCORES][4], const unsigned (&kept)[S::KEPT_PATCHES][S::KEPT_STEPS][4], unsigned own,
+    unsigned streamed, unsigned rows, unsigned columns) {
+#pragma unroll
+    for (int step = 0; step < S::STEPS; step++) {
+        unsigned a[S::PATCHES][4];
+#pragma unroll
+        for (int m = 0; m < S::PATCHES; m++) {
+            if constexpr (S::IN_REGISTERS) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    a[m][e] = kept[m][step][e];
+                }
+            } else {
+                load_matrices(a[m], own + m * 16 * S::ROW + (rows ^ (step << 5)));
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < S::SCORES / 2; n++) {
+            unsigned b[4];
+            load_matrices(b, streamed + n * 16 * S::ROW + (columns ^ (step << 5)));
+#pragma unroll
+            for (int m = 0; m < S::PATCHES; m++) {
+                multiply_add(sums[m][2 * n], a[m], b[0], b[1]);
+                multiply_add(sums[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sums (WARP_ROWS, HS) += scores (WARP_ROWS, STREAMED), rounded to bf16, · streamed (STREAMED, HS)
+template <class S>
+__device__ __forceinline__ void multiply_scores(
+    float (&sums)[S::PATCHES][S::COLUMNS][4], const float (&scores)[S::PATCHES][S::SCORES][4], unsigned streamed,
+    unsigned rows) {
+#pragma unroll
+    for (int step = 0; step < S::SCORES / 2; step++) {
+        unsigned a[S::PATCHES][4];
+#pragma unroll
+        for (int m = 0; m < S::PATCHES; m++) {
+            a[m][0] = pack_bf16(scores[m][2 * step][0], scores[m][2 * step][1]);
+            a[m][1] = pack_bf16(scores[m][2 * step][2], scores[m][2 * step][3]);
+            a[m][2] = pack_bf16(scores[m][2 * step + 1][0], scores[m][2 * step + 1][1]);
+            a[m][3] = pack_bf16(scores[m][2 * step + 1][2], scores[m][2 * step + 1][3]);
+        }
+#pragma unroll
+        for (int n = 0; n < S::COLUMNS / 2; n++) {
+            unsigned b[4];
+            load_matrices_transposed(b, streamed + step * 16 * S::ROW + (rows ^ (n << 5)));
+#pragma unroll
+            for (int m = 0; m < S::PATCHES; m++) {
+                multiply_add(sums[m][2 * n], a[m], b[0], b[1]);
+                multiply_add(sums[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Stores sums (WARP_ROWS, HS), each row times its factor [patch][upper or lower half], as Bf16 in rows `stride` apart,
+// those before `valid`. They pass through `stage`, WARP_ROWS * ROW bytes that belong to this warp alone, to be stored
+// 16 bytes at a time.
+template <class S>
+__device__ __forceinline__ void store_rows(
+    Bf16* target, int stride, int valid, const float (&sums)[S::PATCHES][S::COLUMNS][4],
+    const float (&factors)[S::PATCHES][2], unsigned char* stage, int lane) {
+    const int g = lane >> 2;
+    const int t = lane & 3;
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+        for (int n = 0; n < S::COLUMNS; n++) {
+            const unsigned upper = pack_bf16(sums[m][n][0] * factors[m][0], sums[m][n][1] * factors[m][0]);
+            const unsigned lower = pack_bf16(sums[m][n][2] * factors[m][1], sums[m][n][3] * factors[m][1]);
+            *(unsigned*)(stage + place<S::HS>(m * 16 + g, n) + t * 4) = upper;
+            *(unsigned*)(stage + place<S::HS>(m * 16 + g + 8, n) + t * 4) = lower;
+        }
+    }
+    __syncwarp();
+    constexpr int CHUNKS = S::COLUMNS;  // of a row
+#pragma unroll
+    for (int i = 0; i < S::WARP_ROWS * CHUNKS / 32; i++) {
+        const int index = i * 32 + lane;
+        const int row = index / CHUNKS;
+        const int chunk = index % CHUNKS;
+        if (row < valid) {
+            *(uint4*)(target + row * stride + chunk * 8) = *(const uint4*)(stage + place<S::HS>(row, chunk));
+        }
+    }
+}
+
+// The sum, or the largest, of the four lanes that hold one row of a patch.
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// ---- Forward: q is resident, k and v stream past it up to the diagonal.
+
+template <class S>
+__device__ __forceinline__ void forward(
+    Bf16* __restrict__ out, float* __restrict__ lse, const Bf16* __restrict__ qkv, int T, int NH, float scale) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int g = lane >> 2;
+    const int t = lane & 3;
+    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // this block's first query; longest blocks begin
+    const int row = first + warp * S::WARP_ROWS;                    // this warp's first query
+    const int h = blockIdx.y;
+    const size_t b = blockIdx.z;
+    const size_t C = (size_t)NH * S::HS;
+    const Bf16* q = qkv + b * T * 3 * C + (size_t)h * S::HS;
+    const Bf16* k = q + C;
+    const Bf16* v = k + C;
+    const unsigned base = shared_address(memory);
+    const unsigned ring = base + S::RING;
+    const unsigned own = base + warp * S::WARP_ROWS * S::ROW;
+    const unsigned rows = lane_of_rows<S::HS>(lane);
+    const unsigned columns = lane_of_columns<S::HS>(lane);
+    const int tiles = (min(first + S::ROWS, T) + S::STREAMED - 1) / S::STREAMED;
+
+    copy_tile<S::HS, S::ROWS, S::THREADS>(base, q + first * 3 * C, 3 * C, T - first);
+    copy_async_commit();
+    unsigned kept[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    if constexpr (S::IN_REGISTERS) {
+        copy_async_wait();
+        __syncthreads();
+        keep<S>(kept, own, rows);
+        __syncthreads();  // the ring takes the place of q
+    }
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring, k, 3 * C, T);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring + S::TILE, v, 3 * C, T);
+    copy_async_commit();
+
+    float sums[S::PATCHES][S::COLUMNS][4];  // of p · v, not yet divided by the sum of p
+    clear(sums);
+    float largest[S::PATCHES][2];  // score of each row
+    float total[S::PATCHES][2];    // of p in this lane's columns
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+        largest[m][0] = largest[m][1] = __int_as_float(0xff800000);
+        total[m][0] = total[m][1] = 0.0f;
+    }
+    const float scale2 = scale * LOG2_E;  // exp(scale * x) = 2^(scale2 * x)
+
+    for (int j = 0; j < tiles; j++) {
+        copy_async_wait();
+        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        if (j + 1 < tiles) {
+            const int key = (j + 1) * S::STREAMED;
+            const unsigned next = ring + ((j + 1) & 1) * S::STAGE;
+            copy_tile<S::HS, S::STREAMED, S::THREADS>(next, k + key * 3 * C, 3 * C, T - key);
+            copy_tile<S::HS, S::STREAMED, S::THREADS>(next + S::TILE, v + key * 3 * C, 3 * C, T - key);
+            copy_async_commit();
+        }
+        const int key = j * S::STREAMED;
+        if (key > row + S::WARP_ROWS - 1) {
+            continue;  // no query of this warp sees the tile
+        }
+        const unsigned keys = ring + (j & 1) * S::STAGE;
+        const unsigned values = keys + S::TILE;
+        float scores[S::PATCHES][S::SCORES][4];
+        clear(scores);
+        multiply_rows<S>(scores, kept, own, keys, rows, columns);
+        if (key + S::STREAMED - 1 > row) {  // on the diagonal; for queries before T this hides keys past T, too
+#pragma unroll
+            for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+                for (int n = 0; n < S::SCORES; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int column = key + n * 8 + 2 * t + (e & 1);
+                        if (column > row + m * 16 + g + 8 * (e >> 1)) {
+                            scores[m][n][e] = __int_as_float(0xff800000);
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {  // rows g and g + 8; key 0 is in tile 0, so that none is all masked
+                float most = largest[m][half];
+#pragma unroll
+                for (int n = 0; n < S::SCORES; n++) {
+                    most = fmaxf(most, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+                }
+                most = row_max(most);
+                const float shrink = exp2_approximate((largest[m][half] - most) * scale2);
+                const float shift = most * scale2;
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < S::SCORES; n++) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        const float p = exp2_approximate(fmaf(scores[m][n][e], scale2, -shift));
+                        scores[m][n][e] = p;
+                        sum += p;
+                    }
+                }
+                largest[m][half] = most;
+                total[m][half] = total[m][half] * shrink + sum;
+#pragma unroll
+                for (int n = 0; n < S::COLUMNS; n++) {
+                    sums[m][n][2 * half] *= shrink;
+                    sums[m][n][2 * half + 1] *= shrink;
+                }
+            }
+        }
+        multiply_scores<S>(sums, scores, values, rows);
+    }
+
+    __syncthreads();  // the results pass through the memory of the tiles
+    float factors[S::PATCHES][2];
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = row_sum(total[m][half]);
+            const int query = row + m * 16 + g + 8 * half;
+            factors[m][half] = 1.0f / sum;
+            if (t == 0 && query < T) {
+                lse[(b * NH + h) * T + query] = largest[m][half] * scale + logf(sum);
+            }
+        }
+    }
+    Bf16* target = out + (b * T + row) * C + (size_t)h * S::HS;
+    store_rows<S>(target, C, T - row, sums, factors, memory + warp * S::WARP_ROWS * S::ROW, lane);
+}
+
+// ---- Delta: statistics (B, NH, T, 2). HS / 8 lanes beside each other take a row of a head, 8 numbers each.
+
+// The sum of the products of two pairs.
+__device__ __forceinline__ float pair_dot(unsigned a, unsigned b) {
+    const float low = __uint_as_float(a << 16) * __uint_as_float(b << 16);
+    return low + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+}
+
+template <int HS>
+__device__ __forceinline__ void delta(
+    float* __restrict__ statistics, const float* __restrict__ lse, const Bf16* __restrict__ dout,
+    const Bf16* __restrict__ out, int B, int T, int NH) {
+    constexpr int CHUNKS = HS / 8;
+    const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t row = index / CHUNKS;  // (b * T + t) * NH + h
+    const bool inside = row < (size_t)B * T * NH;
+    float sum = 0.0f;
+    if (inside) {
+        const uint4 x = *(const uint4*)(out + index * 8);
+        const uint4 y = *(const uint4*)(dout + index * 8);
+        sum = pair_dot(x.x, y.x) + pair_dot(x.y, y.y) + (pair_dot(x.z, y.z) + pair_dot(x.w, y.w));
+    }
+#pragma unroll
+    for (int distance = CHUNKS / 2; distance > 0; distance >>= 1) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    }
+    if (inside && index % CHUNKS == 0) {
+        const size_t h = row % NH;
+        const size_t bt = row / NH;
+        const size_t at = (bt / T * NH + h) * T + bt % T;
+        *(float2*)(statistics + 2 * at) = make_float2(lse[at] * LOG2_E, sum);
+    }
+}
+
+// ---- Keys: k and v are resident, q and dout stream past them from the diagonal on. Scores are formed transposed, with
+// keys in rows, so that pᵀ and dsᵀ, rounded to bf16, are where they are operands a of dv += pᵀ · dout, dk += dsᵀ · q.
+// Queries past T come as zeros, with statistics of zero: they add nothing.
+
+template <class S>
+__device__ __forceinline__ void copy_queries(
+    unsigned stage, const Bf16* q, const Bf16* dout, const float* statistics, size_t C, int query, int T) {
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, q + query * 3 * C, 3 * C, T - query);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage + S::TILE, dout + query * C, C, T - query);
+    if ((int)threadIdx.x < S::STREAMED) {
+        const int t = query + (int)threadIdx.x;
+        copy_async_8(stage + 2 * S::TILE + threadIdx.x * 8, statistics + 2 * (size_t)(t < T ? t : 0), t < T);
+    }
+    copy_async_commit();
+}
+
+template <class S>
+__device__ __forceinline__ void backward_keys(
+    Bf16* __restrict__ dqkv, const Bf16* __restrict__ qkv, const Bf16* __restrict__ dout,
+    const float* __restrict__ statistics, int T, int NH, float scale) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int g = lane >> 2;
+    const int t = lane & 3;
+    const int first = (int)blockIdx.x * S::ROWS;  // this block's first key; block 0 has the most to do
+    const int row = first + warp * S::WARP_ROWS;  // this warp's first key
+    const int h = blockIdx.y;
+    const size_t b = blockIdx.z;
+    const size_t C = (size_t)NH * S::HS;
+    const size_t head = b * T * 3 * C + (size_t)h * S::HS;
+    const Bf16* q = qkv + head;
+    const Bf16* k = q + C;
+    const Bf16* v = k + C;
+    dout += b * T * C + (size_t)h * S::HS;
+    statistics += (b * NH + h) * T * 2;
+    const unsigned base = shared_address(memory);
+    const unsigned ring = base + S::RING;
+    const unsigned own_keys = base + warp * S::WARP_ROWS * S::ROW;
+    const unsigned own_values = own_keys + S::OWN;
+    const unsigned rows = lane_of_rows<S::HS>(lane);
+    const unsigned columns = lane_of_columns<S::HS>(lane);
+    const int start = first / S::STREAMED;  // the first tile of queries that sees these keys
+    const int tiles = (T + S::STREAMED - 1) / S::STREAMED - start;
+
+    copy_tile<S::HS, S::ROWS, S::THREADS>(base, k + first * 3 * C, 3 * C, T - first);
+    copy_tile<S::HS, S::ROWS, S::THREADS>(base + S::OWN, v + first * 3 * C, 3 * C, T - first);
+    copy_async_commit();
+    unsigned kept_keys[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    unsigned kept_values[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    if constexpr (S::IN_REGISTERS) {
+        copy_async_wait();
+        __syncthreads();
+        keep<S>(kept_keys, own_keys, rows);
+        keep<S>(kept_values, own_values, rows);
+        __syncthreads();  // the ring takes the place of k and v
+    }
+    copy_queries<S>(ring, q, dout, statistics, C, start * S::STREAMED, T);
+
+    float dk[S::PATCHES][S::COLUMNS][4];
+    float dv[S::PATCHES][S::COLUMNS][4];
+    clear(dk);
+    clear(dv);
+    const float scale2 = scale * LOG2_E;
+
+    for (int j = 0; j < tiles; j++) {
+        copy_async_wait();
+        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        const int query = (start + j) * S::STREAMED;
+        if (j + 1 < tiles) {
+            copy_queries<S>(ring + ((j + 1) & 1) * S::STAGE, q, dout, statistics, C, query + S::STREAMED, T);
+        }
+        if (query + S::STREAMED - 1 < row) {
+            continue;  // no query of the tile sees this warp's keys
+        }
+        const unsigned queries = ring + (j & 1) * S::STAGE;
+        const unsigned douts = queries + S::TILE;
+        const unsigned char* pairs = memory + S::RING + (j & 1) * S::STAGE + 2 * S::TILE;  // (STREAMED, 2) float
+        float p[S::PATCHES][S::SCORES][4];
+        float ds[S::PATCHES][S::SCORES][4];
+        clear(p);
+        clear(ds);
+        multiply_rows<S>(p, kept_keys, own_keys, queries, rows, columns);
+        multiply_rows<S>(ds, kept_values, own_values, douts, rows, columns);
+        const bool diagonal = query < row + S::WARP_ROWS - 1;
+#pragma unroll
+        for (int n = 0; n < S::SCORES; n++) {
+            const float4 two = *(const float4*)(pairs + (n * 8 + 2 * t) * 8);  // the statistics of this lane's queries
+#pragma unroll
+            for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float x = exp2_approximate(fmaf(p[m][n][e], scale2, -(e & 1 ? two.z : two.x)));
+                    if (diagonal && query + n * 8 + 2 * t + (e & 1) < row + m * 16 + g + 8 * (e >> 1)) {
+                        x = 0.0f;
+                    }
+                    p[m][n][e] = x;
+                    ds[m][n][e] = x * (ds[m][n][e] - (e & 1 ? two.w : two.y));
+                }
+            }
+        }
+        multiply_scores<S>(dv, p, douts, rows);
+        multiply_scores<S>(dk, ds, queries, rows);
+    }
+
+    __syncthreads();  // the results pass through the memory of the tiles
+    float scales[S::PATCHES][2];
+    float ones[S::PATCHES][2];
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+        scales[m][0] = scales[m][1] = scale;
+        ones[m][0] = ones[m][1] = 1.0f;
+    }
+    Bf16* target = dqkv + head + row * 3 * C;
+    unsigned char* stage = memory + warp * S::WARP_ROWS * S::ROW;
+    store_rows<S>(target + C, 3 * C, T - row, dk, scales, stage, lane);
+    store_rows<S>(target + 2 * C, 3 * C, T - row, dv, ones, stage + S::OWN, lane);
+}
+
+// ---- Queries: q and dout are resident, k and v stream past them up to the diagonal, as in the forward pass.
+
+template <class S>
+__device__ __forceinline__ void backward_queries(
+    Bf16* __restrict__ dqkv, const Bf16* __restrict__ qkv, const Bf16* __restrict__ dout,
+    const float* __restrict__ statistics, int T, int NH, float scale) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int g = lane >> 2;
+    const int t = lane & 3;
+    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // this block's first query; longest blocks begin
+    const int row = first + warp * S::WARP_ROWS;                    // this warp's first query
+    const int h = blockIdx.y;
+    const size_t b = blockIdx.z;
+    const size_t C = (size_t)NH * S::HS;
+    const size_t head = b * T * 3 * C + (size_t)h * S::HS;
+    const Bf16* q = qkv + head;
+    const Bf16* k = q + C;
+    const Bf16* v = k + C;
+    dout += b * T * C + (size_t)h * S::HS;
+    statistics += (b * NH + h) * T * 2;
+    const unsigned base = shared_address(memory);
+    const unsigned ring = base + S::RING;
+    const unsigned own_queries = base + warp * S::WARP_ROWS * S::ROW;
+    const unsigned own_douts = own_queries + S::OWN;
+    const unsigned rows = lane_of_rows<S::HS>(lane);
+    const unsigned columns = lane_of_columns<S::HS>(lane);
+    const int tiles = (min(first + S::ROWS, T) + S::STREAMED - 1) / S::STREAMED;
+
+    copy_tile<S::HS, S::ROWS, S::THREADS>(base, q + first * 3 * C, 3 * C, T - first);
+    copy_tile<S::HS, S::ROWS, S::THREADS>(base + S::OWN, dout + first * C, C, T - first);
+    copy_async_commit();
+    float lse2[S::PATCHES][2];   // lse * log2(e) of each row
+    float deltas[S::PATCHES][2];
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int query = row + m * 16 + g + 8 * half;
+            float2 pair = make_float2(0.0f, 0.0f);
+            if (query < T) {
+                pair = *(const float2*)(statistics + 2 * (size_t)query);
+            }
+            lse2[m][half] = pair.x;
+            deltas[m][half] = pair.y;
+        }
+    }
+    unsigned kept_queries[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    unsigned kept_douts[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    if constexpr (S::IN_REGISTERS) {
+        copy_async_wait();
+        __syncthreads();
+        keep<S>(kept_queries, own_queries, rows);
+        keep<S>(kept_douts, own_douts, rows);
+        __syncthreads();  // the ring takes the place of q and dout
+    }
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring, k, 3 * C, T);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring + S::TILE, v, 3 * C, T);
+    copy_async_commit();
+
+    float dq[S::PATCHES][S::COLUMNS][4];
+    clear(dq);
+    const float scale2 = scale * LOG2_E;
+
+    for (int j = 0; j < tiles; j++) {
+        copy_async_wait();
+        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        if (j + 1 < tiles) {
+            const int key = (j + 1) * S::STREAMED;
+            const unsigned next = ring + ((j + 1) & 1) * S::STAGE;
+            copy_tile<S::HS, S::STREAMED, S::THREADS>(next, k + key * 3 * C, 3 * C, T - key);
+            copy_tile<S::HS, S::STREAMED, S::THREADS>(next + S::TILE, v + key * 3 * C, 3 * C, T - key);
+            copy_async_commit();
+        }
+        const int key = j * S::STREAMED;
+        if (key > row + S::WARP_ROWS - 1) {
+            continue;  // no query of this warp sees the tile
+        }
+        const unsigned keys = ring + (j & 1) * S::STAGE;
+        const unsigned values = keys + S::TILE;
+        float p[S::PATCHES][S::SCORES][4];
+        float ds[S::PATCHES][S::SCORES][4];
+        clear(p);
+        clear(ds);
+        multiply_rows<S>(p, kept_queries, own_queries, keys, rows, columns);
+        multiply_rows<S>(ds, kept_douts, own_douts, values, rows, columns);
+        const bool diagonal = key + S::STREAMED - 1 > row;
+#pragma unroll
+        for (int m = 0; m < S::PATCHES; m++) {
+#pragma unroll
+            for (int n = 0; n < S::SCORES; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float x = exp2_approximate(fmaf(p[m][n][e], scale2, -lse2[m][e >> 1]));
+                    if (diagonal && key + n * 8 + 2 * t + (e & 1) > row + m * 16 + g + 8 * (e >> 1)) {
+                        x = 0.0f;
+                    }
+                    ds[m][n][e] = x * (ds[m][n][e] - deltas[m][e >> 1]);
+                }
+            }
+        }
+        multiply_scores<S>(dq, ds, keys, rows);
+    }
+
+    __syncthreads();  // the results pass through the memory of the tiles
+    float scales[S::PATCHES][2];
+#pragma unroll
+    for (int m = 0; m < S::PATCHES; m++) {
+        scales[m][0] = scales[m][1] = scale;
+    }
+    Bf16* target = dqkv + head + row * 3 * C;
+    store_rows<S>(target, 3 * C, T - row, dq, scales, memory + warp * S::WARP_ROWS * S::ROW, lane);
+}
+
+// ---- The kernels. Statistics that stream with the queries take 8 bytes a row, rounded up so that stages stay aligned.
+
+//                              HS, warps, patches of a warp, streamed rows, in registers, resident tiles, extra bytes
+using Forward64 = Sizes<64, 4, 2, 64, false, 1, 0>;
+using Keys64 = Sizes<64, 4, 1, 32, true, 2, 512>;
+using Queries64 = Sizes<64, 4, 2, 32, false, 2, 0>;
+using Forward128 = Sizes<128, 8, 1, 64, true, 1, 0>;
+using Keys128 = Sizes<128, 8, 1, 32, false, 2, 512>;
+using Queries128 = Sizes<128, 8, 1, 32, true, 2, 0>;
+
+template <class S>
+__host__ __device__ constexpr bool fits(Launch launch) {
+    return launch.threads == S::THREADS && launch.rows == S::ROWS && launch.shared == S::SHARED;
+}
+
+static_assert(fits<Forward64>(FORWARD_64), "launch table");
+static_assert(fits<Keys64>(KEYS_64), "launch table");
+static_assert(fits<Queries64>(QUERIES_64), "launch table");
+static_assert(fits<Forward128>(FORWARD_128), "launch table");
+static_assert(fits<Keys128>(KEYS_128), "launch table");
+static_assert(fits<Queries128>(QUERIES_128), "launch table");
+
+extern "C" __global__ void __launch_bounds__(128, 2) attention_mma_forward_64(
+    Bf16* out, float* lse, const Bf16* qkv, int T, int NH, float scale) {
+    forward<Forward64>(out, lse, qkv, T, NH, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_mma_forward_128(
+    Bf16* out, float* lse, const Bf16* qkv, int T, int NH, float scale) {
+    forward<Forward128>(out, lse, qkv, T, NH, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_mma_delta_64(
+    float* statistics, const float* lse, const Bf16* dout, const Bf16* out, int B, int T, int NH) {
+    delta<64>(statistics, lse, dout, out, B, T, NH);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_mma_delta_128(
+    float* statistics, const float* lse, const Bf16* dout, const Bf16* out, int B, int T, int NH) {
+    delta<128>(statistics, lse, dout, out, B, T, NH);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3) attention_mma_keys_64(
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
+    backward_keys<Keys64>(dqkv, qkv, dout, statistics, T, NH, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_mma_keys_128(
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
+    backward_keys<Keys128>(dqkv, qkv, dout, statistics, T, NH, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) attention_mma_queries_64(
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
+    backward_queries<Queries64>(dqkv, qkv, dout, statistics, T, NH, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_mma_queries_128(
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
+    backward_queries<Queries128>(dqkv, qkv, dout, statistics, T, NH, scale);
+}

@@ -1,0 +1,62 @@
+"""A device: what it is, what it can hold, and how much of that is taken."""
+
+from architectures import ARCHITECTURES, REGISTERS, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
+
+from cupy._status import capability, current, require_device
+from cupy.cuda import memory, stream
+
+
+class Device:
+    """A device by its number; by default the one in use."""
+
+    def __init__(self, device=None):
+        if device is None:
+            require_device(current.device)
+        self.id = current.device if device is None else int(device)
+        self._outer = []
+
+    def use(self):
+        require_device(self.id)
+        current.device = self.id
+
+    def __enter__(self):
+        outer = current.device
+        self.use()
+        self._outer.append(outer)
+        return self
+
+    def __exit__(self, *details):
+        current.device = self._outer.pop()
+
+    def synchronize(self):
+        with self:
+            stream.synchronize_device()
+
+    @property
+    def compute_capability(self):
+        require_device(self.id)
+        return str(capability())
+
+    @property
+    def mem_info(self):
+        with self:
+            return memory.mem_info()
+
+    @property
+    def attributes(self):
+        """By the names of cudaDeviceAttr, without ``cudaDevAttr``."""
+        require_device(self.id)
+        limits = ARCHITECTURES[capability()]
+        return {
+            "MaxBlocksPerMultiprocessor": limits.blocks_per_multiprocessor,
+            "MaxRegistersPerBlock": REGISTERS,
+            "MaxRegistersPerMultiprocessor": REGISTERS,
+            "MaxSharedMemoryPerBlock": SHARED_WITHOUT_OPT_IN,
+            "MaxSharedMemoryPerBlockOptin": limits.shared_per_block,
+            "MaxSharedMemoryPerMultiprocessor": limits.shared_per_multiprocessor,
+            "MaxThreadsPerBlock": THREADS_PER_BLOCK,
+            "MaxThreadsPerMultiProcessor": limits.threads_per_multiprocessor,
+            "MultiProcessorCount": limits.multiprocessors,
+            "ReservedSharedMemoryPerBlock": limits.shared_reserved,
+            "WarpSize": 32,
+        }

@@ -1,0 +1,5 @@
+"""Only the error."""
+
+from cupy._status import CUDADriverError
+
+__all__ = ["CUDADriverError"]

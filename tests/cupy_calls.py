@@ -1,0 +1,126 @@
+"""What llmc uses of CuPy: one table, held against the stand-in (test_cuda_stand_in.py) and against the real wheel
+(test_cupy_signatures.py)."""
+
+CALLS = {
+    "RawModule": "*, code, options, backend",
+    "RawModule.get_function": "name",
+    "RawKernel.__call__": "grid, block, args, *, shared_mem, stream",
+    "empty": "shape, dtype",
+    "zeros": "shape, dtype",
+    "ndarray.reshape": "*shape",
+    "ndarray.view": "dtype",
+    "ndarray.get": "stream, *, out",
+    "ndarray.set": "arr, stream",
+    "ndarray.fill": "value",
+    "get_default_memory_pool": "",
+    "cuda.MemoryPool.used_bytes": "",
+    "cuda.MemoryPool.total_bytes": "",
+    "cuda.MemoryPool.free_all_blocks": "",
+    "cuda.MemoryPool.set_limit": "size",
+    "cuda.Device": "device",
+    "cuda.Device.use": "",
+    "cuda.Device.synchronize": "",
+    "cuda.Stream": "null, non_blocking",
+    "cuda.Stream.use": "",
+    "cuda.Stream.synchronize": "",
+    "cuda.Stream.begin_capture": "",
+    "cuda.Stream.end_capture": "",
+    "cuda.Stream.record": "event",
+    "cuda.Stream.wait_event": "event",
+    "cuda.Graph.launch": "stream",
+    "cuda.Event": "block, disable_timing",
+    "cuda.Event.record": "stream",
+    "cuda.Event.synchronize": "",
+    "cuda.get_elapsed_time": "start_event, end_event",
+    "cuda.alloc_pinned_memory": "size",
+    "cuda.runtime.getDeviceCount": "",
+    "cuda.runtime.getDeviceProperties": "device",
+    "cuda.runtime.driverGetVersion": "",
+    "cuda.runtime.runtimeGetVersion": "",
+    "cuda.runtime.memcpyAsync": "dst, src, size, kind, stream",
+    "cuda.runtime.memsetAsync": "ptr, value, size, stream",
+    "cuda.cublas.create": "",
+    "cuda.cublas.destroy": "handle",
+    "cuda.cublas.setStream": "handle, stream",
+    "cuda.cublas.setMathMode": "handle, mode",
+    "cuda.cublas.gemmEx": (
+        "handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo"
+    ),
+    "cuda.cublas.gemmStridedBatchedEx": (
+        "handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, "
+        "beta, C, Ctype, ldc, strideC, batchCount, computeType, algo"
+    ),
+}
+"""Name behind ``cupy.``: the parameters, in order; those behind ``*`` are passed by name."""
+
+ATTRIBUTES = (
+    "RawKernel.max_dynamic_shared_size_bytes",
+    "ndarray.shape",
+    "ndarray.dtype",
+    "ndarray.size",
+    "ndarray.nbytes",
+    "ndarray.ndim",
+    "ndarray.itemsize",
+    "cuda.Device.attributes",
+    "cuda.Device.compute_capability",
+    "cuda.Device.mem_info",
+    "cuda.Device.__enter__",
+    "cuda.Stream.__enter__",
+    "cuda.Stream.null",
+    "cuda.Event.done",
+)
+"""Properties and the like: that they exist is all that can be seen without a device."""
+
+ERRORS = {
+    "cuda.runtime.CUDARuntimeError": RuntimeError,
+    "cuda.driver.CUDADriverError": RuntimeError,
+    "cuda.memory.OutOfMemoryError": MemoryError,
+}
+
+CONSTANTS = {
+    "cuda.runtime.memcpyHostToHost": 0,
+    "cuda.runtime.memcpyHostToDevice": 1,
+    "cuda.runtime.memcpyDeviceToHost": 2,
+    "cuda.runtime.memcpyDeviceToDevice": 3,
+    "cuda.runtime.CUDA_R_32F": 0,
+    "cuda.runtime.CUDA_R_16BF": 14,
+    "cuda.cublas.CUBLAS_OP_N": 0,
+    "cuda.cublas.CUBLAS_OP_T": 1,
+    "cuda.cublas.CUBLAS_DEFAULT_MATH": 0,
+    "cuda.cublas.CUBLAS_COMPUTE_32F": 68,
+    "cuda.cublas.CUBLAS_COMPUTE_32F_PEDANTIC": 69,
+    "cuda.cublas.CUBLAS_COMPUTE_32F_FAST_TF32": 77,
+    "cuda.cublas.CUBLAS_GEMM_DEFAULT": -1,
+}
+
+DEVICE_ATTRIBUTES = (
+    "MaxBlocksPerMultiprocessor",
+    "MaxRegistersPerBlock",
+    "MaxRegistersPerMultiprocessor",
+    "MaxSharedMemoryPerBlock",
+    "MaxSharedMemoryPerBlockOptin",
+    "MaxSharedMemoryPerMultiprocessor",
+    "MaxThreadsPerBlock",
+    "MaxThreadsPerMultiProcessor",
+    "MultiProcessorCount",
+    "ReservedSharedMemoryPerBlock",
+    "WarpSize",
+)
+"""Keys of ``Device.attributes``: cudaDeviceAttr, without cudaDevAttr."""
+
+
+def resolve(cupy, name):
+    """What ``cupy.name`` is; AttributeError where there is no such thing."""
+    found = cupy
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def parameters(text):
+    """(passed by position, passed by name) of an entry of ``CALLS``."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if "*" not in names:
+        return names, []
+    star = names.index("*")
+    return names[:star], names[star + 1 :]

@@ -1,0 +1,339 @@
+"""Runs CUDA kernels on the CPU, and finds what is wrong with them. README.md says what, how, and what it cannot find."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+HERE = Path(__file__).parent
+RUNTIME = ("launch.cpp", "warp.cpp", "memory.cpp")
+FILES = (*RUNTIME, "runtime.h", "context.h", "emulator.h", "emulator.py")
+
+MAX_THREADS = 1024
+MAX_SHARED = 227 * 1024
+"""Bytes of dynamic shared memory that a block may have on an H100."""
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_BLOCK = (1024, 1024, 64)
+
+COMPILE = (
+    *("-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-gnu-unique", "-fno-threadsafe-statics", "-Wno-unknown-pragmas", "-Werror=uninitialized"),
+)
+# Loads stay where they are written: one that is taken out of a loop may never have been due.
+CHECKED = (
+    *("-O1", "-fno-tree-loop-im", "-fsanitize=thread"),
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+)
+LINK = ("-shared", "-nostartfiles", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+
+BRACKETED = r"\((?P<{}>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
+KERNEL = re.compile(
+    rf'extern\s+"C"\s+__global__\s+(?:__launch_bounds__\s*{BRACKETED.format("first")}\s*)?'
+    rf"void\s+(?:__launch_bounds__\s*{BRACKETED.format('second')}\s*)?(?P<name>\w+)(?=\s*\()"
+)
+DYNAMIC_SHARED = re.compile(
+    r"extern\s+__shared__\s+(?:(?:__attribute__\s*\(\(.*?\)\)\)|alignas\s*\(.*?\))\s*)?"
+    r"(?P<type>\w[\w:\s]*?)\s*\b(?P<name>\w+)\s*\[\s*\]\s*;"
+)
+
+
+class EmulatorError(RuntimeError):
+    """A fault of a kernel or of its launch, or no way to run any."""
+
+
+# ---- Libraries -------------------------------------------------------------------------------------------------------
+
+
+def _run(*command: str, folder: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EmulatorError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+@functools.cache
+def _compiler() -> str:
+    if sys.platform != "linux":
+        raise EmulatorError(f"the CUDA emulator runs on Linux, not on {sys.platform}")
+    path = shutil.which("g++")
+    if path is None:
+        raise EmulatorError("the CUDA emulator needs g++, and there is none on the PATH")
+    return path
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where compiled libraries are kept. Code that another user put there must not run."""
+    folder = Path(tempfile.gettempdir()) / f"cuda-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise EmulatorError(f"{folder} belongs to someone else")
+    return folder
+
+
+@functools.cache
+def _version() -> bytes:
+    """All that a library depends on beside its own text."""
+    compiler = _run(_compiler(), "-dumpfullversion", "-dumpmachine").encode()
+    return b"\0".join([compiler, *((HERE / name).read_bytes() for name in FILES)])
+
+
+def _library(text: str, build: Callable[[Path], Path]) -> Path:
+    """The library for ``text``: made by ``build``, in the folder it is given, unless it is there already.
+
+    Of several processes that want it one makes it, and the others wait.
+    """
+    path = _folder() / f"{hashlib.sha256(_version() + text.encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+                    build(Path(folder)).replace(path)
+    return path
+
+
+def _build_runtime(folder: Path) -> Path:
+    options = ("-std=c++20", "-O2", "-fPIC", "-g1", "-fno-exceptions", "-Wall", "-Wextra", "-shared")
+    sources = [str(HERE / name) for name in RUNTIME]
+    _run(_compiler(), *options, *sources, "-o", "runtime.so", folder=folder)
+    return folder / "runtime.so"
+
+
+def _runtime_path() -> Path:
+    return _library("runtime", _build_runtime)
+
+
+def _build_program(folder: Path, source: str, options: Sequence[str], check: bool) -> Path:
+    (folder / "program.cu").write_text(source)
+    header = ("-nostdinc", "-include", str(HERE / "emulator.h"))
+    text = _run(_compiler(), "-E", "-x", "c++", "-std=c++17", *header, *options, "program.cu", folder=folder)
+    (folder / "program.ii").write_text(_as_cpp(text))
+    _run(_compiler(), *COMPILE, *(CHECKED if check else ("-O2",)), "-c", "program.ii", folder=folder)
+    _run(_compiler(), *LINK, "program.o", str(_runtime_path()), "-lm", "-o", "program.so", folder=folder)
+    return folder / "program.so"
+
+
+def _as_cpp(text: str) -> str:
+    """Preprocessed CUDA as C++: kernels become functions, and a table of them is added; every line stays where it is."""
+    entries = []
+
+    def function(kernel: re.Match[str]) -> str:
+        name, bounds = kernel["name"], kernel["first"] or kernel["second"] or ""
+        entries.append(f'emulator::entry<&{name}>("{name}", emulator::launch_bounds({bounds})),')
+        return 'extern "C" ' + "\n" * kernel[0].count("\n") + f"void {name}"
+
+    text = KERNEL.sub(function, text)
+    text = DYNAMIC_SHARED.sub(r"\g<type>* const \g<name> = reinterpret_cast<\g<type>*>(emulator_dynamic_shared);", text)
+    text = re.sub(r"\b__shared__\b", "static", text)
+    return f"{text}\nconst emulator::Kernel emulator_kernels[] = {{{' '.join(entries)} {{}}}};\n"
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------------
+
+
+class _Kernel(ctypes.Structure):
+    """``emulator::Kernel`` in emulator.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("kinds", ctypes.POINTER(ctypes.c_char_p)),
+        ("bound", ctypes.c_int),
+        ("call", ctypes.c_void_p),
+    )
+
+
+class _Launch(ctypes.Structure):
+    """``Launch`` in runtime.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("call", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("dynamic_shared", ctypes.c_uint),
+        ("check", ctypes.c_int),
+        ("image", ctypes.c_void_p * 3),
+    )
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    runtime = ctypes.CDLL(str(_runtime_path()))
+    runtime.emulator_run.restype = ctypes.c_char_p
+    runtime.emulator_register.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
+    runtime.emulator_unregister.argtypes = (ctypes.c_size_t,)
+    runtime.emulator_schedule.argtypes = (ctypes.c_int, ctypes.c_uint64)
+    return runtime
+
+
+_one_at_a_time = threading.Lock()
+
+
+class Program:
+    """The kernels of a source, compiled.
+
+    Attributes:
+        names: of the kernels
+        check: whether launches are checked
+    """
+
+    def __init__(self, source: str, options: Sequence[str] = (), check: bool = False) -> None:
+        """Compiles ``source``: CUDA C++ that includes nothing. Only ``options`` that begin with -D count.
+
+        A checked program runs some ten times as long, and its launches fail where README.md says.
+        """
+        options = [option for option in options if option.startswith("-D")]
+        text = "\0".join((source, *options, f"check={check}"))
+        _runtime()
+        self._path = _library(text, lambda folder: _build_program(folder, source, options, check))
+        self._library = ctypes.CDLL(str(self._path))
+        self._lines = source.splitlines()
+        self._image = (ctypes.c_void_p * 3)()
+        self._library.emulator_image(self._image)
+        self._kernels = {}
+        for kernel in ctypes.cast(self._library.emulator_kernels, ctypes.POINTER(_Kernel)):
+            if kernel.name is None:
+                break
+            self._kernels[kernel.name.decode()] = kernel
+        self.names = tuple(self._kernels)
+        self.check = check
+
+    def _kernel(self, name: str) -> _Kernel:
+        if name not in self._kernels:
+            raise EmulatorError(f"launch: no kernel {name}; there are {', '.join(self.names)}")
+        return self._kernels[name]
+
+    def signature(self, name: str) -> list[str]:
+        """The kinds of the kernel's arguments: P (a pointer), i4, i8, f4."""
+        kinds = []
+        for kind in self._kernel(name).kinds:
+            if kind is None:
+                break
+            kinds.append(kind.decode())
+        return kinds
+
+    def launch(
+        self, name: str, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared: int = 0
+    ) -> None:
+        """Runs a kernel. ``args``: an int, the address, for a pointer; np.int32, np.int64 and np.float32 for the others.
+
+        Raises:
+            EmulatorError: of a launch that a GPU would refuse; of a fault of the kernel.
+        """
+        kernel = self._kernel(name)
+        launch = _Launch(
+            kernel=kernel.name,
+            call=kernel.call,
+            grid=_sizes(name, "grid", grid, MAX_GRID),
+            block=_sizes(name, "block", block, MAX_BLOCK),
+            dynamic_shared=shared,
+            check=self.check,
+            image=self._image,
+        )
+        threads = int(np.prod(launch.block[:]))
+        if threads > kernel.bound:
+            raise EmulatorError(f"launch: {name}: a block of {threads} threads, where {kernel.bound} are allowed")
+        if not 0 <= shared <= MAX_SHARED:
+            raise EmulatorError(f"launch: {name}: {shared} bytes of shared memory, where {MAX_SHARED} are allowed")
+        slots = (ctypes.c_uint64 * max(1, len(args)))(*self._slots(name, args))
+        launch.slots = ctypes.addressof(slots)
+        with _one_at_a_time:
+            error = _runtime().emulator_run(ctypes.byref(launch))
+        if error is not None:
+            raise EmulatorError(self._explain(error.decode()))
+
+    def _slots(self, name: str, args: Sequence[object]) -> list[int]:
+        """Arguments as 8-byte numbers."""
+        kinds = self.signature(name)
+        if len(args) != len(kinds):
+            raise EmulatorError(f"launch: {name}: {len(args)} arguments, where it takes {len(kinds)}")
+        types = {"P": int, "i4": np.int32, "i8": np.int64, "f4": np.float32}
+        slots = []
+        for number, (kind, arg) in enumerate(zip(kinds, args, strict=True)):
+            if type(arg) is not types[kind]:
+                what = "a pointer, as int" if kind == "P" else f"a np.{types[kind].__name__}"
+                raise EmulatorError(f"launch: {name}: argument {number} is {what}, not {type(arg).__name__}")
+            slots.append(int(arg.view(np.uint32)) if kind == "f4" else int(arg) % 2**64)
+        return slots
+
+    def _explain(self, message: str) -> str:
+        """An error of the runtime with the source's lines and the names of variables in it."""
+        message = re.sub(r"@c:(\d+)@", lambda match: self._place(int(match[1])), message)
+        return re.sub(r"@s:(\d+)@", lambda match: self._variable(int(match[1])), message)
+
+    def _place(self, code: int) -> str:
+        """The words for a ``Site`` of runtime.h."""
+        if code >> 31:
+            lines = [code & 0x7FFFFFFF]
+        else:
+            frames = _run("addr2line", "-i", "-e", str(self._path), hex(code)).splitlines()
+            lines = [int(match[1]) for frame in frames if (match := re.search(r"program\.cu:(\d+)", frame))]
+        if not lines or not 0 < lines[0] <= len(self._lines):
+            return "a place unknown"
+        callers = "".join(f", called from line {line}" for line in lines[1:])
+        return f"line {lines[0]} `{self._lines[lines[0] - 1].strip()}`{callers}"
+
+    def _variable(self, offset: int) -> str:
+        """The words for what lies in static shared memory at an offset into the library."""
+        for line in _run("nm", "-S", "-C", "--defined-only", str(self._path)).splitlines():
+            match = re.fullmatch(r"(\w+) (\w+) [bB] (.*)", line)
+            if match and int(match[1], 16) <= offset < int(match[1], 16) + int(match[2], 16):
+                return f"shared {match[3].split('::')[-1]} + {offset - int(match[1], 16)}"
+        return "shared memory between variables"
+
+
+def _sizes(kernel: str, what: str, sizes: Sequence[int], most: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
+    full = (*sizes, 1, 1)[:3]
+    if not 1 <= len(sizes) <= 3 or not all(1 <= size <= bound for size, bound in zip(full, most, strict=True)):
+        raise EmulatorError(f"launch: {kernel}: no {what} is {tuple(sizes)}; the largest is {most}")
+    return (ctypes.c_uint * 3)(*full)
+
+
+# ---- What holds for all programs -------------------------------------------------------------------------------------
+
+
+def register(address: int, nbytes: int) -> None:
+    """Device memory that exists from now on. Checked programs may access no other."""
+    with _one_at_a_time:
+        if not _runtime().emulator_register(address, nbytes):
+            raise EmulatorError(
+                f"memory at {address:#x}, {nbytes} bytes, overlaps memory that is registered: unregister memory before it is freed"
+            )
+
+
+def unregister(address: int) -> None:
+    with _one_at_a_time:
+        if not _runtime().emulator_unregister(address):
+            raise EmulatorError(f"no memory is registered at {address:#x}")
+
+
+def schedule(seed: int | None) -> None:
+    """The order of blocks, and of threads from barrier to barrier: as they are numbered, or drawn with this seed."""
+    _runtime().emulator_schedule(seed is not None, seed or 0)
+
+
+def counters() -> dict[str, int]:
+    """What happened since the last call.
+
+    Switches from thread to thread; barriers; warp_operations (of all kinds); mma; ldmatrix_phases (one for each 8 x 8
+    matrix) and those with ldmatrix_conflicts between banks; accesses that were checked.
+    """
+    names = (
+        *("switches", "barriers", "warp_operations", "mma"),
+        *("ldmatrix_phases", "ldmatrix_conflicts", "accesses"),
+    )
+    values = (ctypes.c_uint64 * len(names))()
+    _runtime().emulator_counters(values)
+    return dict(zip(names, values, strict=True))

@@ -1,0 +1,407 @@
+// The memory that kernels see, and the checks of their accesses.
+//
+// A checked program is compiled with -fsanitize=thread, which puts a call before each access, and linked with the
+// functions called here. Each two bytes of shared and of registered memory have a cell: who wrote them last, and two of
+// those who read them since. An access conflicts with one that no barrier (or __syncwarp) puts before it.
+#include <cstdio>
+#include <cstring>
+#include <iterator>
+#include <map>
+#include <vector>
+
+#include "runtime.h"
+
+extern "C" {
+alignas(1024) unsigned char emulator_dynamic_shared[emulator::MAX_DYNAMIC_SHARED];
+}
+
+namespace emulator {
+
+// ---- Regions --------------------------------------------------------------------------------------------------------
+
+struct Access {
+    uint32_t interval;  // 0: none
+    uint16_t thread;
+    uint16_t time;  // the thread's, as __syncwarp counts it
+    Site site;
+};
+
+struct Cell {
+    Access writer, readers[2];
+};
+
+constexpr uint16_t IN_FLIGHT = 0x8000;  // in a writer's thread: cp.async, not waited for
+
+struct Region {
+    uintptr_t from, to;
+    bool shared;
+    std::vector<Cell> cells;
+
+    bool holds(uintptr_t address) const { return address >= from && address < to; }
+};
+
+static Region dynamic_region, static_region;
+static std::map<uintptr_t, Region> registered;  // by where they begin
+static Region* latest;                          // the registered one used last
+
+static Region* find(uintptr_t address) {
+    if (dynamic_region.holds(address)) return &dynamic_region;
+    if (static_region.holds(address)) return &static_region;
+    if (latest && latest->holds(address)) return latest;
+    auto after = registered.upper_bound(address);
+    if (after == registered.begin()) return nullptr;
+    Region& region = std::prev(after)->second;
+    if (!region.holds(address)) return nullptr;
+    return latest = &region;
+}
+
+extern "C" int emulator_register(uintptr_t from, size_t bytes) {
+    auto after = registered.lower_bound(from);
+    if (after != registered.end() && after->first < from + bytes) return 0;
+    if (after != registered.begin() && std::prev(after)->second.to > from) return 0;
+    registered[from] = {from, from + bytes, false, {}};
+    return 1;
+}
+
+extern "C" int emulator_unregister(uintptr_t from) {
+    latest = nullptr;
+    return registered.erase(from) == 1;
+}
+
+// ---- Order in time --------------------------------------------------------------------------------------------------
+
+// Barriers, and where blocks and launches begin, divide time into intervals.
+static uint32_t interval, launch_begin, block_begin;
+
+struct BlockBegin {
+    uint32_t interval;
+    Index block;
+};
+static std::vector<BlockBegin> block_begins;  // of this launch
+
+// Within an interval: a thread's time counts the calls of __syncwarp that it took part in, and it has seen another
+// lane's accesses before the time that stands here.
+static uint16_t time_of[MAX_THREADS];
+static uint16_t seen[MAX_THREADS][WARP];
+static bool warp_synchronized;
+
+void memory_warp_sync(int warp, unsigned mask) {
+    uint16_t merged[WARP] = {};
+    int first = warp * WARP;
+    for (int lane = 0; lane < WARP; lane++) {
+        if (!(mask >> lane & 1)) continue;
+        seen[first + lane][lane] = ++time_of[first + lane];
+        for (int k = 0; k < WARP; k++)
+            if (seen[first + lane][k] > merged[k]) merged[k] = seen[first + lane][k];
+    }
+    for (int lane = 0; lane < WARP; lane++)
+        if (mask >> lane & 1) memcpy(seen[first + lane], merged, sizeof merged);
+    warp_synchronized = true;
+}
+
+void memory_begin_interval() {
+    interval++;
+    if (!warp_synchronized) return;
+    memset(time_of, 0, sizeof time_of);
+    memset(seen, 0, sizeof seen);
+    warp_synchronized = false;
+}
+
+static bool comes_before(const Access& other, int thread, bool shared) {
+    if (other.interval < (shared ? block_begin : launch_begin)) return true;  // other blocks have other shared memory
+    if (other.interval < block_begin) return false;
+    if (other.interval < interval) return true;
+    int by = other.thread & ~IN_FLIGHT;
+    return by == thread || (by / WARP == thread / WARP && seen[thread][by % WARP] > other.time);
+}
+
+// ---- Checks ---------------------------------------------------------------------------------------------------------
+
+struct Text {
+    char text[160];
+};
+
+static Text place(const Region& region, uintptr_t address) {
+    Text t;
+    size_t offset = address - region.from;
+    if (&region == &dynamic_region)
+        snprintf(t.text, sizeof t.text, "dynamic shared memory + %zu", offset);
+    else if (&region == &static_region)
+        snprintf(t.text, sizeof t.text, "@s:%zu@", address - reinterpret_cast<uintptr_t>(launch.image));
+    else
+        snprintf(t.text, sizeof t.text, "byte %zu of a buffer of %zu", offset, region.to - region.from);
+    return t;
+}
+
+static Text who(const Access& other) {
+    Text t;
+    Index i = threads[other.thread & ~IN_FLIGHT].index;
+    int used = snprintf(t.text, sizeof t.text, "thread (%u,%u,%u)", i.x, i.y, i.z);
+    if (other.interval >= block_begin) return t;
+    Index block{};
+    for (const BlockBegin& begin : block_begins)
+        if (begin.interval <= other.interval) block = begin.block;
+    snprintf(t.text + used, sizeof t.text - static_cast<size_t>(used), " of block (%u,%u,%u)", block.x, block.y, block.z);
+    return t;
+}
+
+[[noreturn]] static void fail_race(const Region& region, uintptr_t address, bool write, const Access& other, bool wrote,
+                                   int thread, Site site) {
+    const char* lacking = other.interval < block_begin ? "" : ", and no barrier lies between";
+    fail("race", thread, site, "%s of %s, which %s %s in @c:%u@%s", write ? "write" : "read",
+         place(region, address).text, who(other).text, wrote ? "wrote" : "read", other.site.code, lacking);
+}
+
+[[noreturn]] static void fail_bounds(uintptr_t address, size_t bytes, bool write, int thread, Site site) {
+    const char* what = write ? "write" : "read";
+    if (address >= reinterpret_cast<uintptr_t>(emulator_dynamic_shared) &&
+        address < reinterpret_cast<uintptr_t>(emulator_dynamic_shared) + MAX_DYNAMIC_SHARED)
+        fail("out of bounds", thread, site, "%s of %zu bytes at %zu of %u bytes of dynamic shared memory", what, bytes,
+             address - reinterpret_cast<uintptr_t>(emulator_dynamic_shared), launch.dynamic_shared);
+    auto after = registered.upper_bound(address);
+    if (after != registered.begin()) {
+        const Region& region = std::prev(after)->second;
+        size_t size = region.to - region.from;
+        if (address - region.from < 2 * size + 4096)
+            fail("out of bounds", thread, site, "%s of %zu bytes at byte %zu of a buffer of %zu", what, bytes,
+                 address - region.from, size);
+    }
+    if (after != registered.end() && after->first - address < 4096)
+        fail("out of bounds", thread, site, "%s of %zu bytes that begins %zu before a buffer", what, bytes,
+             after->first - address);
+    fail("out of bounds", thread, site, "%s of %zu bytes at address %#zx, where no memory is", what, bytes, address);
+}
+
+static Region& region_of(uintptr_t address, size_t bytes, bool write, int thread, Site site) {
+    Region* region = find(address);
+    if (!region || address + bytes > region->to) fail_bounds(address, bytes, write, thread, site);
+    if (region->cells.empty()) region->cells.resize((region->to - region->from + 1) / 2);
+    return *region;
+}
+
+// Checks an access of these bytes, and notes it.
+static void touch(Region& region, uintptr_t address, size_t bytes, bool write, int thread, Site site, bool flying) {
+    size_t first = (address - region.from) / 2, last = (address - region.from + bytes - 1) / 2;
+    Access access{interval, static_cast<uint16_t>(thread | (flying ? IN_FLIGHT : 0)), time_of[thread], site};
+    for (size_t i = first; i <= last; i++) {
+        Cell& cell = region.cells[i];
+        uintptr_t here = region.from + 2 * i;
+        bool written = cell.writer.interval >= block_begin;
+        if (region.shared && written && (cell.writer.thread & IN_FLIGHT))
+            fail("in flight", thread, site, "%s of %s, whose copy %s began in @c:%u@ and has not waited for",
+                 write ? "write" : "read", place(region, here).text, who(cell.writer).text, cell.writer.site.code);
+        if (region.shared && !write && !written)
+            fail("uninitialised", thread, site, "read of %s, which no thread of the block has written",
+                 place(region, here).text);
+        if (!comes_before(cell.writer, thread, region.shared))
+            fail_race(region, here, write, cell.writer, true, thread, site);
+        bool first_before = comes_before(cell.readers[0], thread, region.shared);
+        if (!write) {
+            cell.readers[first_before ? 0 : 1] = access;  // one that conflicts with this thread's later writes stays
+            continue;
+        }
+        if (!first_before) fail_race(region, here, true, cell.readers[0], false, thread, site);
+        if (!comes_before(cell.readers[1], thread, region.shared))
+            fail_race(region, here, true, cell.readers[1], false, thread, site);
+        cell.writer = access;
+    }
+}
+
+static void hook(const void* pointer, size_t bytes, bool write, const void* return_address) {
+    if (on_a_stack(pointer)) return;
+    auto address = reinterpret_cast<uintptr_t>(pointer);
+    auto image = reinterpret_cast<uintptr_t>(launch.image);
+    Site site = Site::offset(reinterpret_cast<uintptr_t>(return_address) - image - 1);
+    counters.accesses++;
+    // constants of the program
+    if (address >= image && address < reinterpret_cast<uintptr_t>(launch.static_shared)) return;
+    touch(region_of(address, bytes, write, current, site), address, bytes, write, current, site, false);
+}
+
+void memory_read_shared(int thread, const void* pointer, int bytes, int line) {
+    auto address = reinterpret_cast<uintptr_t>(pointer);
+    auto count = static_cast<size_t>(bytes);
+    Region& region = region_of(address, count, false, thread, Site::line(line));
+    touch(region, address, count, false, thread, Site::line(line), false);
+}
+
+// ---- Shared addresses and asynchronous copies -----------------------------------------------------------------------
+
+// An address is an offset into dynamic shared memory, or from here on, into static shared memory.
+constexpr unsigned STATIC_ADDRESS = 1u << 24;
+
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;  // null: zeros
+    int bytes, group, line;
+};
+static std::vector<Copy> copies[MAX_THREADS];  // begun and not waited for
+static int committed[MAX_THREADS];             // groups
+static bool copied;
+
+static uintptr_t static_base() { return static_region.from & ~uintptr_t{127}; }
+
+extern "C" {
+
+unsigned emulator_shared_address(const void* shared, int line) {
+    auto address = reinterpret_cast<uintptr_t>(shared);
+    if (static_region.holds(address)) return STATIC_ADDRESS + static_cast<unsigned>(address - static_base());
+    uintptr_t offset = address - reinterpret_cast<uintptr_t>(emulator_dynamic_shared);
+    if (offset > MAX_DYNAMIC_SHARED) fail("out of bounds", current, Site::line(line), "not an address in shared memory");
+    return static_cast<unsigned>(offset);
+}
+
+void* emulator_shared_pointer(unsigned address, int line) {
+    if (address >= STATIC_ADDRESS) return reinterpret_cast<void*>(static_base() + (address - STATIC_ADDRESS));
+    if (address >= launch.dynamic_shared)
+        fail("out of bounds", current, Site::line(line), "shared address %u of %u bytes", address, launch.dynamic_shared);
+    return emulator_dynamic_shared + address;
+}
+
+void emulator_cp_async(void* shared, const void* global, int bytes, int line) {
+    Site site = Site::line(line);
+    auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
+    auto count = static_cast<size_t>(bytes);
+    if (bytes != 4 && bytes != 8 && bytes != 16) fail("misaligned", current, site, "cp.async of %d bytes", bytes);
+    if (to % count || from % count) fail("misaligned", current, site, "cp.async of %d bytes, from or to no multiple of it", bytes);
+    Region* region = find(to);
+    if (!region || !region->shared || to + count > region->to) fail_bounds(to, count, true, current, site);
+    if (launch.check) {
+        bool constant = from >= reinterpret_cast<uintptr_t>(launch.image) &&
+                        from < reinterpret_cast<uintptr_t>(launch.static_shared);
+        if (from && !constant)
+            touch(region_of(from, count, false, current, site), from, count, false, current, site, false);
+        touch(region_of(to, count, true, current, site), to, count, true, current, site, true);
+    }
+    copies[current].push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
+                               committed[current], line});
+    copied = true;
+}
+
+void emulator_cp_commit() { committed[current]++; }
+
+void emulator_cp_wait(int keep, int) {
+    std::vector<Copy>& mine = copies[current];
+    size_t kept = 0;
+    for (const Copy& copy : mine) {
+        auto count = static_cast<size_t>(copy.bytes);
+        if (copy.group >= committed[current] - keep) {
+            mine[kept++] = copy;
+            continue;
+        }
+        if (copy.from)
+            memcpy(copy.to, copy.from, count);
+        else
+            memset(copy.to, 0, count);
+        if (!launch.check) continue;
+        auto to = reinterpret_cast<uintptr_t>(copy.to);
+        Region& region = region_of(to, count, true, current, Site::line(copy.line));
+        Access access{interval, static_cast<uint16_t>(current), time_of[current], Site::line(copy.line)};
+        for (size_t i = 0; i < count / 2; i++) region.cells[(to - region.from) / 2 + i].writer = access;
+    }
+    mine.resize(kept);
+}
+
+}  // extern "C"
+
+// ---- Launches and blocks --------------------------------------------------------------------------------------------
+
+void memory_begin_launch() {
+    auto dynamic = reinterpret_cast<uintptr_t>(emulator_dynamic_shared);
+    dynamic_region.from = dynamic;
+    dynamic_region.to = dynamic + launch.dynamic_shared;
+    static_region.from = reinterpret_cast<uintptr_t>(launch.static_shared);
+    static_region.to = reinterpret_cast<uintptr_t>(launch.image_end);
+    dynamic_region.shared = static_region.shared = true;
+    if (!launch.check) return;
+    for (Region* region : {&dynamic_region, &static_region}) {
+        size_t cells = (region->to - region->from + 1) / 2;
+        if (region->cells.size() < cells) region->cells.resize(cells);
+    }
+    launch_begin = interval + 1;
+    block_begins.clear();
+}
+
+// Shared memory begins as NaNs.
+void memory_begin_block() {
+    memset(emulator_dynamic_shared, 0xff, launch.dynamic_shared);
+    memset(launch.static_shared, 0xff, static_cast<size_t>(launch.image_end - launch.static_shared));
+    if (copied)
+        for (int i = 0; i < MAX_THREADS; i++) copies[i].clear();
+    copied = false;
+    memset(committed, 0, sizeof committed);
+    if (!launch.check) return;
+    memory_begin_interval();
+    block_begin = interval;
+    block_begins.push_back({interval, block_index()});
+}
+
+// ---- What compilers call --------------------------------------------------------------------------------------------
+
+struct SourceLocation {
+    const char* file;
+    uint32_t line, column;
+};
+
+struct TypeName {
+    uint16_t kind, information;
+    char name[];
+};
+
+struct TypeMismatch {
+    SourceLocation location;
+    const TypeName* type;
+    uint8_t log_alignment, use;
+};
+
+static Site site_of(const void* return_address) {
+    return Site::offset(reinterpret_cast<uintptr_t>(return_address) - reinterpret_cast<uintptr_t>(launch.image) - 1);
+}
+
+extern "C" {
+
+#define HOOKS(bytes)                                                                                                     \
+    void __tsan_read##bytes(void* p) { hook(p, bytes, false, __builtin_return_address(0)); }                             \
+    void __tsan_write##bytes(void* p) { hook(p, bytes, true, __builtin_return_address(0)); }                             \
+    void __tsan_unaligned_read##bytes(void* p) { hook(p, bytes, false, __builtin_return_address(0)); }                   \
+    void __tsan_unaligned_write##bytes(void* p) { hook(p, bytes, true, __builtin_return_address(0)); }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, true, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+
+void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t pointer) {
+    fail("misaligned", current, site_of(__builtin_return_address(0)), "access of type %s at %zu bytes past a multiple of %d",
+         data->type->name, pointer & ((uintptr_t{1} << data->log_alignment) - 1), 1 << data->log_alignment);
+}
+
+void __ubsan_handle_out_of_bounds(const void*, uintptr_t index) {
+    fail("out of bounds", current, site_of(__builtin_return_address(0)), "index %zd of an array", index);
+}
+
+void __ubsan_handle_divrem_overflow(const void*, uintptr_t, uintptr_t) {
+    fail("arithmetic", current, site_of(__builtin_return_address(0)), "division by zero, or one that overflows");
+}
+
+void __ubsan_handle_shift_out_of_bounds(const void*, uintptr_t, uintptr_t) {
+    fail("arithmetic", current, site_of(__builtin_return_address(0)), "shift by more bits than there are, or a sign lost");
+}
+
+#define OVERFLOWS(name)                                                                                              \
+    void __ubsan_handle_##name##_overflow(const void*, uintptr_t, uintptr_t) {                                       \
+        fail("arithmetic", current, site_of(__builtin_return_address(0)), "an int or long long overflows by " #name); \
+    }
+OVERFLOWS(add)
+OVERFLOWS(sub)
+OVERFLOWS(mul)
+OVERFLOWS(negate)
+
+}  // extern "C"
+
+}  // namespace emulator

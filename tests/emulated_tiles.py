@@ -1,4 +1,4 @@
-"""What amx.py's intrinsics do, in plain loops over the same bytes, for machines that have no tiles.
+"""What the intrinsics of amx.py and tile_softmax.py do, in plain loops over the same bytes: for machines without tiles.
 
 ``emulated`` gives modules of kernels compiled with these in their place.
 """
@@ -134,6 +134,37 @@ def matrix(address):
     return carray(pointer(address), (32, 32), np.float32)
 
 
+@njit
+def exponentials(to, scores, blocks, shifts, totals, factor):
+    """In double precision, then rounded."""
+    room = np.empty((32, 32), np.float32)
+    address = room.ctypes.data
+    shift, total = floats(shifts, 32), floats(totals, 32)
+    for block in range(blocks):
+        room[:] = matrix(scores + block * 4096)
+        for i in range(32):
+            for j in range(32):
+                room[i, j] = np.exp2(np.float64(room[i, j]) * factor + shift[j])
+                total[j] += room[i, j]
+        for half in range(2):
+            pack_b_across(to + (2 * block + half) * amx.TILE, address + half * 64, 128, (0,))
+
+
+@njit
+def score_gradients(probabilities, gradients, across, scores, dscores, shifts, deltas, factor, scale):
+    room, other = np.empty((32, 32), np.float32), np.empty((32, 32), np.float32)
+    shift, delta = floats(shifts, 32), floats(deltas, 32)
+    for i in range(32):
+        for j in range(32):
+            room[i, j] = np.exp2(np.float64(matrix(scores)[i, j]) * factor + shift[j])
+            other[i, j] = room[i, j] * (matrix(dscores)[i, j] - delta[j]) * scale
+    for half in range(2):
+        tile = half * amx.TILE
+        pack_a_along(probabilities + tile, room.ctypes.data + half * 2048, 128, (0,))
+        pack_a_along(gradients + tile, other.ctypes.data + half * 2048, 128, (0,))
+        pack_b_across(across + tile, other.ctypes.data + half * 64, 128, (0,))
+
+
 INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, turn_block,
            configure, release)  # fmt: skip
 MODULES = ("panels", "tile_matmul", "tile_attention")
@@ -145,9 +176,12 @@ def emulated():
     tiles = types.ModuleType("emulated_amx")
     vars(tiles).update(vars(amx))
     vars(tiles).update({function.__name__: function for function in INSTEAD}, available=lambda: True)
+    softmax = types.ModuleType("emulated_softmax")
+    softmax.exponentials, softmax.score_gradients = exponentials, score_gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "caching", False)
         patch.setattr(cpu, "amx", tiles)
+        patch.setattr(cpu, "tile_softmax", softmax, raising=False)
         for name in MODULES:
             patch.setitem(sys.modules, f"{cpu.__name__}.{name}", None)  # put back or removed at the end
             patch.setattr(cpu, name, None, raising=False)

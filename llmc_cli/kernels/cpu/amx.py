@@ -78,30 +78,30 @@ Emitter = Callable[..., None]
 """Emits instructions: gets a builder and LLVM values."""
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     """Call an LLVM intrinsic."""
     function = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
-def _at(builder: Any, address: Any, offset: int, to: Any) -> Any:
+def at(builder: Any, address: Any, offset: int, to: Any) -> Any:
     """A pointer to ``to`` at ``address`` + ``offset``."""
     return builder.inttoptr(builder.add(address, INT64(offset)), to.as_pointer())
 
 
-def _load(builder: Any, address: Any, offset: int, to: Any) -> Any:
-    loaded = builder.load(_at(builder, address, offset, to))
+def load_vector(builder: Any, address: Any, offset: int, to: Any) -> Any:
+    loaded = builder.load(at(builder, address, offset, to))
     loaded.align = 4
     return loaded
 
 
 def _load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
-    _call(builder, "llvm.x86.tileloadd64", ir.VoidType(), BYTE(tile), _at(builder, address, 0, BYTE), stride)
+    call(builder, "llvm.x86.tileloadd64", ir.VoidType(), BYTE(tile), at(builder, address, 0, BYTE), stride)
 
 
-def _round(builder: Any, low: Any, high: Any) -> Any:
+def round_pair(builder: Any, low: Any, high: Any) -> Any:
     """32 numbers in bf16, those of ``low`` first, as 16 words."""
-    rounded = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, high, low)
+    rounded = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, high, low)
     return builder.bitcast(rounded, WORDS)
 
 
@@ -109,7 +109,7 @@ def _split(builder: Any, low: Any, high: Any, parts: int) -> list[Any]:
     """The parts of 32 numbers, each in bf16 as 16 words."""
     words = []
     for part in range(parts):
-        rounded = _round(builder, low, high)
+        rounded = round_pair(builder, low, high)
         words.append(rounded)
         if part + 1 < parts:
             halves = builder.bitcast(rounded, HALVES)
@@ -150,10 +150,10 @@ def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, alon
     rows: list[list[Any]] = [[] for _ in range(parts)]
     interleaved = ir.Constant(ir.VectorType(INT32, 32), [half for i in range(16) for half in (i, 16 + i)])
     for _ in range(16):
-        low = _load(builder, source, 0, FLOATS)
+        low = load_vector(builder, source, 0, FLOATS)
         if not along:
             source = builder.add(source, stride)
-        high = _load(builder, source, 64 if along else 0, FLOATS)
+        high = load_vector(builder, source, 64 if along else 0, FLOATS)
         source = builder.add(source, stride)
         for part, words in enumerate(_split(builder, low, high, parts)):
             if not along:
@@ -162,7 +162,7 @@ def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, alon
             rows[part].append(words)
     for part in range(parts):
         for i, words in enumerate(_transposed(builder, rows[part]) if turned else rows[part]):
-            builder.store(words, _at(builder, to, part * 2 * TILE + i * 64, WORDS)).align = 64
+            builder.store(words, at(builder, to, part * 2 * TILE + i * 64, WORDS)).align = 64
 
 
 def _packing(along: bool, turned: bool) -> Any:
@@ -190,7 +190,7 @@ def configure(typing_context: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         constant = cgutils.global_constant(builder, "tile_configuration", cgutils.make_bytearray(CONFIGURATION))
-        _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(constant, POINTER))
+        call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(constant, POINTER))
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -201,7 +201,7 @@ def release(typing_context: Any) -> Any:
     """Give up the tiles of this thread, so that the system need not keep them."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "llvm.x86.tilerelease", ir.VoidType())
+        call(builder, "llvm.x86.tilerelease", ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -232,7 +232,7 @@ def multiply_block(
         with builder.if_else(builder.icmp_signed("==", source, INT64(0))) as (zeros, given):
             with zeros:
                 for tile in range(4):
-                    _call(builder, "llvm.x86.tilezero", ir.VoidType(), BYTE(tile))
+                    call(builder, "llvm.x86.tilezero", ir.VoidType(), BYTE(tile))
             with given:
                 for tile, place in enumerate(places(source, source_stride)):
                     _load_tile(builder, tile, place, source_stride)
@@ -241,8 +241,8 @@ def multiply_block(
             offset = builder.mul(loop.index, step_bytes)
             _emit_step(builder, builder.add(a, offset), builder.add(b, offset), parts.count)
         for tile, place in enumerate(places(to, to_stride)):
-            pointer = _at(builder, place, 0, BYTE)
-            _call(builder, "llvm.x86.tilestored64", ir.VoidType(), BYTE(tile), pointer, to_stride)
+            pointer = at(builder, place, 0, BYTE)
+            call(builder, "llvm.x86.tilestored64", ir.VoidType(), BYTE(tile), pointer, to_stride)
         return context.get_dummy_value()
 
     size = types.int64
@@ -263,7 +263,7 @@ def _emit_step(builder: Any, a: Any, b: Any, parts: int) -> None:
                     which, part, half = waiting.pop(tile)
                     place = builder.add((a, b)[which], INT64((2 * part + half) * TILE))
                     _load_tile(builder, tile, place, INT64(64))
-            _call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(left), BYTE(right))
+            call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(left), BYTE(right))
 
 
 @intrinsic
@@ -291,10 +291,10 @@ def put_block(
                     for start, stride in ((block, block_stride), (to, to_stride), (source, source_stride))
                 )
                 for column in (0, 64):
-                    numbers = _load(builder, row, column, FLOATS)
+                    numbers = load_vector(builder, row, column, FLOATS)
                     if add:
-                        numbers = builder.fadd(_load(builder, given, column, FLOATS), numbers)
-                    stored = builder.store(numbers, _at(builder, place, column, FLOATS))
+                        numbers = builder.fadd(load_vector(builder, given, column, FLOATS), numbers)
+                    stored = builder.store(numbers, at(builder, place, column, FLOATS))
                     stored.align = 64 if stream else 4
                     if stream:
                         stored.set_metadata("nontemporal", past_caches)
@@ -321,9 +321,9 @@ def turn_block(typing_context: Any, to: Any, to_stride: Any, source: Any) -> Any
         for across in (0, 1):
             place = builder.add(to, INT64(64 * across))
             for down in (0, 1):
-                rows = [_load(builder, source, 64 * down + 128 * (16 * across + i), WORDS) for i in range(16)]
+                rows = [load_vector(builder, source, 64 * down + 128 * (16 * across + i), WORDS) for i in range(16)]
                 for row in _transposed(builder, rows):
-                    builder.store(row, _at(builder, place, 0, WORDS)).align = 4
+                    builder.store(row, at(builder, place, 0, WORDS)).align = 4
                     place = builder.add(place, to_stride)
         return context.get_dummy_value()
 
@@ -343,7 +343,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
 @intrinsic
 def load_float(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(builder, args[0], 0, ir.FloatType())
+        return load_vector(builder, args[0], 0, ir.FloatType())
 
     return types.float32(types.int64), generate
 
@@ -351,7 +351,7 @@ def load_float(typing_context: Any, address: Any) -> Any:
 @intrinsic
 def store_float(typing_context: Any, address: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], _at(builder, args[0], 0, ir.FloatType())).align = 4
+        builder.store(args[1], at(builder, args[0], 0, ir.FloatType())).align = 4
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), generate

@@ -15,8 +15,9 @@ numba's indices may be negative: such loops stand in a helper that gets slices.
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+from numba import config, njit
 from numba.core import types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 
 Decorator = Callable[[Callable[..., Any]], Any]
@@ -35,6 +36,13 @@ uint1 = types.uint32[::1]
 bytes3 = types.int8[:, :, ::1]
 ubytes2 = types.uint8[:, ::1]
 uint2 = types.uint32[:, ::1]
+
+WIDE_VECTORS = "+avx512fp16"
+"""What only processors have on which vectors of 512 bits are worth their clock rate. LLVM prefers 256 on them, too."""
+
+if config.CPU_FEATURES is None and WIDE_VECTORS in (features := get_host_cpu_features()).split(","):
+    # read when the first kernel of the process is compiled; later it has no effect
+    config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 caching = True
 """Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""

@@ -17,9 +17,9 @@ def mask(scores, first):
 
 
 @helper(CONTRACT, inline=False)
-def softmax_block(scores, largest, total, shrink, scale):
-    """Turn scores (keys,queries) into exponentials against the largest so far; ``largest``, ``total`` and ``shrink``
-    (queries,) are each query's largest score, sum of exponentials, and factor for what was summed before."""
+def raise_largest(scores, largest, total, shrink, scale):
+    """Take scores (keys,queries) into ``largest`` (queries,), each query's largest so far. ``shrink`` (queries,) becomes
+    the factor for what was summed against the one before, as ``total`` (queries,) was, which is multiplied by it."""
     keys, queries = scores.shape
     for j in range(queries):
         shrink[j] = largest[j]
@@ -33,6 +33,13 @@ def softmax_block(scores, largest, total, shrink, scale):
     for j in range(queries):
         shrink[j] = exp((shrink[j] - largest[j]) * scale)
         total[j] *= shrink[j]
+
+
+@helper(CONTRACT, inline=False)
+def softmax_block(scores, largest, total, shrink, scale):
+    """``raise_largest``, and turn scores into exponentials against that, which are added to ``total``."""
+    raise_largest(scores, largest, total, shrink, scale)
+    keys, queries = scores.shape
     for i in range(keys):
         for j in range(queries):
             exponential = exp((scores[i, j] - largest[j]) * scale)

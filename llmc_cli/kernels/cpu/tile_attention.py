@@ -13,11 +13,12 @@ import math
 import numpy as np
 from numba import prange
 
-from llmc_cli.kernels.cpu import amx
+from llmc_cli.kernels.cpu import amx, tile_softmax
 from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO
 from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, matrix, pack, vector
-from llmc_cli.kernels.cpu.softmax import MASKED, dot, mask, softmax_block, softmax_block_backward
+from llmc_cli.kernels.cpu.softmax import MASKED, dot, mask, raise_largest
+from llmc_cli.kernels.cpu.tile_softmax import LOG2_E
 
 SPAN = 8
 GROUP = 4
@@ -67,6 +68,7 @@ def scale_columns(x, factors):
 def attend(work, out, out_stride, lse, q, k, v, stride, T, HS):
     """One head: out (T,HS) and lse (T,)."""
     scale = np.float32(1.0 / math.sqrt(HS))
+    factor = scale * LOG2_E
     panels, wide = (T + SIDE - 1) // SIDE, (HS + SIDE - 1) // SIDE
     edge = work
     keys = edge + EDGE  # of a: rows are keys
@@ -76,8 +78,9 @@ def attend(work, out, out_stride, lse, q, k, v, stride, T, HS):
     scores = probabilities + SPAN * STEP
     sums = scores + SPAN * BLOCK  # (channels,queries)
     room = sums + wide * BLOCK
-    largest, total = vector(room + BLOCK, SIDE), vector(room + BLOCK + ROW, SIDE)
-    shrink = vector(room + BLOCK + 2 * ROW, SIDE)
+    totals, shifts = room + BLOCK, room + BLOCK + ROW
+    total, shift = vector(totals, SIDE), vector(shifts, SIDE)
+    largest, shrink = vector(shifts + ROW, SIDE), vector(shifts + 2 * ROW, SIDE)
     pack_matrix(keys, wide * STEP, k, stride, True, False, T, HS, edge)
     pack_matrix(values, panels * STEP, v, stride, False, False, HS, T, edge)
     for panel in range(panels):
@@ -94,11 +97,10 @@ def attend(work, out, out_stride, lse, q, k, v, stride, T, HS):
                 )
             if start + steps > panel:
                 mask(matrix(scores + (steps - 1) * BLOCK, SIDE, SIDE), 0)
-            softmax_block(matrix(scores, steps * SIDE, SIDE), largest, total, shrink, scale)
-            for i in range(steps):
-                to, source = probabilities + i * STEP, scores + i * BLOCK
-                amx.pack_b_across(to, source, ROW, PARTS)
-                amx.pack_b_across(to + amx.TILE, source + ROW // 2, ROW, PARTS)
+            raise_largest(matrix(scores, steps * SIDE, SIDE), largest, total, shrink, scale)
+            for i in range(SIDE):
+                shift[i] = -largest[i] * factor
+            tile_softmax.exponentials(probabilities, scores, steps, shifts, totals, factor)
             if start > 0:
                 scale_columns(matrix(sums, wide * SIDE, SIDE), shrink)
             for i in range(wide):
@@ -140,6 +142,7 @@ def attention_forward(out, lse, qkv, work, B, T, NH, HS):
 def attend_backward(work, dq, dout, out, lse, q, C4, T, HS):
     """One head: its parts of the gradient of qkv, from addresses of their first numbers; ``C4``: bytes of C floats."""
     scale = np.float32(1.0 / math.sqrt(HS))
+    factor = scale * LOG2_E
     panels, wide, stride = (T + SIDE - 1) // SIDE, (HS + SIDE - 1) // SIDE, 3 * C4
     edge = work
     keys = edge + EDGE  # of a: rows are keys
@@ -158,7 +161,8 @@ def attend_backward(work, dq, dout, out, lse, q, C4, T, HS):
     dscores = scores + GROUP * BLOCK
     sums = dscores + GROUP * BLOCK
     room = sums + BLOCK
-    lses, deltas = vector(room + BLOCK, GROUP * SIDE), vector(room + BLOCK + GROUP * ROW, GROUP * SIDE)
+    shifts, deltas = room + BLOCK, room + BLOCK + GROUP * ROW
+    shift, delta = vector(shifts, GROUP * SIDE), vector(deltas, GROUP * SIDE)
     pack_matrix(keys, wide * STEP, q + C4, stride, True, False, T, HS, edge)
     pack_matrix(values, wide * STEP, q + 2 * C4, stride, True, False, T, HS, edge)
     pack_matrix(turned, panels * STEP, q + C4, stride, False, False, HS, T, edge)
@@ -171,11 +175,11 @@ def attend_backward(work, dq, dout, out, lse, q, C4, T, HS):
         pack_matrix(queries_across, GROUP * STEP, here, stride, False, True, HS, count, edge)
         pack_matrix(douts_across, GROUP * STEP, dhere, C4, False, True, HS, count, edge)
         known = vector(lse + first * 4, count)
-        lses[:] = ZERO
-        deltas[:] = ZERO
+        shift[:] = ZERO
+        delta[:] = ZERO
         for i in range(count):
-            lses[i] = known[i]
-            deltas[i] = dot(vector(dhere + i * C4, HS), vector(out + (first + i) * C4, HS))
+            shift[i] = -known[i] * LOG2_E
+            delta[i] = dot(vector(dhere + i * C4, HS), vector(out + (first + i) * C4, HS))
         for panel in range(group + size):
             skipped = max(0, panel - group)  # panels of queries before the keys
             for i in range(skipped, size):
@@ -185,16 +189,10 @@ def attend_backward(work, dq, dout, out, lse, q, C4, T, HS):
                 amx.multiply_block(dblock, ROW, 0, 0, values + a, douts + b, wide, PARTS)
                 if group + i == panel:
                     mask(matrix(block, SIDE, SIDE), 0)
-                part = slice(i * SIDE, i * SIDE + SIDE)
-                softmax_block_backward(
-                    matrix(block, SIDE, SIDE), matrix(dblock, SIDE, SIDE), lses[part], deltas[part], scale
-                )
-                for half in range(2):
-                    to, source = i * STEP + half * amx.TILE, half * BLOCK // 2
-                    amx.pack_a_along(probabilities + to, block + source, ROW, PARTS)
-                    amx.pack_a_along(gradients + to, dblock + source, ROW, PARTS)
-                    across = gradients_across + (i * panels + panel) * STEP + half * amx.TILE
-                    amx.pack_b_across(across, dblock + half * ROW // 2, ROW, PARTS)
+                tile_softmax.score_gradients(
+                    probabilities + i * STEP, gradients + i * STEP, gradients_across + (i * panels + panel) * STEP,
+                    block, dblock, shifts + i * ROW, deltas + i * ROW, factor, scale,
+                )  # fmt: skip
             for j in range(wide):
                 place = (panel * wide + j) * BLOCK
                 a, b = skipped * STEP, (j * GROUP + skipped) * STEP

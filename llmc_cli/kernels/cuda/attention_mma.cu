@@ -402,14 +402,21 @@ __device__ __forceinline__ void delta(
 // keys in rows, so that pᵀ and dsᵀ, rounded to bf16, are where they are operands a of dv += pᵀ · dout, dk += dsᵀ · q.
 // Queries past T come as zeros, with statistics of zero: they add nothing.
 
+// Begins to copy a tile of queries to a stage: q, dout, statistics. Where they are is worked out each time: what may be
+// read again from the kernel's arguments takes no registers in between.
 template <class S>
 __device__ __forceinline__ void copy_queries(
-    unsigned stage, const Bf16* q, const Bf16* dout, const float* statistics, size_t C, int query, int T) {
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, q + query * 3 * C, 3 * C, T - query);
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage + S::TILE, dout + query * C, C, T - query);
+    unsigned stage, const Bf16* qkv, const Bf16* dout, const float* statistics, int query, int T, int NH) {
+    const int C = NH * S::HS;
+    const size_t h = blockIdx.y;
+    const size_t b = blockIdx.z;
+    const size_t at = b * T + query;
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, qkv + at * 3 * C + h * S::HS, 3 * C, T - query);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage + S::TILE, dout + at * C + h * S::HS, C, T - query);
     if ((int)threadIdx.x < S::STREAMED) {
         const int t = query + (int)threadIdx.x;
-        copy_async_8(stage + 2 * S::TILE + threadIdx.x * 8, statistics + 2 * (size_t)(t < T ? t : 0), t < T);
+        const float* pair = statistics + 2 * ((b * NH + h) * T + (t < T ? t : 0));
+        copy_async_8(stage + 2 * S::TILE + threadIdx.x * 8, pair, t < T);
     }
     copy_async_commit();
 }
@@ -429,11 +436,8 @@ __device__ __forceinline__ void backward_keys(
     const size_t b = blockIdx.z;
     const size_t C = (size_t)NH * S::HS;
     const size_t head = b * T * 3 * C + (size_t)h * S::HS;
-    const Bf16* q = qkv + head;
-    const Bf16* k = q + C;
+    const Bf16* k = qkv + head + C;
     const Bf16* v = k + C;
-    dout += b * T * C + (size_t)h * S::HS;
-    statistics += (b * NH + h) * T * 2;
     const unsigned base = shared_address(memory);
     const unsigned ring = base + S::RING;
     const unsigned own_keys = base + warp * S::WARP_ROWS * S::ROW;
@@ -455,7 +459,7 @@ __device__ __forceinline__ void backward_keys(
         keep<S>(kept_values, own_values, rows);
         __syncthreads();  // the ring takes the place of k and v
     }
-    copy_queries<S>(ring, q, dout, statistics, C, start * S::STREAMED, T);
+    copy_queries<S>(ring, qkv, dout, statistics, start * S::STREAMED, T, NH);
 
     float dk[S::PATCHES][S::COLUMNS][4];
     float dv[S::PATCHES][S::COLUMNS][4];
@@ -468,7 +472,7 @@ __device__ __forceinline__ void backward_keys(
         __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
         const int query = (start + j) * S::STREAMED;
         if (j + 1 < tiles) {
-            copy_queries<S>(ring + ((j + 1) & 1) * S::STAGE, q, dout, statistics, C, query + S::STREAMED, T);
+            copy_queries<S>(ring + ((j + 1) & 1) * S::STAGE, qkv, dout, statistics, query + S::STREAMED, T, NH);
         }
         if (query + S::STREAMED - 1 < row) {
             continue;  // no query of the tile sees this warp's keys

@@ -41,8 +41,8 @@ struct Matches {
     int rows[SEARCHED];
 };
 
-// Fills in `matches` and returns how many there are. All threads of the block call it, and may read the rows behind it;
-// a barrier must come before the next call, unless there are none.
+// Fills in `matches` and returns how many there are. All threads of the block call it, and may read the rows until they
+// call it again: the next ones are written behind its first barrier.
 __device__ __forceinline__ int find_rows(Matches& matches, const int* keys, int key, int first, int N) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -91,9 +91,6 @@ __device__ __forceinline__ void add_rows(
         float sum[W] = {};
         for (int n = first; n < N; n += SEARCHED) {
             const int count = find_rows(matches, keys, key, n, N);
-            if (count == 0) {
-                continue;
-            }
             if (c < C) {
 #pragma unroll 4
                 for (int k = 0; k < count; k++) {  // unrolled: the loads of four rows are under way at once
@@ -105,7 +102,6 @@ __device__ __forceinline__ void add_rows(
                     }
                 }
             }
-            __syncthreads();
         }
         if (c < C) {
             float before[W] = {};

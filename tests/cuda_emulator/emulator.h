@@ -44,37 +44,39 @@ constexpr int warpSize = 32;
 // emulator_mma_bf16: mma.m16n8k16, bf16 operands, d += a b in float. emulator_ldmatrix: four 8 x 8 matrices of 16-bit
 // numbers, lane i giving the address of row i % 8 of matrix i / 8. Shared addresses are 32 bits, as on the device.
 
-#define EMULATOR_LINE int line = __builtin_LINE()
 extern "C" {
-void emulator_cp_async(void* shared, const void* global, int bytes, EMULATOR_LINE);
+void emulator_cp_async(void* shared, const void* global, int bytes);
 void emulator_cp_commit();
-void emulator_cp_wait(int keep, EMULATOR_LINE);
-void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b, EMULATOR_LINE);
-void emulator_ldmatrix(unsigned* r, unsigned address, bool transposed, EMULATOR_LINE);
-unsigned emulator_shared_address(const void* shared, EMULATOR_LINE);
-void* emulator_shared_pointer(unsigned address, EMULATOR_LINE);
+void emulator_cp_wait(int keep);
+void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b);
+void emulator_ldmatrix(unsigned* r, unsigned address, bool transposed);
+unsigned emulator_shared_address(const void* shared);
+void* emulator_shared_pointer(unsigned address);
 }
 
 // ---- Barriers ---------------------------------------------------------------------------------------------------
 
-extern "C" int emulator_barrier(int predicate, int* any, int* count, int line);
+// A barrier is known by its place in the source. All is inlined into kernels, so that debug information knows the caller.
+#define EMULATOR_PLACE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(EMULATOR_LINE) {
+extern "C" int emulator_barrier(int predicate, int* any, int* count, const char* file, int line);
+
+__forceinline__ void __syncthreads(EMULATOR_PLACE) {
     int any, count;
-    emulator_barrier(0, &any, &count, line);
+    emulator_barrier(0, &any, &count, file, line);
 }
-inline int __syncthreads_and(int predicate, EMULATOR_LINE) {
+__forceinline__ int __syncthreads_and(int predicate, EMULATOR_PLACE) {
     int any, count;
-    return emulator_barrier(predicate, &any, &count, line);
+    return emulator_barrier(predicate, &any, &count, file, line);
 }
-inline int __syncthreads_or(int predicate, EMULATOR_LINE) {
+__forceinline__ int __syncthreads_or(int predicate, EMULATOR_PLACE) {
     int any, count;
-    emulator_barrier(predicate, &any, &count, line);
+    emulator_barrier(predicate, &any, &count, file, line);
     return any;
 }
-inline int __syncthreads_count(int predicate, EMULATOR_LINE) {
+__forceinline__ int __syncthreads_count(int predicate, EMULATOR_PLACE) {
     int any, count;
-    emulator_barrier(predicate, &any, &count, line);
+    emulator_barrier(predicate, &any, &count, file, line);
     return count;
 }
 
@@ -82,44 +84,38 @@ inline int __syncthreads_count(int predicate, EMULATOR_LINE) {
 
 extern "C" {
 int emulator_lane();
-void emulator_warp_sync(unsigned mask, int line);
-void emulator_shuffle(unsigned mask, const void* input, void* output, int bytes, int source, int line);
-unsigned emulator_ballot(unsigned mask, int predicate, int line);
+void emulator_warp_sync(unsigned mask);
+void emulator_shuffle(unsigned mask, const void* input, void* output, int bytes, int source);
+unsigned emulator_ballot(unsigned mask, int predicate);
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_LINE) { emulator_warp_sync(mask, line); }
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_LINE) {
-    return emulator_ballot(mask, predicate, line);
-}
-inline int __any_sync(unsigned mask, int predicate, EMULATOR_LINE) {
-    return emulator_ballot(mask, predicate, line) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, EMULATOR_LINE) {
-    return emulator_ballot(mask, !predicate, line) == 0;
-}
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) { emulator_warp_sync(mask); }
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) { return emulator_ballot(mask, predicate); }
+__forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator_ballot(mask, predicate) != 0; }
+__forceinline__ int __all_sync(unsigned mask, int predicate) { return emulator_ballot(mask, !predicate) == 0; }
 
 // Lanes form segments of `width`; a lane whose source lies outside of its segment gets its own value.
-#define EMULATOR_SHUFFLES(Type)                                                                                     \
-    inline Type emulator_shuffled(unsigned mask, Type value, int source, int line) {                                \
-        Type result;                                                                                                \
-        emulator_shuffle(mask, &value, &result, sizeof value, source, line);                                        \
-        return result;                                                                                              \
-    }                                                                                                               \
-    inline Type __shfl_sync(unsigned mask, Type value, int source, int width = 32, EMULATOR_LINE) {                 \
-        int first = emulator_lane() & ~(width - 1);                                                                 \
-        return emulator_shuffled(mask, value, first | (source & (width - 1)), line);                                \
-    }                                                                                                               \
-    inline Type __shfl_xor_sync(unsigned mask, Type value, int bits, int width = 32, EMULATOR_LINE) {               \
-        int lane = emulator_lane(), source = lane ^ bits;                                                           \
-        return emulator_shuffled(mask, value, source > (lane | (width - 1)) ? lane : source, line);                 \
-    }                                                                                                               \
-    inline Type __shfl_down_sync(unsigned mask, Type value, unsigned by, int width = 32, EMULATOR_LINE) {           \
-        int lane = emulator_lane(), source = lane + (int)by;                                                        \
-        return emulator_shuffled(mask, value, source > (lane | (width - 1)) ? lane : source, line);                 \
-    }                                                                                                               \
-    inline Type __shfl_up_sync(unsigned mask, Type value, unsigned by, int width = 32, EMULATOR_LINE) {             \
-        int lane = emulator_lane(), source = lane - (int)by;                                                        \
-        return emulator_shuffled(mask, value, source < (lane & ~(width - 1)) ? lane : source, line);                \
+#define EMULATOR_SHUFFLES(Type)                                                                             \
+    __forceinline__ Type emulator_shuffled(unsigned mask, Type value, int source) {                         \
+        Type result;                                                                                        \
+        emulator_shuffle(mask, &value, &result, sizeof value, source);                                      \
+        return result;                                                                                      \
+    }                                                                                                       \
+    __forceinline__ Type __shfl_sync(unsigned mask, Type value, int source, int width = 32) {               \
+        int first = emulator_lane() & ~(width - 1);                                                         \
+        return emulator_shuffled(mask, value, first | (source & (width - 1)));                              \
+    }                                                                                                       \
+    __forceinline__ Type __shfl_xor_sync(unsigned mask, Type value, int bits, int width = 32) {             \
+        int lane = emulator_lane(), source = lane ^ bits;                                                   \
+        return emulator_shuffled(mask, value, source > (lane | (width - 1)) ? lane : source);               \
+    }                                                                                                       \
+    __forceinline__ Type __shfl_down_sync(unsigned mask, Type value, unsigned by, int width = 32) {         \
+        int lane = emulator_lane(), source = lane + (int)by;                                                \
+        return emulator_shuffled(mask, value, source > (lane | (width - 1)) ? lane : source);               \
+    }                                                                                                       \
+    __forceinline__ Type __shfl_up_sync(unsigned mask, Type value, unsigned by, int width = 32) {           \
+        int lane = emulator_lane(), source = lane - (int)by;                                                \
+        return emulator_shuffled(mask, value, source < (lane & ~(width - 1)) ? lane : source);              \
     }
 EMULATOR_SHUFFLES(int)
 EMULATOR_SHUFFLES(unsigned)

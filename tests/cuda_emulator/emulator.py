@@ -1,4 +1,4 @@
-"""Runs CUDA kernels on the CPU, and finds what is wrong with them. README.md says what, how, and what it cannot find."""
+"""Runs CUDA kernels on the CPU, and finds what is wrong with them: README.md says what, and how."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock
 
 HERE = Path(__file__).parent
-RUNTIME = ("launch.cpp", "warp.cpp", "memory.cpp")
+RUNTIME = ("launch.cpp", "warp.cpp", "copies.cpp", "memory.cpp")
 FILES = (*RUNTIME, "runtime.h", "context.h", "emulator.h", "emulator.py")
 
 MAX_THREADS = 1024
@@ -28,7 +28,7 @@ MAX_BLOCK = (1024, 1024, 64)
 
 COMPILE = (
     *("-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-gnu-unique", "-fno-threadsafe-statics", "-Wno-unknown-pragmas", "-Werror=uninitialized"),
+    *("-fno-gnu-unique", "-fno-threadsafe-statics", "-fno-optimize-sibling-calls", "-Werror=uninitialized"),
 )
 # Loads stay where they are written: one that is taken out of a loop may never have been due.
 CHECKED = (
@@ -85,7 +85,7 @@ def _folder() -> Path:
 @functools.cache
 def _version() -> bytes:
     """All that a library depends on beside its own text."""
-    compiler = _run(_compiler(), "-dumpfullversion", "-dumpmachine").encode()
+    compiler = _run(_compiler(), "-dumpfullversion").encode()
     return b"\0".join([compiler, *((HERE / name).read_bytes() for name in FILES)])
 
 
@@ -125,7 +125,7 @@ def _build_program(folder: Path, source: str, options: Sequence[str], check: boo
 
 
 def _as_cpp(text: str) -> str:
-    """Preprocessed CUDA as C++: kernels become functions, and a table of them is added; every line stays where it is."""
+    """Preprocessed CUDA as C++: kernels become functions, a table at the end lists them; every line stays in its place."""
     entries = []
 
     def function(kernel: re.Match[str]) -> str:
@@ -199,7 +199,7 @@ class Program:
         _runtime()
         self._path = _library(text, lambda folder: _build_program(folder, source, options, check))
         self._library = ctypes.CDLL(str(self._path))
-        self._lines = source.splitlines()
+        self._places = _places(source)
         self._image = (ctypes.c_void_p * 3)()
         self._library.emulator_image(self._image)
         self._kernels = {}
@@ -227,7 +227,7 @@ class Program:
     def launch(
         self, name: str, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared: int = 0
     ) -> None:
-        """Runs a kernel. ``args``: an int, the address, for a pointer; np.int32, np.int64 and np.float32 for the others.
+        """Runs a kernel. ``args``: an int, the address, for a pointer, otherwise np.int32, np.int64 or np.float32.
 
         Raises:
             EmulatorError: of a launch that a GPU would refuse; of a fault of the kernel.
@@ -273,17 +273,12 @@ class Program:
         message = re.sub(r"@c:(\d+)@", lambda match: self._place(int(match[1])), message)
         return re.sub(r"@s:(\d+)@", lambda match: self._variable(int(match[1])), message)
 
-    def _place(self, code: int) -> str:
-        """The words for a ``Site`` of runtime.h."""
-        if code >> 31:
-            lines = [code & 0x7FFFFFFF]
-        else:
-            frames = _run("addr2line", "-i", "-e", str(self._path), hex(code)).splitlines()
-            lines = [int(match[1]) for frame in frames if (match := re.search(r"program\.cu:(\d+)", frame))]
-        if not lines or not 0 < lines[0] <= len(self._lines):
-            return "a place unknown"
-        callers = "".join(f", called from line {line}" for line in lines[1:])
-        return f"line {lines[0]} `{self._lines[lines[0] - 1].strip()}`{callers}"
+    def _place(self, site: int) -> str:
+        """The words for a ``Site`` of runtime.h: the innermost function's line, then those that the call came from."""
+        frames = _run("addr2line", "-i", "-e", str(self._path), hex(site)).splitlines()
+        places = [match.groups() for frame in frames if (match := re.search(r"([^/]*):(\d+)", frame))]
+        known = [(file, int(line)) for file, line in places if (file, int(line)) in self._places]
+        return ", called from ".join(f"{file}:{line} `{self._places[file, line]}`" for file, line in known) or "unknown"
 
     def _variable(self, offset: int) -> str:
         """The words for what lies in static shared memory at an offset into the library."""
@@ -292,6 +287,18 @@ class Program:
             if match and int(match[1], 16) <= offset < int(match[1], 16) + int(match[2], 16):
                 return f"shared {match[3].split('::')[-1]} + {offset - int(match[1], 16)}"
         return "shared memory between variables"
+
+
+def _places(source: str) -> dict[tuple[str, int], str]:
+    """The text of each line, by file and number as compilers name it."""
+    file, number = "program.cu", 0
+    places = {}
+    for text in source.splitlines():
+        number += 1
+        if directive := re.match(r'#\s*line\s+(\d+)(?:\s+"(.*)")?', text):
+            number, file = int(directive[1]) - 1, directive[2] or file
+        places[file, number] = text.strip()
+    return places
 
 
 def _sizes(kernel: str, what: str, sizes: Sequence[int], most: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
@@ -308,8 +315,9 @@ def register(address: int, nbytes: int) -> None:
     """Device memory that exists from now on. Checked programs may access no other."""
     with _one_at_a_time:
         if not _runtime().emulator_register(address, nbytes):
+            what = f"{nbytes} bytes at {address:#x}"
             raise EmulatorError(
-                f"memory at {address:#x}, {nbytes} bytes, overlaps memory that is registered: unregister memory before it is freed"
+                f"{what} overlap memory that is registered, which should be until it is freed, no longer"
             )
 
 

@@ -115,16 +115,16 @@ static void give_stack(int thread) {
         if (told[i] || (first.state != State::at_barrier && first.state != State::in_warp)) continue;
         int together = 0;
         for (int k = i; k < thread_count; k++) {
-            if (threads[k].state != first.state || threads[k].line != first.line) continue;
+            if (threads[k].state != first.state || threads[k].site != first.site) continue;
             told[k] = true;
             together++;
         }
         const char* what = first.state == State::at_barrier ? "a barrier" : OPERATION_NAMES[int(first.call.operation)];
         used += static_cast<size_t>(snprintf(text + used, sizeof text - used, "%s%d from (%u,%u,%u) on in %s, @c:%u@",
                                              shown++ ? "; " : "", together, first.index.x, first.index.y, first.index.z,
-                                             what, Site::line(first.line).code));
+                                             what, first.site));
     }
-    fail("deadlock", current, Site::line(threads[current].line), "no thread can go on; these wait: %s", text);
+    fail("deadlock", current, threads[current].site, "no thread can go on; these wait: %s", text);
 }
 
 static void go_on(Context& from) {
@@ -136,9 +136,9 @@ static void go_on(Context& from) {
     switch_context(from, contexts[next]);
 }
 
-void wait_as(State state, int line) {
+void wait_as(State state, Site site) {
     threads[current].state = state;
-    threads[current].line = line;
+    threads[current].site = site;
     go_on(contexts[current]);
 }
 
@@ -150,7 +150,7 @@ void make_ready(int thread) {
 void fail(const char* kind, int thread, Site site, const char* format, ...) {
     Index t = threads[thread].index, b = blockIdx;
     int used = snprintf(error, sizeof error, "%s: %s, block (%u,%u,%u), thread (%u,%u,%u), @c:%u@: ", kind,
-                        launch.kernel, b.x, b.y, b.z, t.x, t.y, t.z, site.code);
+                        launch.kernel, b.x, b.y, b.z, t.x, t.y, t.z, site);
     va_list values;
     va_start(values, format);
     vsnprintf(error + used, sizeof error - static_cast<size_t>(used), format, values);
@@ -178,19 +178,21 @@ static void release_barrier() {
         if (threads[order[i]].state == State::at_barrier) make_ready(order[i]);
 }
 
-extern "C" int emulator_barrier(int predicate, int* any, int* count, int line) {
+extern "C" int emulator_barrier(int predicate, int* any, int* count, const char* file, int line) {
+    Site site = CALLED_FROM;
     if (!barrier.arrived) barrier.first = current;
-    threads[current].line = line;
+    threads[current].barrier_file = file;
+    threads[current].barrier_line = line;
     Thread& first = threads[barrier.first];
-    if (first.line != line)
-        fail("divergent barrier", current, Site::line(line), "thread (%u,%u,%u) waits at another barrier, @c:%u@",
-             first.index.x, first.index.y, first.index.z, Site::line(first.line).code);
+    if (first.barrier_line != line || strcmp(first.barrier_file, file))
+        fail("divergent barrier", current, site, "thread (%u,%u,%u) waits at another barrier, @c:%u@", first.index.x,
+             first.index.y, first.index.z, first.site);
     barrier.arrived++;
     barrier.holding += predicate != 0;
     if (barrier.arrived == alive)
         release_barrier();
     else
-        wait_as(State::at_barrier, line);
+        wait_as(State::at_barrier, site);
     *any = barrier.any;
     *count = barrier.count;
     return barrier.all;
@@ -232,6 +234,7 @@ static bool run_block() {
     if (shuffled) shuffle(order, static_cast<unsigned>(thread_count));
     for (int i = 0; i < thread_count; i++) enqueue(order[i]);
     warps_begin_block();
+    copies_begin_block();
     memory_begin_block();
     go_on(launching);
     return !error[0];

@@ -149,7 +149,7 @@ static Text who(const Access& other) {
                                    int thread, Site site) {
     const char* lacking = other.interval < block_begin ? "" : ", and no barrier lies between";
     fail("race", thread, site, "%s of %s, which %s %s in @c:%u@%s", write ? "write" : "read",
-         place(region, address).text, who(other).text, wrote ? "wrote" : "read", other.site.code, lacking);
+         place(region, address).text, who(other).text, wrote ? "wrote" : "read", other.site, lacking);
 }
 
 [[noreturn]] static void fail_bounds(uintptr_t address, size_t bytes, bool write, int thread, Site site) {
@@ -189,7 +189,7 @@ static void touch(Region& region, uintptr_t address, size_t bytes, bool write, i
         bool written = cell.writer.interval >= block_begin;
         if (region.shared && written && (cell.writer.thread & IN_FLIGHT))
             fail("in flight", thread, site, "%s of %s, whose copy %s began in @c:%u@ and has not waited for",
-                 write ? "write" : "read", place(region, here).text, who(cell.writer).text, cell.writer.site.code);
+                 write ? "write" : "read", place(region, here).text, who(cell.writer).text, cell.writer.site);
         if (region.shared && !write && !written)
             fail("uninitialised", thread, site, "read of %s, which no thread of the block has written",
                  place(region, here).text);
@@ -207,102 +207,28 @@ static void touch(Region& region, uintptr_t address, size_t bytes, bool write, i
     }
 }
 
-static void hook(const void* pointer, size_t bytes, bool write, const void* return_address) {
-    if (on_a_stack(pointer)) return;
+static void access(const void* pointer, size_t bytes, bool write, int thread, Site site) {
     auto address = reinterpret_cast<uintptr_t>(pointer);
-    auto image = reinterpret_cast<uintptr_t>(launch.image);
-    Site site = Site::offset(reinterpret_cast<uintptr_t>(return_address) - image - 1);
     counters.accesses++;
-    // constants of the program
-    if (address >= image && address < reinterpret_cast<uintptr_t>(launch.static_shared)) return;
-    touch(region_of(address, bytes, write, current, site), address, bytes, write, current, site, false);
+    if (pointer >= launch.image && pointer < launch.static_shared) return;  // constants of the program
+    touch(region_of(address, bytes, write, thread, site), address, bytes, write, thread, site, false);
 }
 
-void memory_read_shared(int thread, const void* pointer, int bytes, int line) {
-    auto address = reinterpret_cast<uintptr_t>(pointer);
-    auto count = static_cast<size_t>(bytes);
-    Region& region = region_of(address, count, false, thread, Site::line(line));
-    touch(region, address, count, false, thread, Site::line(line), false);
+void memory_read(const void* pointer, size_t bytes, int thread, Site site) {
+    access(pointer, bytes, false, thread, site);
 }
 
-// ---- Shared addresses and asynchronous copies -----------------------------------------------------------------------
-
-// An address is an offset into dynamic shared memory, or from here on, into static shared memory.
-constexpr unsigned STATIC_ADDRESS = 1u << 24;
-
-struct Copy {
-    unsigned char* to;
-    const unsigned char* from;  // null: zeros
-    int bytes, group, line;
-};
-static std::vector<Copy> copies[MAX_THREADS];  // begun and not waited for
-static int committed[MAX_THREADS];             // groups
-static bool copied;
-
-static uintptr_t static_base() { return static_region.from & ~uintptr_t{127}; }
-
-extern "C" {
-
-unsigned emulator_shared_address(const void* shared, int line) {
+void memory_begin_copy(const void* shared, size_t bytes, Site site) {
     auto address = reinterpret_cast<uintptr_t>(shared);
-    if (static_region.holds(address)) return STATIC_ADDRESS + static_cast<unsigned>(address - static_base());
-    uintptr_t offset = address - reinterpret_cast<uintptr_t>(emulator_dynamic_shared);
-    if (offset > MAX_DYNAMIC_SHARED) fail("out of bounds", current, Site::line(line), "not an address in shared memory");
-    return static_cast<unsigned>(offset);
+    touch(region_of(address, bytes, true, current, site), address, bytes, true, current, site, true);
 }
 
-void* emulator_shared_pointer(unsigned address, int line) {
-    if (address >= STATIC_ADDRESS) return reinterpret_cast<void*>(static_base() + (address - STATIC_ADDRESS));
-    if (address >= launch.dynamic_shared)
-        fail("out of bounds", current, Site::line(line), "shared address %u of %u bytes", address, launch.dynamic_shared);
-    return emulator_dynamic_shared + address;
+void memory_end_copy(const void* shared, size_t bytes, Site site) {
+    auto address = reinterpret_cast<uintptr_t>(shared);
+    Region& region = region_of(address, bytes, true, current, site);
+    Access write{interval, static_cast<uint16_t>(current), time_of[current], site};
+    for (size_t i = 0; i < bytes / 2; i++) region.cells[(address - region.from) / 2 + i].writer = write;
 }
-
-void emulator_cp_async(void* shared, const void* global, int bytes, int line) {
-    Site site = Site::line(line);
-    auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
-    auto count = static_cast<size_t>(bytes);
-    if (bytes != 4 && bytes != 8 && bytes != 16) fail("misaligned", current, site, "cp.async of %d bytes", bytes);
-    if (to % count || from % count) fail("misaligned", current, site, "cp.async of %d bytes, from or to no multiple of it", bytes);
-    Region* region = find(to);
-    if (!region || !region->shared || to + count > region->to) fail_bounds(to, count, true, current, site);
-    if (launch.check) {
-        bool constant = from >= reinterpret_cast<uintptr_t>(launch.image) &&
-                        from < reinterpret_cast<uintptr_t>(launch.static_shared);
-        if (from && !constant)
-            touch(region_of(from, count, false, current, site), from, count, false, current, site, false);
-        touch(region_of(to, count, true, current, site), to, count, true, current, site, true);
-    }
-    copies[current].push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
-                               committed[current], line});
-    copied = true;
-}
-
-void emulator_cp_commit() { committed[current]++; }
-
-void emulator_cp_wait(int keep, int) {
-    std::vector<Copy>& mine = copies[current];
-    size_t kept = 0;
-    for (const Copy& copy : mine) {
-        auto count = static_cast<size_t>(copy.bytes);
-        if (copy.group >= committed[current] - keep) {
-            mine[kept++] = copy;
-            continue;
-        }
-        if (copy.from)
-            memcpy(copy.to, copy.from, count);
-        else
-            memset(copy.to, 0, count);
-        if (!launch.check) continue;
-        auto to = reinterpret_cast<uintptr_t>(copy.to);
-        Region& region = region_of(to, count, true, current, Site::line(copy.line));
-        Access access{interval, static_cast<uint16_t>(current), time_of[current], Site::line(copy.line)};
-        for (size_t i = 0; i < count / 2; i++) region.cells[(to - region.from) / 2 + i].writer = access;
-    }
-    mine.resize(kept);
-}
-
-}  // extern "C"
 
 // ---- Launches and blocks --------------------------------------------------------------------------------------------
 
@@ -326,10 +252,6 @@ void memory_begin_launch() {
 void memory_begin_block() {
     memset(emulator_dynamic_shared, 0xff, launch.dynamic_shared);
     memset(launch.static_shared, 0xff, static_cast<size_t>(launch.image_end - launch.static_shared));
-    if (copied)
-        for (int i = 0; i < MAX_THREADS; i++) copies[i].clear();
-    copied = false;
-    memset(committed, 0, sizeof committed);
     if (!launch.check) return;
     memory_begin_interval();
     block_begin = interval;
@@ -354,48 +276,48 @@ struct TypeMismatch {
     uint8_t log_alignment, use;
 };
 
-static Site site_of(const void* return_address) {
-    return Site::offset(reinterpret_cast<uintptr_t>(return_address) - reinterpret_cast<uintptr_t>(launch.image) - 1);
+static void hook(const void* pointer, size_t bytes, bool write, Site site) {
+    if (!on_a_stack(pointer)) access(pointer, bytes, write, current, site);
 }
 
 extern "C" {
 
-#define HOOKS(bytes)                                                                                                     \
-    void __tsan_read##bytes(void* p) { hook(p, bytes, false, __builtin_return_address(0)); }                             \
-    void __tsan_write##bytes(void* p) { hook(p, bytes, true, __builtin_return_address(0)); }                             \
-    void __tsan_unaligned_read##bytes(void* p) { hook(p, bytes, false, __builtin_return_address(0)); }                   \
-    void __tsan_unaligned_write##bytes(void* p) { hook(p, bytes, true, __builtin_return_address(0)); }
+#define HOOKS(bytes)                                                                    \
+    void __tsan_read##bytes(void* p) { hook(p, bytes, false, CALLED_FROM); }            \
+    void __tsan_write##bytes(void* p) { hook(p, bytes, true, CALLED_FROM); }            \
+    void __tsan_unaligned_read##bytes(void* p) { hook(p, bytes, false, CALLED_FROM); }  \
+    void __tsan_unaligned_write##bytes(void* p) { hook(p, bytes, true, CALLED_FROM); }
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, false, CALLED_FROM); }
+void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, true, CALLED_FROM); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
 void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t pointer) {
-    fail("misaligned", current, site_of(__builtin_return_address(0)), "access of type %s at %zu bytes past a multiple of %d",
+    fail("misaligned", current, CALLED_FROM, "access of type %s at %zu bytes past a multiple of %d",
          data->type->name, pointer & ((uintptr_t{1} << data->log_alignment) - 1), 1 << data->log_alignment);
 }
 
 void __ubsan_handle_out_of_bounds(const void*, uintptr_t index) {
-    fail("out of bounds", current, site_of(__builtin_return_address(0)), "index %zd of an array", index);
+    fail("out of bounds", current, CALLED_FROM, "index %zd of an array", index);
 }
 
 void __ubsan_handle_divrem_overflow(const void*, uintptr_t, uintptr_t) {
-    fail("arithmetic", current, site_of(__builtin_return_address(0)), "division by zero, or one that overflows");
+    fail("arithmetic", current, CALLED_FROM, "division by zero, or one that overflows");
 }
 
 void __ubsan_handle_shift_out_of_bounds(const void*, uintptr_t, uintptr_t) {
-    fail("arithmetic", current, site_of(__builtin_return_address(0)), "shift by more bits than there are, or a sign lost");
+    fail("arithmetic", current, CALLED_FROM, "shift by more bits than there are, or a sign lost");
 }
 
-#define OVERFLOWS(name)                                                                                              \
-    void __ubsan_handle_##name##_overflow(const void*, uintptr_t, uintptr_t) {                                       \
-        fail("arithmetic", current, site_of(__builtin_return_address(0)), "an int or long long overflows by " #name); \
+#define OVERFLOWS(name)                                                                       \
+    void __ubsan_handle_##name##_overflow(const void*, uintptr_t, uintptr_t) {                \
+        fail("arithmetic", current, CALLED_FROM, "an int or long long overflows by " #name); \
     }
 OVERFLOWS(add)
 OVERFLOWS(sub)

@@ -1,5 +1,5 @@
-// What the three parts of the emulator's runtime share: launch.cpp (blocks, threads, barriers), warp.cpp (what lanes of
-// a warp do together), memory.cpp (shared and registered memory, and the checks of accesses).
+// What the parts of the emulator's runtime share: launch.cpp (blocks, threads, barriers), warp.cpp (what lanes of a warp
+// do together), copies.cpp (shared addresses, asynchronous copies), memory.cpp (who may access what, and when).
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,8 @@ struct Index {
     unsigned x, y, z;
 };
 
-// Where in the source something happens: a line, or an offset into the program's machine code, for addr2line.
-struct Site {
-    uint32_t code;
-    static Site line(int number) { return {0x80000000u | static_cast<uint32_t>(number)}; }
-    static Site offset(uintptr_t bytes) { return {static_cast<uint32_t>(bytes)}; }
-};
+// Where in the program something happens: an offset into its machine code, from which addr2line gets the line.
+using Site = uint32_t;
 
 enum class State : uint8_t { fresh, ready, at_barrier, in_warp, done };
 
@@ -42,7 +38,9 @@ struct Thread {
     Index index;
     State state;
     int stack;
-    int line;  // of the barrier or the warp operation that it waits in
+    const char* barrier_file;  // where the barrier is that it waits in
+    int barrier_line;
+    Site site;  // of the barrier or the warp operation that it waits in
     WarpCall call;
 };
 
@@ -66,25 +64,41 @@ extern Thread threads[MAX_THREADS];
 extern int thread_count;
 extern int current;  // the thread that runs
 
-// Ends the launch with an error, from within a thread. In the text, @c:number@ stands for a Site, @s:number@ for an
+extern "C" unsigned char emulator_dynamic_shared[];
+
+inline Site site_of(const void* return_address) {
+    return static_cast<Site>(static_cast<const unsigned char*>(return_address) - launch.image - 1);
+}
+#define CALLED_FROM site_of(__builtin_return_address(0))  // by an instruction of the program
+
+// Ends the launch with an error, from within a thread. In the text, @c:number@ stands for a site, @s:number@ for an
 // offset into the program where static shared memory lies: emulator.py puts words in their place.
 [[noreturn]] __attribute__((format(printf, 4, 5))) void fail(const char* kind, int thread, Site site, const char* format,
                                                              ...);
 
 // launch.cpp, for warp.cpp
-void wait_as(State state, int line);
+void wait_as(State state, Site site);
 void make_ready(int thread);
 
 // warp.cpp, for launch.cpp
 void warps_begin_block();
 void warp_thread_exits(int thread);
 
+// copies.cpp, for the others
+void copies_begin_block();
+unsigned char* shared_pointer(unsigned address, int thread, Site site);
+
 // memory.cpp, for the others
 void memory_begin_launch();
 void memory_begin_block();
 void memory_begin_interval();
 void memory_warp_sync(int warp, unsigned mask);
-void memory_read_shared(int thread, const void* address, int bytes, int line);
+
+// Of checked programs: an access of shared or registered memory, as if the thread's code had made it; where an
+// asynchronous copy to shared memory begins, and where it ends.
+void memory_read(const void* address, size_t bytes, int thread, Site site);
+void memory_begin_copy(const void* shared, size_t bytes, Site site);
+void memory_end_copy(const void* shared, size_t bytes, Site site);
 
 // launch.cpp, for memory.cpp
 bool on_a_stack(const void* address);

@@ -38,7 +38,7 @@ static void shuffle_lanes(const Warp& warp, unsigned mask) {
         const WarpCall& call = threads[warp.first + lane].call;
         int source = call.argument;
         if (!((mask & existing(warp)) >> source & 1))
-            fail("warp", warp.first + lane, Site::line(threads[warp.first + lane].line),
+            fail("warp", warp.first + lane, threads[warp.first + lane].site,
                  "a shuffle reads lane %d, which %s", source,
                  mask >> source & 1 ? "the block does not have" : "its mask does not name");
         memcpy(call.output, threads[warp.first + source].call.input, static_cast<size_t>(call.bytes));
@@ -90,8 +90,6 @@ static void mma(const Warp& warp) {
     counters.mma++;
 }
 
-extern "C" void* emulator_shared_pointer(unsigned address, int line);
-
 // Of each matrix, lane l receives row l / 4, columns 2 (l % 4) and the next; transposed: column l / 4, these rows.
 static void ldmatrix(const Warp& warp) {
     const unsigned char* rows[WARP];
@@ -99,10 +97,10 @@ static void ldmatrix(const Warp& warp) {
         int thread = warp.first + lane;
         unsigned address = *static_cast<const unsigned*>(threads[thread].call.input);
         if (address % 16)
-            fail("misaligned", thread, Site::line(threads[thread].line), "ldmatrix of a row at %u, no multiple of 16",
+            fail("misaligned", thread, threads[thread].site, "ldmatrix of a row at %u, no multiple of 16",
                  address);
-        rows[lane] = static_cast<const unsigned char*>(emulator_shared_pointer(address, threads[thread].line));
-        if (launch.check) memory_read_shared(thread, rows[lane], 16, threads[thread].line);
+        rows[lane] = shared_pointer(address, thread, threads[thread].site);
+        if (launch.check) memory_read(rows[lane], 16, thread, threads[thread].site);
     }
     for (int matrix = 0; matrix < 4; matrix++) {
         unsigned taken[8] = {};  // by 16 bytes of the 128 that the banks are wide: the address there, plus one
@@ -132,18 +130,18 @@ static void ldmatrix(const Warp& warp) {
 
 // ---- Meeting --------------------------------------------------------------------------------------------------------
 
-static void meet(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes, int line) {
+static void meet(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes, Site site) {
     Warp& warp = warps[current / WARP];
     int lane = current % WARP;
     const char* name = OPERATION_NAMES[int(operation)];
-    threads[current].line = line;
+    threads[current].site = site;
     if (!(mask >> lane & 1))
-        fail("warp", current, Site::line(line), "%s whose mask %08x does not name the calling lane %d", name, mask, lane);
+        fail("warp", current, site, "%s whose mask %08x does not name the calling lane %d", name, mask, lane);
     if (mask & warp.exited)
-        fail("warp", current, Site::line(line), "%s whose mask %08x names lanes %08x, which have exited", name, mask,
+        fail("warp", current, site, "%s whose mask %08x names lanes %08x, which have exited", name, mask,
              mask & warp.exited);
     if ((operation == Operation::mma || operation == Operation::ldmatrix) && warp.lanes < WARP)
-        fail("warp", current, Site::line(line), "%s in a warp of %d lanes", name, warp.lanes);
+        fail("warp", current, site, "%s in a warp of %d lanes", name, warp.lanes);
     int index = 0;
     while (index < warp.group_count && warp.groups[index].mask != mask) index++;
     Group& group = warp.groups[index];
@@ -154,15 +152,15 @@ static void meet(Operation operation, unsigned mask, const void* input, void* ou
     if (group.arrived) {
         const Thread& other = threads[warp.first + std::countr_zero(group.arrived)];
         if (other.call.operation != operation)
-            fail("warp", current, Site::line(line), "%s, where lane %d of the mask %08x is in %s, @c:%u@", name,
+            fail("warp", current, site, "%s, where lane %d of the mask %08x is in %s, @c:%u@", name,
                  std::countr_zero(group.arrived), mask, OPERATION_NAMES[int(other.call.operation)],
-                 Site::line(other.line).code);
+                 other.site);
     }
     threads[current].call = {operation, mask, input, output, argument, bytes};
     group.arrived |= 1u << lane;
     unsigned named = mask & existing(warp);
     if (group.arrived != named) {
-        wait_as(State::in_warp, line);
+        wait_as(State::in_warp, site);
         return;
     }
     group = warp.groups[--warp.group_count];
@@ -187,7 +185,7 @@ void warp_thread_exits(int thread) {
         const Group& group = warp.groups[i];
         if (!(group.mask & warp.exited)) continue;
         int waiting = warp.first + std::countr_zero(group.arrived);
-        fail("warp", waiting, Site::line(threads[waiting].line), "%s whose mask %08x names lane %d, which exits instead",
+        fail("warp", waiting, threads[waiting].site, "%s whose mask %08x names lane %d, which exits instead",
              OPERATION_NAMES[int(threads[waiting].call.operation)], group.mask, thread % WARP);
     }
 }
@@ -196,25 +194,25 @@ extern "C" {
 
 int emulator_lane() { return current % WARP; }
 
-void emulator_warp_sync(unsigned mask, int line) { meet(Operation::sync, mask, nullptr, nullptr, 0, 0, line); }
+void emulator_warp_sync(unsigned mask) { meet(Operation::sync, mask, nullptr, nullptr, 0, 0, CALLED_FROM); }
 
-void emulator_shuffle(unsigned mask, const void* input, void* output, int bytes, int source, int line) {
-    meet(Operation::shuffle, mask, input, output, source, bytes, line);
+void emulator_shuffle(unsigned mask, const void* input, void* output, int bytes, int source) {
+    meet(Operation::shuffle, mask, input, output, source, bytes, CALLED_FROM);
 }
 
-unsigned emulator_ballot(unsigned mask, int predicate, int line) {
+unsigned emulator_ballot(unsigned mask, int predicate) {
     unsigned bits;
-    meet(Operation::ballot, mask, nullptr, &bits, predicate, 0, line);
+    meet(Operation::ballot, mask, nullptr, &bits, predicate, 0, CALLED_FROM);
     return bits;
 }
 
-void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b, int line) {
+void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     Operands operands{a, b};
-    meet(Operation::mma, ~0u, &operands, d, 0, 0, line);
+    meet(Operation::mma, ~0u, &operands, d, 0, 0, CALLED_FROM);
 }
 
-void emulator_ldmatrix(unsigned* r, unsigned address, bool transposed, int line) {
-    meet(Operation::ldmatrix, ~0u, &address, r, transposed, 0, line);
+void emulator_ldmatrix(unsigned* r, unsigned address, bool transposed) {
+    meet(Operation::ldmatrix, ~0u, &address, r, transposed, 0, CALLED_FROM);
 }
 
 }  // extern "C"

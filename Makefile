@@ -5,7 +5,7 @@ LLMC = $(VENV)/bin/llmc
 DEMO = runs/demo
 STEPS = 120
 
-.PHONY: demo test test-witness soak lint clean
+.PHONY: demo test test-witness test-cuda soak lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,16 @@ test: $(VENV)/installed-dev
 # Against live PyTorch and transformers (gigabytes on many machines).
 test-witness: $(VENV)/installed-witness
 	$(VENV)/bin/pytest -m witness
+
+# The CUDA backend against CuPy and NVIDIA's compilers, without a device. They are kept out of the environment, where
+# other tests need CuPy to be missing.
+$(VENV)/installed-cuda: $(VENV)/installed-dev
+	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target $(VENV)/cuda cupy-cuda12x==14.2.0 cuda-pathfinder \
+	  nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvrtc-cu12==12.9.86
+	touch $@
+
+test-cuda: $(VENV)/installed-cuda
+	PYTHONPATH=$(VENV)/cuda $(VENV)/bin/pytest -m 'cupy or nvrtc'
 
 # What takes minutes: crashes at random moments, many times.
 soak: $(VENV)/installed-dev

@@ -1,0 +1,109 @@
+"""With which blocks and how much shared memory the backend launches its kernels: noted down while it is asked for every
+operation, at the sizes of GPT-2's models and at the head sizes that are treated apart. Nothing is computed."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+import numpy as np
+
+from llmc_cli.kernels.cuda.kernels import CudaKernels
+
+MODELS = ((768, 12), (1600, 25), (1024, 32), (1024, 8), (1024, 4))  # C, NH: d12 and d48, both of HS 64; HS 32, 128, 256
+B, T = 4, 1024
+V, Vp = 50257, 50304
+
+
+class Launch(NamedTuple):
+    """The widest block and the most dynamic shared memory of a kernel's launches."""
+
+    threads: int
+    shared: int
+
+
+class Virtual(np.ndarray):
+    """Memory that is never touched, and so takes none, with an address as device arrays have it."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+class Notebook:
+    """In the place of a ``Device``: notes launches by program and kernel, and does nothing."""
+
+    def __init__(self, bf16, capability):
+        self.bf16, self.capability = bf16, capability
+        self.real = np.uint16 if bf16 else np.float32
+        self.tensor_cores = capability >= 80
+        self.stream = MagicMock()
+        self.cublas = MagicMock()
+        self.launches = {}
+
+    def alloc(self, shape, dtype):
+        return np.empty(shape, dtype).view(Virtual)
+
+    def upload(self, array, values):
+        pass
+
+    def copy(self, target, source):
+        pass
+
+    def clear(self, array):
+        pass
+
+    def launch(self, file, kernel, grid, block, args, shared=0):
+        before = self.launches.get((file, kernel), Launch(0, 0))
+        self.launches[file, kernel] = Launch(max(before.threads, int(np.prod(block))), max(before.shared, shared))
+
+
+def launches(bf16, capability):
+    """(program, kernel): ``Launch``, of all that a device of this capability is asked for."""
+    notebook = Notebook(bf16, capability)
+    kernels = CudaKernels(notebook, "bf16" if bf16 else "fp32")
+    for C, NH in MODELS:
+        _train(kernels, notebook, C, NH)
+        _sample(kernels, notebook, C, NH)
+    return notebook.launches
+
+
+def _train(kernels, notebook, C, NH):
+    N, F = B * T, 4 * C
+
+    def real(*shape):
+        return notebook.alloc(shape, notebook.real)
+
+    def single(*shape):
+        return notebook.alloc(shape, np.float32)
+
+    ids = notebook.alloc((N,), np.int32)
+    x, wide, qkv, stats, lse = real(N, C), real(N, F), real(B, T, 3 * C), single(N), single(B, NH, T)
+    wte, wpe, b, wide_b = single(Vp, C), single(T, C), single(C), single(F)
+    matrix, up, down, head = (kernels.bind(each) for each in (single(C, C), single(F, C), single(C, F), wte))
+    kernels.publish([matrix, up, down, head])
+    kernels.embedding_forward(x, wte, wpe, ids, ids)
+    kernels.embedding_backward(wte, wpe, x, ids, ids, False)
+    kernels.residual_norm_forward(x, real(N, C), stats, stats, x, real(N, C), b, b, 1e-5)
+    kernels.residual_norm_backward(x, b, b, x, x, stats, stats, b, x, False)
+    kernels.linear_forward(x, x, matrix, b)
+    kernels.linear_backward(x, single(C, C), b, x, x, matrix, False)
+    kernels.linear_gelu_forward(wide, wide, x, up, wide_b)
+    kernels.gelu_forward(wide, wide)
+    kernels.gelu_linear_backward(wide, single(C, F), b, x, wide, wide, down, False)
+    kernels.attention_forward(x.reshape(B, T, C), lse, qkv, NH)
+    kernels.attention_backward(qkv, x.reshape(B, T, C), x.reshape(B, T, C), lse, qkv, NH)
+    kernels.head_loss(stats, x, wte, x, head, ids, V, 1.0, False)
+    P = 1 << 20
+    arena, number = single(P), notebook.alloc((1,), np.float64)
+    segments, hyper = notebook.alloc((16, 3), np.int64), notebook.alloc((8,), np.float64)
+    kernels.sum_squares(number, arena)
+    kernels.adamw(arena, arena, arena, arena, segments, hyper, number)
+
+
+def _sample(kernels, notebook, C, NH):
+    """A prompt, and one token behind it."""
+    cache = notebook.alloc((B, NH, T, C // NH), notebook.real)
+    lengths = notebook.alloc((B,), np.int32)
+    for new in (T // 2, 1):
+        out, qkv = (notebook.alloc((B, new, width), notebook.real) for width in (C, 3 * C))
+        kernels.attention_cached(out, cache, cache, qkv, lengths, NH)

@@ -13,6 +13,7 @@ from cuda_emulator import emulator
 from llmc_cli.formats import bfloat16
 from llmc_cli.kernel_cases import EMBEDDING, EPS, FLAT, HEAD, LINEAR, NORM, OPERATIONS, REFERENCE
 from llmc_cli.kernels.cuda import classifier, elementwise, embedding, norm, optimizer
+from llmc_cli.kernels.cuda.geometry import row_threads
 from llmc_cli.kernels.cuda.source import source
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
@@ -401,6 +402,11 @@ def test_pieces_depend_on_the_shape_alone():
     assert [norm.column_parts(N) for N in (1, 32, 33, 4096, 8192, 8193, 65536, 10**6)] == [
         1, 1, 2, 128, 256, 249, 256, 256
     ]  # fmt: skip
+
+
+def test_threads_of_a_row():
+    assert [row_threads(columns, 8) for columns in (1, 256, 257, 768, 1600, 3072)] == [32, 32, 64, 96, 224, 192]
+    assert row_threads(50304, 4, 1024) == 992  # 13 turns; with 1,024 the last would be for a quarter of the threads
 
 
 class Fault(NamedTuple):

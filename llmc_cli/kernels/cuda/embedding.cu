@@ -81,8 +81,9 @@ __device__ __forceinline__ int find_rows(Matches& matches, const int* keys, int 
     return count;
 }
 
-// target (C,) = the sum of those rows n >= first of dx whose key is the one sought, in order; added to it with acc.
-// The keys are searched once for every SEARCHERS * W columns.
+// target (C,) = the sum of those rows n >= first of dx whose key is the one sought, added to it with acc. What SEARCHED
+// keys come to is added up first, as sums of many thousand rows keep more digits so. The keys are searched once for
+// every SEARCHERS * W columns.
 template <int W>
 __device__ __forceinline__ void add_rows(
     float* target, const Real* dx, const int* keys, int key, int first, int N, int C, bool acc, Matches& matches) {
@@ -91,15 +92,20 @@ __device__ __forceinline__ void add_rows(
         float sum[W] = {};
         for (int n = first; n < N; n += SEARCHED) {
             const int count = find_rows(matches, keys, key, n, N);
-            if (c < C) {
+            if (c < C && count > 0) {
+                float part[W] = {};
 #pragma unroll 4
                 for (int k = 0; k < count; k++) {  // unrolled: the loads of four rows are under way at once
                     float row[W];
                     load<W>(row, dx + (size_t)matches.rows[k] * C + c);
 #pragma unroll
                     for (int j = 0; j < W; j++) {
-                        sum[j] += row[j];
+                        part[j] += row[j];
                     }
+                }
+#pragma unroll
+                for (int j = 0; j < W; j++) {
+                    sum[j] += part[j];
                 }
             }
         }

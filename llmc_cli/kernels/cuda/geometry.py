@@ -11,7 +11,7 @@ ROW_THREADS = 256
 
 def width(real: Any) -> int:
     """Elements that one access of 16 bytes moves; WIDTH of common.cuh."""
-    return 16 // np.dtype(real).itemsize
+    return 16 // int(np.dtype(real).itemsize)
 
 
 def row_threads(columns: int, per_thread: int, most: int = ROW_THREADS) -> int:

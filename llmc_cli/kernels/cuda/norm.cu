@@ -253,7 +253,7 @@ extern "C" __global__ void sum_partials(float* out, const float* parts, int P, i
     const int o = blockIdx.x * WARP + lane;
     float sum = 0.0f;
     if (o < O) {
-#pragma unroll 4
+#pragma unroll 8
         for (int p = warp; p < P; p += STRIPES) {
             sum += parts[(size_t)p * O + o];
         }

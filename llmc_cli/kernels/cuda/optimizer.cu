@@ -5,22 +5,21 @@ constexpr int LANES = 4;  // floats of 16 bytes
 // parts (gridDim.x,) = the sums of the squares of g that each block comes to, in double.
 extern "C" __global__ void square_partials(double* parts, const float* g, long long P) {
     __shared__ double sums[WARP];
-    const bool whole = aligned16(g);
-    const long long stride = (long long)gridDim.x * blockDim.x * LANES;
+    const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const long long threads = (long long)gridDim.x * blockDim.x;
+    const long long vectors = aligned16(g) ? P / LANES : 0;
     double sum = 0.0;
-    for (long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * LANES; first < P; first += stride) {
-        if (whole && first + LANES <= P) {
-            float values[LANES];
-            load<LANES>(values, g + first);
+#pragma unroll 4
+    for (long long i = thread; i < vectors; i += threads) {
+        float values[LANES];
+        load<LANES>(values, g + i * LANES);
 #pragma unroll
-            for (int k = 0; k < LANES; k++) {
-                sum += (double)values[k] * values[k];
-            }
-        } else {
-            for (long long i = first; i < first + LANES && i < P; i++) {
-                sum += (double)g[i] * g[i];
-            }
+        for (int k = 0; k < LANES; k++) {
+            sum += (double)values[k] * values[k];
         }
+    }
+    for (long long i = vectors * LANES + thread; i < P; i += threads) {
+        sum += (double)g[i] * g[i];
     }
     sum = block_sum(sum, sums);
     if (threadIdx.x == 0) {

@@ -15,7 +15,7 @@ THREADS = 256
 def square_partials(device: Device, parts: Array, g: Array) -> int:
     """parts (SQUARE_PARTS,) float64: the first n = the sums of the squares of g (P,) that n blocks come to. Returns n,
     which depends on P only."""
-    n = min(SQUARE_PARTS, -(-g.size // TAKEN))
+    n: int = min(SQUARE_PARTS, -(-g.size // TAKEN))
     device.launch("optimizer", "square_partials", (n,), (THREADS,), (parts, g, np.int64(g.size)))
     return n
 

@@ -55,13 +55,19 @@ def matmul_flops(
     repeats: int = REPEATS,
 ) -> float:
     """FLOP/s of a large matmul of random numbers, the best of a few runs; takes about 0.1 s."""
-    x, w, y = (kernels.alloc(shape, kernels.dtype) for shape in ((N, I), (O, I), (N, O)))
+    x, y = (kernels.alloc(shape, kernels.activation_dtype) for shape in ((N, I), (N, O)))
+    w = kernels.alloc((O, I), kernels.dtype)
     generator = np.random.default_rng(0)
-    x[:] = generator.standard_normal(x.shape, np.float32)
-    w[:] = generator.standard_normal(w.shape, np.float32)
+    for array in (x, w):
+        kernels.upload(array, generator.standard_normal(array.shape, np.float32))
     weight = kernels.bind(w)
     kernels.publish([weight])
-    return 2 * N * O * I / best_time(lambda: kernels.linear_forward(y, x, weight, None), repeats)
+
+    def multiply() -> None:
+        kernels.linear_forward(y, x, weight, None)
+        kernels.synchronize()
+
+    return 2 * N * O * I / best_time(multiply, repeats)
 
 
 def memory_bandwidth(kernels: Kernels, threads: int, elements: int = BANDWIDTH_ELEMENTS) -> dict[str, float]:

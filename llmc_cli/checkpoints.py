@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 
-from llmc_cli.arena import Arena
 from llmc_cli.batches import Position
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.formats import weights
@@ -23,7 +21,6 @@ from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_tr
 from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2
-from llmc_cli.models.layout import parameter_shapes
 from llmc_cli.optimizer import AdamW
 
 SCHEMA = 1
@@ -45,13 +42,8 @@ def read_config(path: Path) -> ModelConfig:
 def load_model(path: str | Path, kernels: Kernels) -> GPT2:
     """The model in a file, in the backend's own precision. FormatError where the file is damaged."""
     model = GPT2(read_config(Path(path)), kernels)
-    if kernels.dtype == np.float32:
-        weights.load_weights(path, model.params)
-    else:
-        single = Arena(np.zeros, parameter_shapes(model.config), np.float32)
-        weights.load_weights(path, single)
-        model.params.flat[:] = single.flat
-    model.publish()
+    with model.fill() as params:
+        weights.load_weights(path, params)
     return model
 
 
@@ -61,7 +53,7 @@ def save_model(path: str | Path, model: GPT2, version: int = 3) -> None:
     header = weights.GPT2Header(
         weights.MAGIC, version, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
     )
-    weights.save_weights(path, header, model.params)
+    weights.save_weights(path, header, model.host_params())
 
 
 class RunFolder:
@@ -101,8 +93,9 @@ class RunFolder:
     def write(self, step: int, model: GPT2, optimizer: AdamW, state: TrainState, record: dict[str, Any]) -> None:
         """Write the checkpoint of ``step``; ``record`` is what run.json keeps for it."""
         save_model(self.model_path(step), model)
-        master = model.params.flat if state.has_master else None
-        write_train_state(self.state_path(step), state, optimizer.m, optimizer.v, master)
+        master = model.host_params().flat if state.has_master else None
+        m, v = (model.kernels.download(moment) for moment in (optimizer.m, optimizer.v))
+        write_train_state(self.state_path(step), state, m, v, master)
         run = self.read_record()
         kept = {str(old): run["checkpoints"][str(old)] for old in self.steps() if str(old) in run["checkpoints"]}
         self.write_record({**run, "checkpoints": {**kept, str(step): record}})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.kernels.spec import Array, Kernels
@@ -22,6 +23,24 @@ EPS = 1e-5
 
 DOUBLE = {("adamw", "hyper"), ("adamw", "sumsq"), ("sum_squares", "out")}
 """Arguments that are float64 in every backend."""
+
+ACTIVATIONS = {
+    "x",
+    "dx",
+    "y",
+    "dy",
+    "res",
+    "dres",
+    "delta",
+    "act",
+    "pre",
+    "dpre",
+    "qkv",
+    "dqkv",
+    "keys",
+    "values",
+}
+"""Arguments in the precision of activations; and ``out`` and ``dout`` of attention."""
 
 SCALES = {"pre": 3.0, "res": 3.0, "qkv": 1.5, "m": 0.1}
 """Standard deviations of what is drawn, where not 1."""
@@ -168,11 +187,12 @@ def cases(operation: str) -> Iterator[Case]:
         yield Case(operation, label, _arguments(operation, sizes, variant, np.random.default_rng(number)))
 
 
-def run(kernels: Kernels, case: Case) -> dict[str, Array]:
+def run(kernels: Kernels, case: Case) -> dict[str, NDArray[Any]]:
     """The outputs of ``case`` on a backend, by name. Those that are to be overwritten held NaN before."""
     args = prepare(kernels, case)
     getattr(kernels, case.operation)(*args.values())
-    return {name: args[name] for name in OPERATIONS[case.operation].bounds if case.args[name] is not None}
+    outputs = [name for name in OPERATIONS[case.operation].bounds if case.args[name] is not None]
+    return {name: kernels.download(args[name]) for name in outputs}
 
 
 def prepare(kernels: Kernels, case: Case) -> dict[str, Any]:
@@ -184,9 +204,9 @@ def prepare(kernels: Kernels, case: Case) -> dict[str, Any]:
         if not isinstance(value, np.ndarray):
             args[name] = value
             continue
-        narrow = value.dtype == np.float64 and (case.operation, name) not in DOUBLE
-        array = kernels.alloc(value.shape, kernels.dtype if narrow else value.dtype)
-        array[...] = np.nan if name in operation.bounds and name not in kept else value
+        array = kernels.alloc(value.shape, _dtype(kernels, case.operation, name, value))
+        unset = name in operation.bounds and name not in kept
+        kernels.upload(array, np.full_like(value, np.nan) if unset else value)
         args[name] = array
         if name == "w" and value.ndim == 2:
             args[name] = kernels.bind(array)
@@ -194,6 +214,13 @@ def prepare(kernels: Kernels, case: Case) -> dict[str, Any]:
     if case.operation == "residual_norm_forward" and args["res"] is None:
         args["res"] = args["x"]  # the spec's own calls pass an array, too, though nothing is written to it
     return args
+
+
+def _dtype(kernels: Kernels, operation: str, name: str, value: NDArray[Any]) -> Any:
+    if value.dtype != np.float64 or (operation, name) in DOUBLE:
+        return value.dtype
+    activation = name in ACTIVATIONS or (name in ("out", "dout") and operation.startswith("attention"))
+    return kernels.activation_dtype if activation else kernels.dtype
 
 
 def _arguments(operation: str, sizes: Sizes, variant: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

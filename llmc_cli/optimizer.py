@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from llmc_cli.kernels.spec import Array
 from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.models.layout import DECAYED
 
@@ -28,33 +29,31 @@ class AdamW:
         self.model, self.beta1, self.beta2 = model, beta1, beta2
         self.m = kernels.alloc(params.flat.shape, kernels.dtype)
         self.v = kernels.alloc(params.flat.shape, kernels.dtype)
+        segments = [(params.offsets[name], math.prod(view.shape), name in decayed) for name, view in params.items()]
         self.segments = kernels.alloc((len(params), 3), np.int64)
-        for row, (name, view) in enumerate(params.items()):
-            self.segments[row] = params.offsets[name], math.prod(view.shape), name in decayed
-        self.hyper = kernels.alloc((8,), np.float64)
-        self.hyper[:] = 0, beta1, beta2, eps, weight_decay, 1, 1, max_norm
+        kernels.upload(self.segments, np.array(segments, np.int64))
+        self.settings = np.array([0, beta1, beta2, eps, weight_decay, 1, 1, max_norm])
+        self.hyper = kernels.alloc(self.settings.shape, np.float64)
         self.sumsq = kernels.alloc((1,), np.float64)
 
     def gradient_norm(self) -> float:
         """The global norm of the gradients; ``step`` clips by it."""
-        self.model.kernels.sum_squares(self.sumsq, self.model.grads.flat)
-        return math.sqrt(float(self.sumsq[0]))
+        return math.sqrt(self._sum_squares(self.model.grads.flat))
 
     def is_finite(self) -> bool:
         """Whether parameters and moments all are: from others no training could go on. Takes the place of the norm."""
-        kernels = self.model.kernels
-        for array in (self.model.params.flat, self.m, self.v):
-            kernels.sum_squares(self.sumsq, array)
-            if not math.isfinite(float(self.sumsq[0])):
-                return False
-        return True
+        return all(math.isfinite(self._sum_squares(array)) for array in (self.model.params.flat, self.m, self.v))
+
+    def _sum_squares(self, array: Array) -> float:
+        self.model.kernels.sum_squares(self.sumsq, array)
+        return float(self.model.kernels.download(self.sumsq)[0])
 
     def step(self, lr: float, t: int) -> None:
         """The t-th update, t = 1, 2, …, after ``gradient_norm``."""
-        self.hyper[0] = lr
-        self.hyper[5] = 1 - self.beta1**t
-        self.hyper[6] = 1 - self.beta2**t
-        self.model.kernels.adamw(
-            self.model.params.flat, self.m, self.v, self.model.grads.flat, self.segments, self.hyper, self.sumsq
-        )
+        self.settings[0] = lr
+        self.settings[5] = 1 - self.beta1**t
+        self.settings[6] = 1 - self.beta2**t
+        kernels, model = self.model.kernels, self.model
+        kernels.upload(self.hyper, self.settings)
+        kernels.adamw(model.params.flat, self.m, self.v, model.grads.flat, self.segments, self.hyper, self.sumsq)
         self.model.publish()

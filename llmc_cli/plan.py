@@ -127,17 +127,18 @@ def accumulation(options: TrainOptions) -> int:
 
 def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) -> dict[str, int]:
     """Bytes of what training allocates, and of what the program with its libraries holds already."""
-    B, T, dtype = options.batch, options.seq_len, backend.kernels.dtype
+    B, T, dtype, kept = options.batch, options.seq_len, backend.kernels.dtype, backend.kernels.activation_dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
-    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), dtype, gpt2.ALIGN)
-    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), dtype, gpt2.ALIGN)
+    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), kept, gpt2.ALIGN)
+    statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, gpt2.ALIGN)
+    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, gpt2.ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     return {
         "program": resident_memory() or 0,
         "parameters": parameters,
         "gradients": parameters,
         "moments": 2 * parameters,
-        "activations": activations,
+        "activations": activations + statistics,
         "workspace": scratch + workspace,
     }
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llmc_cli.arena import arena_bytes
 from llmc_cli.errors import DataError, UsageError
+from llmc_cli.kernels.spec import Array
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, Cache, cache_shapes
 from llmc_cli.random import Xorshift
@@ -175,16 +176,15 @@ class Stepper:
 
     def __init__(self, model: GPT2, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        alloc, config = model.kernels.alloc, model.config
-        self._ids = alloc((cache.S, 1), np.int32)
-        self._logits = alloc((cache.S, config.vocab_size), model.kernels.dtype)
+        self._ids = np.zeros((cache.S, 1), np.int32)
+        self._logits = model.kernels.alloc((cache.S, model.config.vocab_size), model.kernels.dtype)
 
     def read(self, prompt: Sequence[int]) -> NDArray[np.floating]:
         """The logits (1,V) behind a prompt, of one sequence; a view that the next call overwrites."""
         ids = np.array([prompt], np.int32)  # (1, T)
         for start in range(0, ids.shape[1], PROMPT_ROWS):
             hidden = self.model.extend(self.cache, ids[:, start : start + PROMPT_ROWS])  # (1, T, C)
-        return self._head(hidden[0, -1:])
+        return self._head(hidden.reshape(-1, hidden.shape[-1])[-1:])
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.floating]:
         """The logits (S,V) behind one more token (S,) of each sequence; a view that the next call overwrites."""
@@ -192,10 +192,9 @@ class Stepper:
         hidden = self.model.extend(self.cache, self._ids)  # (S, 1, C)
         return self._head(hidden.reshape(self.cache.S, -1))
 
-    def _head(self, hidden: NDArray[np.floating]) -> NDArray[np.floating]:
+    def _head(self, hidden: Array) -> NDArray[np.floating]:
         self.model.kernels.head_logits(self._logits, hidden, self.model.head)
-        logits: NDArray[np.floating] = self._logits
-        return logits
+        return self.model.kernels.download(self._logits)
 
 
 def sample_tokens(model: GPT2, cache: Cache, end_of_text: int, num_tokens: int, seed: int = SEED) -> list[int]:
@@ -277,21 +276,14 @@ def _generate(
         if together == 1:
             first.lengths[:] = len(prompt)
         else:
-            stepper = Stepper(model, _shared(model, first, len(samples), length))
+            cache = Cache(model, len(samples), length, len(samples))
+            cache.share(first)
+            stepper = Stepper(model, cache)
         yield from _group(stepper, logits, samples, settings, max_tokens, watches, end_of_text)
 
 
 def _cache_bytes(model: GPT2, T: int) -> int:
-    return arena_bytes(cache_shapes(model.config, 1, T), model.kernels.dtype)
-
-
-def _shared(model: GPT2, first: Cache, S: int, T: int) -> Cache:
-    """A cache of S sequences that all begin with what ``first``, a cache of one, holds."""
-    cache, used = Cache(model, S, T, S), int(first.lengths[0])
-    cache.keys[:, :, :, :used] = first.keys[:, :, :, :used]  # (L, S, NH, T, HS)
-    cache.values[:, :, :, :used] = first.values[:, :, :, :used]
-    cache.lengths[:] = used
-    return cache
+    return arena_bytes(cache_shapes(model.config, 1, T), model.kernels.activation_dtype)
 
 
 def _group(

@@ -284,9 +284,12 @@ class Training:
             )
         if state.step != step:
             raise DataError(f"{path}: holds the state of step {state.step}")
-        master = self.model.params.flat if state.has_master else None
-        load_moments(path, state, self.optimizer.m, self.optimizer.v, master)
-        self.model.publish()
+        kernels, optimizer = self.backend.kernels, self.optimizer
+        moments = {name: kernels.download(moment) for name, moment in (("m", optimizer.m), ("v", optimizer.v))}
+        with self.model.fill() as params:
+            load_moments(path, state, **moments, master=params.flat if state.has_master else None)
+        kernels.upload(optimizer.m, moments["m"])
+        kernels.upload(optimizer.v, moments["v"])
         self.generator.state, self.generator_before_update = state.rng_state, state.rng_state_before_update
         if not self.train_data.accepts(position_of(state)):
             raise UsageError(

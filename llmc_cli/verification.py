@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmc_cli.checkpoints import load_model
 from llmc_cli.comparison import Check, Tally, compare
@@ -15,9 +14,9 @@ from llmc_cli.errors import DataError
 from llmc_cli.formats.debug_state import DebugState, read_debug_state
 from llmc_cli.formats.weights import TENSORS, read_header
 from llmc_cli.kernel_cases import OPERATIONS, REFERENCE, bound, cases, run
-from llmc_cli.kernels.spec import Array, Kernels
+from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.models.gpt2 import GPT2, Tokens
 from llmc_cli.optimizer import AdamW
 
 
@@ -97,15 +96,21 @@ def check_training(kernels: Kernels, precision: str = "fp32") -> Iterator[Check]
     clipping and decay."""
     model, reference = (GPT2(TINY, backend) for backend in (kernels, REFERENCE))
     _fill(reference)
-    model.params.flat[:] = reference.params.flat
-    model.publish()
+    with model.fill() as params:
+        params.flat[:] = reference.params.flat
     bounds = BOUNDS[precision]
     trainings = [_TinyTraining(each) for each in (model, reference)]
     for step in range(1, STEPS + 1):
         found, expected = (training.backward() for training in trainings)
         if step == 1:
             for name in TENSORS:
-                yield compare("tiny model", f"gradient {name}", model.grads[name], reference.grads[name], bounds.tensor)
+                yield compare(
+                    "tiny model",
+                    f"gradient {name}",
+                    kernels.download(model.grads[name]),
+                    reference.grads[name],
+                    bounds.tensor,
+                )
         yield compare("tiny model", f"loss of step {step}", found, expected, bounds.tiny_loss)
         for training in trainings:
             training.update(step)
@@ -127,10 +132,7 @@ class _TinyTraining:
         model.prepare(*TINY_BATCH)
         self.optimizer = AdamW(model, weight_decay=0.1, max_norm=TINY_MAX_NORM)
         rng = np.random.default_rng(2)
-        self.batches = [
-            _on(model.kernels, rng.integers(0, TINY.vocab_size, (2, *TINY_BATCH), np.int32))
-            for _ in range(TINY_MICRO_STEPS)
-        ]
+        self.batches = [rng.integers(0, TINY.vocab_size, (2, *TINY_BATCH), np.int32) for _ in range(TINY_MICRO_STEPS)]
         for _, targets in self.batches:
             targets[0, 0] = -1  # ignored
 
@@ -170,7 +172,7 @@ def check_state(
     """
     state = read_debug_state(state_path, read_header(model_path))
     model = load_model(model_path, kernels)
-    ids, targets = (_on(kernels, values) for values in (state.x, state.y))
+    ids, targets = state.x, state.y
     model.prepare(*ids.shape)
     yield from _check_gradients(model, state, ids, targets, BOUNDS[precision].tensor)
     if steps == 0:
@@ -187,7 +189,7 @@ def check_state(
         yield compare(f"loss {step}", "AdamW", found, next(expected), BOUNDS[precision].loss)
 
 
-def _check_gradients(model: GPT2, state: DebugState, ids: Array, targets: Array, bound: float) -> Iterator[Check]:
+def _check_gradients(model: GPT2, state: DebugState, ids: Tokens, targets: Tokens, bound: float) -> Iterator[Check]:
     assert state.logits is not None and state.loss is not None  # read with the model's header
     V, N = model.config.vocab_size, ids.size
     model.forward(ids)
@@ -200,14 +202,18 @@ def _check_gradients(model: GPT2, state: DebugState, ids: Array, targets: Array,
     yield compare("loss", "", float(np.mean(losses, dtype=np.float64)), state.loss, bound)
     for name in TENSORS:
         rows = slice(V if name == "wte" else None)
-        yield compare(name, "gradient", model.grads[name][rows], state.grads[name][rows], bound)
+        found = model.kernels.download(model.grads[name])
+        yield compare(name, "gradient", found[rows], state.grads[name][rows], bound)
     tally = Tally()
-    for padding in (model.grads["wte"][V:], state.grads["wte"][V:]):  # the state has none in version 1
+    for padding in (
+        model.kernels.download(model.grads["wte"])[V:],
+        state.grads["wte"][V:],
+    ):  # the state has none in version 1
         tally.add(padding, np.zeros_like(padding))
     yield tally.check("wte", "padding", 0.0)
 
 
-def _losses(model: GPT2, ids: Array, targets: Array, steps: int) -> Iterator[float]:
+def _losses(model: GPT2, ids: Tokens, targets: Tokens, steps: int) -> Iterator[float]:
     """The mean loss at each of the next AdamW steps, before its update."""
     optimizer = AdamW(model, beta2=0.999, weight_decay=0.01, max_norm=0.0, decayed=TENSORS)
     for step in range(1, steps + 1):
@@ -215,13 +221,6 @@ def _losses(model: GPT2, ids: Array, targets: Array, steps: int) -> Iterator[flo
         losses = model.backward(targets, 1.0 / ids.size, acc=False)
         yield float(np.mean(losses, dtype=np.float64))
         optimizer.step(LEARNING_RATE, step)
-
-
-def _on(kernels: Kernels, values: NDArray[np.int32]) -> Array:
-    """A backend's own copy."""
-    array = kernels.alloc(values.shape, np.int32)
-    array[...] = values
-    return array
 
 
 def parse_losses(text: str, name: str, steps: int) -> list[float]:

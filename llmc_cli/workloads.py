@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc_cli.costs import COSTS, NO_COST, Cost, TimedKernels
 from llmc_cli.kernels.spec import Array, Kernels
@@ -43,28 +44,28 @@ class Workload(Protocol):
     def prepare(self, task: str) -> Task: ...
 
 
-def fill(array: Array, std: float = 1.0) -> Array:
-    """The array, filled with normals in place: no second copy of a large one."""
+def fill(kernels: Kernels, array: Array, std: float = 1.0, shape: Callable[[Any], Any] = np.positive) -> Array:
+    """The array, filled with normals, or with what ``shape`` makes of them, piece by piece: no second copy of a large
+    one."""
     flat, noise = array.reshape(-1), np.random.default_rng(SEED).standard_normal(NOISE, np.float32) * np.float32(std)
+    noise = shape(noise)
     for start in range(0, flat.size, NOISE):
         part = flat[start : start + NOISE]
-        part[:] = noise[: part.size]
+        kernels.upload(part, noise[: part.size])
     return array
 
 
 def random_model(config: ModelConfig, kernels: Kernels) -> GPT2:
     model = GPT2(config, kernels)
-    fill(model.params.flat, STD)
+    fill(kernels, model.params.flat, STD)
     for name in ("ln1w", "ln2w", "lnfw"):
-        model.params[name][:] = 1
+        kernels.upload(model.params[name], np.ones(model.params[name].shape, np.float32))
     model.publish()
     return model
 
 
-def random_ids(kernels: Kernels, shape: tuple[int, ...], vocab_size: int) -> Array:
-    ids = kernels.alloc(shape, np.int32)
-    ids[:] = np.random.default_rng(SEED).integers(0, vocab_size, shape)
-    return ids
+def random_ids(shape: tuple[int, ...], vocab_size: int) -> NDArray[np.int32]:
+    return np.random.default_rng(SEED).integers(0, vocab_size, shape, np.int32)
 
 
 class TrainWorkload:
@@ -77,7 +78,7 @@ class TrainWorkload:
         self.model = random_model(config, kernels)
         self.model.prepare(B, T, recompute=recompute)
         self.optimizer = AdamW(self.model, weight_decay=WEIGHT_DECAY)
-        self.inputs = random_ids(kernels, (B, T), config.vocab_size)
+        self.inputs = random_ids((B, T), config.vocab_size)
         self.targets = np.roll(self.inputs, -1, axis=1)
         self.done = 0
         self.cost = Cost(B * T * flops_per_token(config, T), 0)
@@ -126,8 +127,8 @@ class SampleWorkload:
         kernels = self.backends[task.split()[1]]
         model = random_model(self.config, kernels)
         cache = Cache(model, self.B, self.T + self.tokens, self.B)
-        fill(cache.keys)
-        fill(cache.values)
+        fill(kernels, cache.keys)
+        fill(kernels, cache.values)
         stepper, settings, coins = Stepper(model, cache), Settings(temperature=0), Xorshift(SEED)
 
         def run() -> Detail:
@@ -220,7 +221,16 @@ class KernelsWorkload:
 
     def new(self, *shape: int, std: float = 1.0) -> Array:
         """Random numbers; outputs too, so that no run writes to memory it has not touched."""
-        return fill(self.kernels.alloc(shape, self.kernels.dtype), std)
+        return fill(self.kernels, self.kernels.alloc(shape, self.kernels.dtype), std)
+
+    def activation(self, *shape: int) -> Array:
+        """The same in the precision of activations."""
+        return fill(self.kernels, self.kernels.alloc(shape, self.kernels.activation_dtype))
+
+    def integers(self, values: NDArray[np.int32]) -> Array:
+        array = self.kernels.alloc(values.shape, np.int32)
+        self.kernels.upload(array, values)
+        return array
 
     def weight(self, *shape: int) -> Any:
         weight = self.kernels.bind(self.new(*shape, std=STD))
@@ -228,73 +238,68 @@ class KernelsWorkload:
         return weight
 
     def _ids(self) -> tuple[Array, Array]:
-        positions = self.kernels.alloc((self.N,), np.int32)
-        positions[:] = np.tile(np.arange(self.T, dtype=np.int32), self.B)
-        return random_ids(self.kernels, (self.N,), self.config.vocab_size), positions
+        positions = np.tile(np.arange(self.T, dtype=np.int32), self.B)
+        return self.integers(random_ids((self.N,), self.config.vocab_size)), self.integers(positions)
 
     def _tables(self) -> tuple[Array, Array]:
         shapes = parameter_shapes(self.config)
         return self.new(*shapes["wte"]), self.new(*shapes["wpe"])
 
     def _embedding_forward(self) -> tuple[Any, ...]:
-        return self.new(self.N, self.config.channels), *self._tables(), *self._ids()
+        return self.activation(self.N, self.config.channels), *self._tables(), *self._ids()
 
     def _embedding_backward(self) -> tuple[Any, ...]:
-        return *self._tables(), self.new(self.N, self.config.channels), *self._ids(), False
+        return *self._tables(), self.activation(self.N, self.config.channels), *self._ids(), False
 
     def _norm_forward(self) -> tuple[Any, ...]:
         N, C, eps = self.N, self.config.channels, self.config.norm_eps
-        rows, vectors = [self.new(N, C) for _ in range(4)], [self.new(C), self.new(C)]
+        rows, vectors = [self.activation(N, C) for _ in range(4)], [self.new(C), self.new(C)]
         return *rows[:2], self.new(N), self.new(N), *rows[2:], *vectors, eps
 
     def _norm_backward(self) -> tuple[Any, ...]:
         N, C = self.N, self.config.channels
-        dx, dy, res = (self.new(N, C) for _ in range(3))
+        dx, dy, res = (self.activation(N, C) for _ in range(3))
         return dx, self.new(C), self.new(C), dy, res, self.new(N), self.new(N), self.new(C), dx, False
 
     def _linear_forward(self, I: int, O: int) -> tuple[Any, ...]:  # noqa: E741
-        return self.new(self.N, O), self.new(self.N, I), self.weight(O, I), self.new(O)
+        return self.activation(self.N, O), self.activation(self.N, I), self.weight(O, I), self.new(O)
 
     def _linear_backward(self, I: int, O: int) -> tuple[Any, ...]:  # noqa: E741
-        N = self.N
-        return self.new(N, I), self.new(O, I), self.new(O), self.new(N, O), self.new(N, I), self.weight(O, I), False
+        dx, dy, x = (self.activation(self.N, width) for width in (I, O, I))
+        return dx, self.new(O, I), self.new(O), dy, x, self.weight(O, I), False
 
     def _linear_gelu_forward(self) -> tuple[Any, ...]:
         N, C, F = self.N, self.config.channels, 4 * self.config.channels
-        return self.new(N, F), self.new(N, F), self.new(N, C), self.weight(F, C), self.new(F)
+        return self.activation(N, F), self.activation(N, F), self.activation(N, C), self.weight(F, C), self.new(F)
 
     def _gelu_forward(self) -> tuple[Any, ...]:
         N, F = self.N, 4 * self.config.channels
-        return self.new(N, F), self.new(N, F)
+        return self.activation(N, F), self.activation(N, F)
 
     def _gelu_linear_backward(self) -> tuple[Any, ...]:
         N, C, F = self.N, self.config.channels, 4 * self.config.channels
-        dpre, act, pre = (self.new(N, F) for _ in range(3))
-        return dpre, self.new(C, F), self.new(C), self.new(N, C), act, pre, self.weight(C, F), False
+        dpre, act, pre = (self.activation(N, F) for _ in range(3))
+        return dpre, self.new(C, F), self.new(C), self.activation(N, C), act, pre, self.weight(C, F), False
 
     def _attention_forward(self) -> tuple[Any, ...]:
         B, T, C, NH = self.B, self.T, self.config.channels, self.config.num_heads
-        return self.new(B, T, C), self.new(B, NH, T), self.new(B, T, 3 * C), NH
+        return self.activation(B, T, C), self.new(B, NH, T), self.activation(B, T, 3 * C), NH
 
     def _attention_backward(self) -> tuple[Any, ...]:
         out, lse, qkv, NH = self._attention_forward()
         self.kernels.attention_forward(out, lse, qkv, NH)  # a lse that fits, or exponentials would overflow
-        return self.new(*qkv.shape), self.new(*out.shape), out, lse, qkv, NH
+        return self.activation(*qkv.shape), self.activation(*out.shape), out, lse, qkv, NH
 
     def _attention_cached(self) -> tuple[Any, ...]:
         B, C, NH = self.B, self.config.channels, self.config.num_heads
-        keys, values = (self.new(B, NH, self.T, C // NH) for _ in range(2))
-        lengths = self.kernels.alloc((B,), np.int32)
-        lengths[:] = self.T - 1
-        return self.new(B, 1, C), keys, values, self.new(B, 1, 3 * C), lengths, NH
+        keys, values = (self.activation(B, NH, self.T, C // NH) for _ in range(2))
+        lengths = self.integers(np.full(B, self.T - 1, np.int32))
+        return self.activation(B, 1, C), keys, values, self.activation(B, 1, 3 * C), lengths, NH
 
     def _head(self) -> tuple[Array, Any, Array]:
         C, V = self.config.channels, self.config.vocab_size
-        return (
-            self.new(self.N, C),
-            self.weight(self.config.padded_vocab_size, C),
-            random_ids(self.kernels, (self.N,), V),
-        )
+        weight = self.weight(self.config.padded_vocab_size, C)
+        return self.activation(self.N, C), weight, self.integers(random_ids((self.N,), V))
 
     def _head_loss(self) -> tuple[Any, ...]:
         return self.new(self.N), None, None, *self._head(), self.config.vocab_size, 0.0, False
@@ -302,7 +307,7 @@ class KernelsWorkload:
     def _head_loss_gradient(self) -> tuple[Any, ...]:
         N, C, V = self.N, self.config.channels, self.config.vocab_size
         dw = self.new(self.config.padded_vocab_size, C)
-        return self.new(N), self.new(N, C), dw, *self._head(), V, 1 / N, False
+        return self.new(N), self.activation(N, C), dw, *self._head(), V, 1 / N, False
 
     def _head_logits(self) -> tuple[Any, ...]:
         x, weight, _ = self._head()
@@ -317,11 +322,11 @@ class KernelsWorkload:
 
 def adamw_arguments(kernels: Kernels, P: int) -> tuple[Any, ...]:
     """What an update of P parameters takes, clipping on."""
-    master, m, v, g = (fill(kernels.alloc((P,), kernels.dtype), STD) for _ in range(4))
-    np.abs(v, out=v)
+    master, m, g = (fill(kernels, kernels.alloc((P,), kernels.dtype), STD) for _ in range(3))
+    v = fill(kernels, kernels.alloc((P,), kernels.dtype), STD, np.abs)  # squares on the average
     segments = kernels.alloc((1, 3), np.int64)
-    segments[0] = 0, P, 1
     hyper, sumsq = kernels.alloc((8,), np.float64), kernels.alloc((1,), np.float64)
-    hyper[:] = LR, 0.9, 0.95, 1e-8, WEIGHT_DECAY, 0.1, 0.05, 1
-    sumsq[0] = STD**2 * P
+    kernels.upload(segments, np.array([[0, P, 1]]))
+    kernels.upload(hyper, np.array([LR, 0.9, 0.95, 1e-8, WEIGHT_DECAY, 0.1, 0.05, 1]))
+    kernels.upload(sumsq, np.array([STD**2 * P]))
     return master, m, v, g, segments, hyper, sumsq

@@ -2,18 +2,23 @@
 
 Letters: B sequences, T positions, N = B·T rows, C channels, NH heads, HS = C/NH head size, F hidden width,
 V vocabulary, Vp its padded size, S sequences in a cache. Outputs come first, then inputs, then options. Every array is
-C-contiguous and of the backend's ``dtype`` (float64 in the reference, float32 on the CPU) unless a comment says
-otherwise; token ids and positions are int32. An operation allocates nothing once warm, prints nothing
-and knows nothing of models. Each docstring says per output whether it is *overwritten* or *added to*; ``acc`` switches
-the outputs it names from the first to the second. Outputs must not overlap inputs unless a docstring allows it.
+C-contiguous and lies where the backend computes. Token ids and positions are int32. Activations, their gradients, keys
+and values are of the backend's ``activation_dtype``; parameters, their gradients and moments, means, rstd, lse, losses
+and logits of its ``dtype``: float64 in the reference, float32 elsewhere. An operation allocates nothing once warm,
+prints nothing and knows nothing of models. Each docstring says per output whether it is *overwritten* or *added to*;
+``acc`` switches the outputs it names from the first to the second. Outputs must not overlap inputs unless a docstring
+allows it.
 
 The names, signatures and their order are the same in every backend; a test compares them.
 """
 
 from typing import Any, Protocol, TypeAlias
 
+from numpy.typing import NDArray
+
 Array: TypeAlias = Any
-"""A backend's own array: numpy.ndarray on the CPU."""
+"""A backend's own array: numpy.ndarray on the CPU. Of others the engine takes shapes, slices of leading axes and
+``reshape`` only; ``upload`` and ``download`` are the way to their numbers."""
 
 Weight: TypeAlias = Any
 """A matrix (out, in) in the form a backend likes best, made by ``bind``; opaque to its callers."""
@@ -27,9 +32,28 @@ class Kernels(Protocol):
 
     name: str
     dtype: Any
+    activation_dtype: Any
 
     def alloc(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A zeroed array whose first element is aligned to 64 bytes."""
+        ...
+
+    def upload(self, array: Array, values: NDArray[Any]) -> None:
+        """Overwrite ``array`` with values of its shape from the host, converted to its dtype. Where these are what
+        ``download`` gave, nothing is left to do on a backend whose memory is the host's."""
+        ...
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """The numbers of ``array`` on the host, bfloat16 as float32: the array itself where it lies there, else a
+        copy, made after everything that has been asked for is done."""
+        ...
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Overwrite ``target`` with ``source``, of the same shape and dtype."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything that has been asked for is done."""
         ...
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:

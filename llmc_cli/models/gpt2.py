@@ -4,7 +4,12 @@ The residual stream is a chain of fused steps: each norm first adds what the bra
 after each branch: ``res_att[layer]`` behind the attention, ``res_mlp[layer]`` behind the MLP.
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import TypeAlias
+
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc_cli.arena import Arena
 from llmc_cli.kernels.spec import Array, Kernels, Weight
@@ -13,6 +18,9 @@ from llmc_cli.models.layout import parameter_shapes
 from llmc_cli.random import MersenneTwister
 
 ALIGN = 16  # elements: 64 bytes of float32, a cache line
+
+Tokens: TypeAlias = NDArray[np.int32]
+"""Ids or targets on the host."""
 
 STD = 0.02  # of fresh weights
 
@@ -25,29 +33,30 @@ RECOMPUTED = ((), ("gelu",), ("gelu", "ln1", "ln2"))
 
 def activation_shapes(config: ModelConfig, B: int, T: int, recompute: int = 0) -> dict[str, tuple[int, ...]]:
     """What the forward pass keeps for the backward pass; of what is computed again, one layer's worth."""
-    L, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
+    L, C, N = config.num_layers, config.channels, B * T
     shapes: dict[str, tuple[int, ...]] = {
         "encoded": (N, C),
         "ln1": (L, N, C),
-        "ln1_mean": (L, N),
-        "ln1_rstd": (L, N),
         "qkv": (L, B, T, 3 * C),
         "att": (L, B, T, C),
-        "lse": (L, B, NH, T),
         "res_att": (L, N, C),
         "ln2": (L, N, C),
-        "ln2_mean": (L, N),
-        "ln2_rstd": (L, N),
         "fc": (L, N, 4 * C),
         "gelu": (L, N, 4 * C),
         "res_mlp": (L, N, C),
         "lnf": (N, C),
-        "lnf_mean": (N,),
-        "lnf_rstd": (N,),
         "branch": (N, C),
-        "losses": (N,),
     }
     return {name: (1, *shape[1:]) if name in RECOMPUTED[recompute] else shape for name, shape in shapes.items()}
+
+
+def statistic_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
+    """What the forward pass keeps beside them, in the parameters' precision whatever that of activations."""
+    L, NH, N = config.num_layers, config.num_heads, B * T
+    shapes: dict[str, tuple[int, ...]] = {"lse": (L, B, NH, T)}
+    for name in ("ln1", "ln2"):
+        shapes |= {f"{name}_mean": (L, N), f"{name}_rstd": (L, N)}
+    return {**shapes, "lnf_mean": (N,), "lnf_rstd": (N,), "losses": (N,)}
 
 
 def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
@@ -86,14 +95,15 @@ class GPT2:
 
         ``recompute`` trades memory for time, by the levels of ``RECOMPUTED``; the results have the same bits.
         """
-        alloc, dtype = self.kernels.alloc, self.kernels.dtype
+        alloc, dtype, config = self.kernels.alloc, self.kernels.activation_dtype, self.config
         self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
-        self.positions = alloc((B * T,), np.int32)
-        self.positions[:] = np.tile(np.arange(T, dtype=np.int32), B)
-        self.acts = Arena(alloc, activation_shapes(self.config, B, T, recompute), dtype, ALIGN)
+        self.ids, self.targets, self.positions = (alloc((B * T,), np.int32) for _ in range(3))
+        self.kernels.upload(self.positions, np.tile(np.arange(T, dtype=np.int32), B))
+        self.acts = Arena(alloc, activation_shapes(config, B, T, recompute), dtype, ALIGN)
+        self.stats = Arena(alloc, statistic_shapes(config, B, T), self.kernels.dtype, ALIGN)
         if train:
-            self.grads = Arena(alloc, parameter_shapes(self.config), dtype)
-            self.scratch = Arena(alloc, gradient_shapes(self.config, B, T), dtype, ALIGN)
+            self.grads = Arena(alloc, parameter_shapes(config), self.kernels.dtype)
+            self.scratch = Arena(alloc, gradient_shapes(config, B, T), dtype, ALIGN)
 
     @staticmethod
     def rows(x: Array) -> Array:
@@ -105,10 +115,10 @@ class GPT2:
         kept = self.acts[name]
         return kept[layer % len(kept)]
 
-    def forward(self, ids: Array) -> None:
-        """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T)."""
-        k, p, a, eps = self.kernels, self.params, self.acts, self.config.norm_eps
-        self.ids = ids.reshape(-1)  # (N,), read again by backward
+    def forward(self, ids: Tokens) -> None:
+        """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T) on the host."""
+        k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
+        k.upload(self.ids, ids.reshape(-1))  # read again by backward
         k.embedding_forward(a["encoded"], p["wte"], p["wpe"], self.ids, self.positions)
         stream, delta, branch = a["encoded"], None, a["branch"]
         for layer in range(self.config.num_layers):
@@ -117,8 +127,8 @@ class GPT2:
             k.residual_norm_forward(
                 res,
                 self.act("ln1", layer),
-                a["ln1_mean"][layer],
-                a["ln1_rstd"][layer],
+                st["ln1_mean"][layer],
+                st["ln1_rstd"][layer],
                 stream,
                 delta,
                 p["ln1w"][layer],
@@ -128,10 +138,10 @@ class GPT2:
             k.linear_forward(
                 self.rows(a["qkv"][layer]), self.act("ln1", layer), self.weights["qkvw"][layer], p["qkvb"][layer]
             )
-            k.attention_forward(a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads)
+            k.attention_forward(a["att"][layer], st["lse"][layer], a["qkv"][layer], self.config.num_heads)
             k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], p["attprojb"][layer])
             k.residual_norm_forward(
-                a["res_att"][layer], self.act("ln2", layer), a["ln2_mean"][layer], a["ln2_rstd"][layer],
+                a["res_att"][layer], self.act("ln2", layer), st["ln2_mean"][layer], st["ln2_rstd"][layer],
                 res, branch, p["ln2w"][layer], p["ln2b"][layer], eps,
             )  # fmt: skip
             k.linear_gelu_forward(
@@ -144,26 +154,27 @@ class GPT2:
             k.linear_forward(branch, self.act("gelu", layer), self.weights["fcprojw"][layer], p["fcprojb"][layer])
             stream, delta = a["res_att"][layer], branch
         k.residual_norm_forward(
-            a["res_mlp"][-1], a["lnf"], a["lnf_mean"], a["lnf_rstd"], stream, delta, p["lnfw"], p["lnfb"], eps
+            a["res_mlp"][-1], a["lnf"], st["lnf_mean"], st["lnf_rstd"], stream, delta, p["lnfw"], p["lnfb"], eps
         )
 
-    def loss(self, targets: Array) -> Array:
-        """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; a view that the next call overwrites."""
-        k, a = self.kernels, self.acts
-        V = self.config.vocab_size
-        k.head_loss(a["losses"], None, None, a["lnf"], self.head, targets.reshape(-1), V, 0.0, False)
-        return a["losses"]
+    def loss(self, targets: Tokens) -> NDArray[np.floating]:
+        """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; what the next call may overwrite."""
+        k, losses, V = self.kernels, self.stats["losses"], self.config.vocab_size
+        k.upload(self.targets, targets.reshape(-1))
+        k.head_loss(losses, None, None, self.acts["lnf"], self.head, self.targets, V, 0.0, False)
+        return k.download(losses)
 
-    def backward(self, targets: Array, dloss: float, acc: bool) -> Array:
+    def backward(self, targets: Tokens, dloss: float, acc: bool) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
         added to what is there with ``acc``. The gradients of ``gelu`` and ``qkv`` take the place of these, so this can
         be called once after each ``forward``."""
-        k, p, g, a, s = self.kernels, self.params, self.grads, self.acts, self.scratch
-        dres, dbranch, V = s["dres"], s["dbranch"], self.config.vocab_size
-        k.head_loss(a["losses"], dbranch, g["wte"], a["lnf"], self.head, targets.reshape(-1), V, dloss, acc)
+        k, p, g, a, st = self.kernels, self.params, self.grads, self.acts, self.stats
+        dres, dbranch, V = self.scratch["dres"], self.scratch["dbranch"], self.config.vocab_size
+        k.upload(self.targets, targets.reshape(-1))
+        k.head_loss(st["losses"], dbranch, g["wte"], a["lnf"], self.head, self.targets, V, dloss, acc)
         k.residual_norm_backward(
             dres, g["lnfw"], g["lnfb"],
-            dbranch, a["res_mlp"][-1], a["lnf_mean"], a["lnf_rstd"], p["lnfw"], None, acc,
+            dbranch, a["res_mlp"][-1], st["lnf_mean"], st["lnf_rstd"], p["lnfw"], None, acc,
         )  # fmt: skip
         for layer in reversed(range(self.config.num_layers)):
             gelu, ln1, ln2 = (self.act(name, layer) for name in ("gelu", "ln1", "ln2"))
@@ -177,7 +188,7 @@ class GPT2:
             k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], gelu, ln2, self.weights["fcw"][layer], acc)
             k.residual_norm_backward(
                 dres, g["ln2w"][layer], g["ln2b"][layer],
-                dbranch, a["res_att"][layer], a["ln2_mean"][layer], a["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
+                dbranch, a["res_att"][layer], st["ln2_mean"][layer], st["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
             )  # fmt: skip
             # attention branch
             k.linear_backward(
@@ -186,7 +197,7 @@ class GPT2:
             )  # fmt: skip
             dout = dbranch.reshape(a["att"][layer].shape)  # (B, T, C)
             k.attention_backward(
-                a["qkv"][layer], dout, a["att"][layer], a["lse"][layer], a["qkv"][layer], self.config.num_heads
+                a["qkv"][layer], dout, a["att"][layer], st["lse"][layer], a["qkv"][layer], self.config.num_heads
             )
             k.linear_backward(
                 dbranch, g["qkvw"][layer], g["qkvb"][layer],
@@ -194,47 +205,63 @@ class GPT2:
             )  # fmt: skip
             k.residual_norm_backward(
                 dres, g["ln1w"][layer], g["ln1b"][layer],
-                dbranch, res, a["ln1_mean"][layer], a["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
+                dbranch, res, st["ln1_mean"][layer], st["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
             )  # fmt: skip
         k.embedding_backward(g["wte"], g["wpe"], dres, self.ids, self.positions, acc)
-        return a["losses"]
+        return k.download(st["losses"])
 
     def compute_again(self, layer: int, res: Array) -> None:
         """Put back what the backward pass of ``layer`` needs and was not kept; ``res`` (N,C): the stream before it."""
         if layer == self.config.num_layers - 1:
             return  # the last that the forward pass left
-        k, p, a, eps = self.kernels, self.params, self.acts, self.config.norm_eps
+        k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
         if "gelu" in self.recomputed:
             k.gelu_forward(self.act("gelu", layer), a["fc"][layer])
         for name, stream in (("ln1", res), ("ln2", a["res_att"][layer])):
             if name in self.recomputed:
                 k.residual_norm_forward(
-                    stream, self.act(name, layer), a[f"{name}_mean"][layer], a[f"{name}_rstd"][layer],
+                    stream, self.act(name, layer), st[f"{name}_mean"][layer], st[f"{name}_rstd"][layer],
                     stream, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps,
                 )  # fmt: skip
 
-    def logits(self, rows: slice) -> Array:
+    def logits(self, rows: slice) -> NDArray[np.floating]:
         """After ``forward``: the logits (R,V) of a range of the N rows, in memory of their own."""
         hidden = self.acts["lnf"][rows]
         logits = self.kernels.alloc((len(hidden), self.config.vocab_size), self.kernels.dtype)
         self.kernels.head_logits(logits, hidden, self.head)
-        return logits
+        return self.kernels.download(logits)
 
-    def extend(self, cache: "Cache", ids: Array) -> Array:
-        """Feed ids (S,T) behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a view that the
-        next call overwrites. The caller sees to it that the cache has room."""
+    @contextlib.contextmanager
+    def fill(self) -> Iterator[Arena]:
+        """The parameters in float32 on the host, to be filled; they are the model's when the block ends."""
+        flat = self.kernels.download(self.params.flat)
+        if flat.dtype != np.float32:
+            flat = np.zeros(flat.size, np.float32)
+        yield Arena(lambda *_: flat, parameter_shapes(self.config), np.float32)
+        self.kernels.upload(self.params.flat, flat)
+        self.publish()
+
+    def host_params(self) -> Arena:
+        """The parameters as they are, on the host: to be read only."""
+        flat = self.kernels.download(self.params.flat)
+        return Arena(lambda *_: flat, parameter_shapes(self.config), flat.dtype)
+
+    def extend(self, cache: "Cache", ids: Tokens) -> Array:
+        """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
+        view that the next call overwrites. The caller sees to it that the cache has room."""
         k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
         S, T = ids.shape
         N, C = S * T, self.config.channels
-        a = cache.scratch(N)
-        k.embedding_forward(a["stream"], p["wte"], p["wpe"], ids.reshape(-1), cache.positions(T))
+        a, st = cache.scratch(N), cache.statistics(N)
+        lengths, new_ids, positions = cache.upload(ids)
+        k.embedding_forward(a["stream"], p["wte"], p["wpe"], new_ids, positions)
         delta = None
         for layer in range(self.config.num_layers):
             k.residual_norm_forward(
                 a["stream"],
                 a["norm"],
-                a["mean"],
-                a["rstd"],
+                st["mean"],
+                st["rstd"],
                 a["stream"],
                 delta,
                 p["ln1w"][layer],
@@ -243,13 +270,13 @@ class GPT2:
             )
             k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
             out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
-            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, cache.lengths, NH)
+            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, lengths, NH)
             k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], p["attprojb"][layer])
             k.residual_norm_forward(
                 a["stream"],
                 a["norm"],
-                a["mean"],
-                a["rstd"],
+                st["mean"],
+                st["rstd"],
                 a["stream"],
                 a["branch"],
                 p["ln2w"][layer],
@@ -260,35 +287,58 @@ class GPT2:
             k.linear_forward(a["branch"], a["gelu"], self.weights["fcprojw"][layer], p["fcprojb"][layer])
             delta = a["branch"]
         k.residual_norm_forward(
-            a["stream"], a["norm"], a["mean"], a["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
+            a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
         )
         cache.lengths += T
         return a["norm"].reshape(S, T, C)
 
 
 class Cache:
-    """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once."""
+    """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once.
+
+    ``lengths`` (S,) int32, on the host, is how many positions of each are filled.
+    """
 
     def __init__(self, model: GPT2, S: int, T: int, R: int) -> None:
-        alloc, dtype, C = model.kernels.alloc, model.kernels.dtype, model.config.channels
+        self.kernels, C = model.kernels, model.config.channels
+        alloc, dtype = self.kernels.alloc, self.kernels.activation_dtype
         self.S, self.T = S, T
         arena = Arena(alloc, cache_shapes(model.config, S, T), dtype, ALIGN)
         self.keys, self.values = arena["keys"], arena["values"]
-        self.lengths = alloc((S,), np.int32)
-        shapes = {"stream": (R, C), "norm": (R, C), "mean": (R,), "rstd": (R,), "qkv": (R, 3 * C), "att": (R, C),
-                  "branch": (R, C), "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
+        self.lengths = np.zeros(S, np.int32)
+        shapes = {"stream": (R, C), "norm": (R, C), "qkv": (R, 3 * C), "att": (R, C), "branch": (R, C),
+                  "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
         self._scratch = Arena(alloc, shapes, dtype, ALIGN)
-        self._positions = alloc((R,), np.int32)
+        self._statistics = Arena(alloc, {"mean": (R,), "rstd": (R,)}, self.kernels.dtype, ALIGN)
+        self._lengths = alloc((S,), np.int32)
+        self._ids, self._positions = alloc((R,), np.int32), alloc((R,), np.int32)
 
     def scratch(self, N: int) -> dict[str, Array]:
         """The first N rows of each scratch array."""
         return {name: view[:N] for name, view in self._scratch.items()}
 
-    def positions(self, T: int) -> Array:
-        """The positions (S·T,) of the next T tokens of each sequence."""
-        positions = self._positions[: self.S * T]
-        positions[:] = (self.lengths[:, None] + np.arange(T, dtype=np.int32)).reshape(-1)
-        return positions
+    def statistics(self, N: int) -> dict[str, Array]:
+        """The same of ``mean`` and ``rstd`` (N,)."""
+        return {name: view[:N] for name, view in self._statistics.items()}
+
+    def upload(self, ids: Tokens) -> tuple[Array, Array, Array]:
+        """Where the backend computes: lengths (S,), ids (S·T,) as they are given, and their positions (S·T,)."""
+        S, T = ids.shape
+        positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)
+        on_device = self._lengths, self._ids[: S * T], self._positions[: S * T]
+        for array, values in zip(on_device, (self.lengths, ids.reshape(-1), positions.reshape(-1)), strict=True):
+            self.kernels.upload(array, values)
+        return on_device
+
+    def share(self, first: "Cache") -> None:
+        """Let every sequence begin with what ``first``, a cache of one, holds."""
+        used = int(first.lengths[0])
+        for mine, source in ((self.keys, first.keys), (self.values, first.values)):  # (L, S, NH, T, HS)
+            for layer, heads in zip(mine, source, strict=True):
+                for sequence in layer:
+                    for to, held in zip(sequence, heads[0], strict=True):
+                        self.kernels.copy(to[:used], held[:used])
+        self.lengths[:] = used
 
 
 def initialize(model: GPT2, seed: int) -> None:
@@ -297,14 +347,14 @@ def initialize(model: GPT2, seed: int) -> None:
     One stream of normals: wte (its V rows), wpe, then layer by layer the four matrices; standard deviation 0.02, of
     the two projections into the stream divided by sqrt(2L) (Radford et al. 2019). Norm weights are 1, the rest is 0.
     """
-    generator, p, config = MersenneTwister(seed), model.params, model.config
-    p.flat[:] = 0
-    for name in ("ln1w", "ln2w", "lnfw"):
-        p[name][:] = 1
-    generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD)
-    generator.fill_normal(p["wpe"].reshape(-1), STD)
-    for layer in range(config.num_layers):
-        for name in MATRICES:
-            scale = (2 * config.num_layers) ** -0.5 if name.endswith("projw") else 1.0
-            generator.fill_normal(p[name][layer].reshape(-1), STD * scale)
-    model.publish()
+    generator, config = MersenneTwister(seed), model.config
+    with model.fill() as p:
+        p.flat[:] = 0
+        for name in ("ln1w", "ln2w", "lnfw"):
+            p[name][:] = 1
+        generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD)
+        generator.fill_normal(p["wpe"].reshape(-1), STD)
+        for layer in range(config.num_layers):
+            for name in MATRICES:
+                scale = (2 * config.num_layers) ** -0.5 if name.endswith("projw") else 1.0
+                generator.fill_normal(p[name][layer].reshape(-1), STD * scale)

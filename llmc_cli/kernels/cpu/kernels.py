@@ -34,6 +34,7 @@ class CpuKernels:
 
     name: str = "cpu"
     dtype: Any = np.float32
+    activation_dtype: Any = np.float32
 
     def __init__(
         self,
@@ -79,6 +80,19 @@ class CpuKernels:
         raw = np.zeros(size + ALIGNMENT, np.uint8)  # pages come zeroed when they are first touched
         start = -raw.ctypes.data % ALIGNMENT
         return raw[start : start + size].view(dtype).reshape(shape)
+
+    def upload(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+        if array is not values:
+            array[...] = values
+
+    def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        target[...] = source
+
+    def synchronize(self) -> None:
+        pass
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""

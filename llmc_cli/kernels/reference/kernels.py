@@ -52,9 +52,23 @@ class ReferenceKernels:
 
     name: str = "reference"
     dtype: Any = np.float64
+    activation_dtype: Any = np.float64
 
     def alloc(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return np.zeros(shape, dtype)
+
+    def upload(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+        if array is not values:
+            array[...] = values
+
+    def download(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+    def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        target[...] = source
+
+    def synchronize(self) -> None:
+        pass
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         return 0  # it keeps none: what it needs it makes and drops

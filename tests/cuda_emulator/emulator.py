@@ -125,7 +125,7 @@ def _build_program(folder: Path, source: str, options: Sequence[str], check: boo
 
 
 def _as_cpp(text: str) -> str:
-    """Preprocessed CUDA as C++: kernels become functions, a table at the end lists them; every line stays in its place."""
+    """Preprocessed CUDA as C++: kernels become functions, which a table lists. Every line stays in its place."""
     entries = []
 
     def function(kernel: re.Match[str]) -> str:

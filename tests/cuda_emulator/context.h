@@ -5,7 +5,7 @@
 
 namespace emulator {
 
-#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#if defined(__x86_64__)
 
 struct Context {
     void* stack_pointer;

@@ -148,9 +148,6 @@ EMULATOR_HINTS(uint4)
 
 // ---- Arithmetic -------------------------------------------------------------------------------------------------
 
-extern "C" void* memcpy(void* to, const void* from, size_t bytes) noexcept;
-extern "C" void* memset(void* to, int byte, size_t bytes) noexcept;
-
 #define EMULATOR_MATH1(name)                    \
     extern "C" float name##f(float) noexcept;   \
     extern "C" double name(double) noexcept;    \

@@ -209,25 +209,21 @@ static void run_threads() {
         thread.state = State::done;
         warp_thread_exits(current);
         alive--;
-        if (!alive) leave();
-        if (barrier.arrived == alive) release_barrier();
-        if (!queue_length) deadlock();
-        int next = queue[queue_head];
-        if (threads[next].state == State::fresh) {
-            dequeue();
+        if (alive && barrier.arrived == alive) release_barrier();
+        if (queue_length && threads[queue[queue_head]].state == State::fresh) {
+            int next = dequeue();
             threads[next].stack = thread.stack;
             activate(next);
             continue;
         }
         free_stacks.push_back(thread.stack);
+        if (!alive) leave();
         go_on(discarded);
     }
 }
 
 static bool run_block() {
     for (int i = 0; i < thread_count; i++) threads[i].state = State::fresh;
-    free_stacks.clear();
-    for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(i);
     alive = thread_count;
     barrier = {};
     queue_head = queue_length = 0;
@@ -246,6 +242,8 @@ extern "C" const char* emulator_run(const Launch* wanted) {
     gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
     thread_count = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
     error[0] = 0;
+    free_stacks.clear();  // those of a launch that failed lie where it left them
+    for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(i);
     if (!have_stacks()) return "launch: no memory for the threads' stacks";
     for (unsigned i = 0; i < static_cast<unsigned>(thread_count); i++) {
         threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};

@@ -52,9 +52,10 @@ class Compiled(NamedTuple):
 
 
 def variants():
-    """Every program as the product compiles it: attention on tensor cores for those that have them, in bf16 only."""
-    for program, bf16, capability in itertools.product(PROGRAMS, (False, True), ARCHITECTURES):
-        if program != "attention_mma" or (bf16 and capability >= TENSOR_CORES):
+    """Every program as the product compiles it, the slowest first: bf16 only where there are tensor cores for it, and
+    attention on tensor cores only in bf16."""
+    for program, capability, bf16 in itertools.product(PROGRAMS, ARCHITECTURES, (False, True)):
+        if capability >= TENSOR_CORES if bf16 else program != "attention_mma":
             yield Variant(program, bf16, capability)
 
 
@@ -122,6 +123,4 @@ def compile_all(version):
     wanted = list(variants())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        return dict(
-            zip(wanted, pool.map(functools.partial(compile_variant, version), wanted, chunksize=4), strict=True)
-        )
+        return dict(zip(wanted, pool.map(functools.partial(compile_variant, version), wanted), strict=True))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+from cuda_compiler import ADDED_BY_CUPY
 from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
 
 pytestmark = pytest.mark.cupy
@@ -132,11 +133,10 @@ def test_without_a_driver_the_runtime_says_so(cupy):
     assert error.value.status == 35
 
 
-def test_options_that_cupy_adds_are_those_of_the_compile_gate(cupy, monkeypatch):
+def test_options_that_cupy_adds_are_those_of_the_compile_gate(cupy, monkeypatch, tmp_path):
     """test_cuda_compile.py compiles with what ends up at NVRTC here."""
-    from cuda_compiler import ADDED_BY_CUPY
-
     compiler = importlib.import_module("cupy.cuda.compiler")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     seen = []
 
     class Stop(Exception):
@@ -156,5 +156,5 @@ def test_options_that_cupy_adds_are_those_of_the_compile_gate(cupy, monkeypatch)
     monkeypatch.setattr(compiler, "_preprocess", lambda *args: "")
     monkeypatch.setattr(compiler.function, "Module", lambda: None)
     with pytest.raises(Stop):
-        compiler._compile_with_cache_cuda("", ("-std=c++17",), "90", cache_in_memory=True)
+        compiler._compile_module_with_cache("", ("-std=c++17",), arch="90")
     assert seen == [("-std=c++17", *ADDED_BY_CUPY[:1], "-arch=sm_90", *ADDED_BY_CUPY[1:])]

@@ -121,6 +121,35 @@ extern "C" __global__ void within_warps(int* out) {
     }
 }
 
+// reads nothing that is not due: a compiler could do so unseen where nothing but the value depends on a condition
+extern "C" __global__ void where_due(float* out, const float* x, int n) {
+    __shared__ float s[64];
+    int i = threadIdx.x;
+    if (i < n) s[i] = x[i];
+    __syncthreads();
+    float y = i < n ? s[i] : 0.0f;
+    for (int k = 0; k < 4; k++)
+        if (n == 64) y += s[63];
+    for (int k = 0; k < 64; k++) y += k < n ? s[k] * x[k] : 0.0f;
+    out[i] = n > 32 ? y + s[32] : y;
+}
+
+struct Pair {
+    unsigned short low, high;
+};
+
+// neighbours write the halves of 4 bytes, and read structures whole
+extern "C" __global__ void halves(Pair* out, const unsigned short* x) {
+    __shared__ Pair pairs[32];
+    int i = threadIdx.x;
+    if (i % 2)
+        pairs[i / 2].high = x[i];
+    else
+        pairs[i / 2].low = x[i];
+    __syncthreads();
+    if (i < 32) out[i] = pairs[31 - i];
+}
+
 __device__ __forceinline__ void begin_copy(float* to, const float* from) { emulator_cp_async(to, from, 16); }
 
 // tiles (tiles, 128) pass through two buffers; out[i] = the sum over tiles of four numbers of another thread
@@ -494,6 +523,22 @@ def test_exchange_within_warps(features, device, order):
     out = device(np.empty(64, np.int32))
     launch(features, "within_warps", (1,), (64,), out)
     assert np.array_equal(out, (np.arange(64) ^ 31) + 2)
+
+
+@pytest.mark.parametrize("n", [1, 32, 33, 64])
+def test_reads_that_are_not_due_are_not_made(features, device, order, n):
+    x, out = device(random(n)), device(np.empty(64, np.float32))
+    launch(features, "where_due", (1,), (64,), out, x, n)
+    expected = np.pad(x, (0, 64 - n)) + x @ x
+    expected += x[32] if n > 32 else 0
+    expected += 4 * x[63] if n == 64 else 0
+    assert np.allclose(out, expected, atol=1e-4)
+
+
+def test_halves_of_a_word(features, device, order):
+    x, out = device(np.arange(64, dtype=np.uint16)), device(np.empty((32, 2), np.uint16))
+    launch(features, "halves", (1,), (64,), out, x)
+    assert np.array_equal(out, x.reshape(32, 2)[::-1])
 
 
 def test_options_define(features, device):

@@ -23,12 +23,12 @@ typedef float Part[EACH][EACH];  // a thread's part of a tile
 // Rows of one head in memory, `stride` numbers apart. There are `valid` of them.
 struct Rows {
     const Real* first;
-    size_t stride;
+    int stride;
     int valid;
 };
 
-__device__ __forceinline__ Rows rows_from(const Real* head, size_t stride, int row, int T) {
-    return {head + row * stride, stride, T - row};
+__device__ __forceinline__ Rows rows_from(const Real* head, int stride, int row, int T) {
+    return {head + (size_t)row * stride, stride, T - row};
 }
 
 __device__ __forceinline__ void clear(Part& part) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_weighted(
 // Stores sums (TILE, HS), row i of a thread times factors[i], in rows `stride` apart, those before `valid`.
 template <int SLABS>
 __device__ __forceinline__ void store_rows(
-    Real* target, size_t stride, int valid, const Part (&sums)[SLABS], const float (&factors)[EACH], int HS) {
+    Real* target, int stride, int valid, const Part (&sums)[SLABS], const float (&factors)[EACH], int HS) {
     const int x = threadIdx.x % SIDE;
     const int y = threadIdx.x / SIDE;
 #pragma unroll
@@ -169,7 +169,7 @@ __device__ __forceinline__ float row_max(float value) {
 // out (TILE, HS) and lse (TILE,), unless null, of TILE queries, of which row r sees the keys 0 to `last` + r.
 template <int SLABS>
 __device__ __forceinline__ void attend(
-    Real* out, size_t stride, float* lse, Rows queries, Rows keys, Rows values, int last, int HS, float scale) {
+    Real* out, int stride, float* lse, Rows queries, Rows keys, Rows values, int last, int HS, float scale) {
     __shared__ Tile a;
     __shared__ Tile b;
     const int x = threadIdx.x % SIDE;
@@ -235,7 +235,7 @@ __device__ __forceinline__ void forward(Real* out, float* lse, const Real* qkv, 
     const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
     const size_t h = blockIdx.y;
     const size_t b = blockIdx.z;
-    const size_t C = (size_t)NH * HS;
+    const int C = NH * HS;
     const Real* head = qkv + b * T * 3 * C + h * HS;
     const Rows queries = rows_from(head, 3 * C, first, T);
     const Rows keys = {head + C, 3 * C, T};
@@ -251,13 +251,12 @@ __device__ __forceinline__ void prompt(
     const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
     const size_t h = blockIdx.y;
     const size_t s = blockIdx.z;
-    const size_t C = (size_t)NH * HS;
+    const int C = NH * HS;
     const size_t cached = (s * NH + h) * Tmax * HS;
-    const size_t width = HS;  // rows of one head lie behind each other in the cache
     const int length = lengths[s];
     const Rows queries = rows_from(qkv + s * T * 3 * C + h * HS, 3 * C, first, T);
-    const Rows all_keys = {keys + cached, width, length + T};
-    const Rows all_values = {values + cached, width, length + T};
+    const Rows all_keys = {keys + cached, HS, length + T};  // rows of one head lie behind each other
+    const Rows all_values = {values + cached, HS, length + T};
     Real* target = out + (s * T + first) * C + h * HS;
     attend<SLABS>(target, C, nullptr, queries, all_keys, all_values, length + first, HS, scale);
 }
@@ -274,7 +273,7 @@ __device__ __forceinline__ void backward_keys(
     const int first = blockIdx.x * TILE;  // block 0 has the most to do
     const size_t h = blockIdx.y;
     const size_t n = blockIdx.z;
-    const size_t C = (size_t)NH * HS;
+    const int C = NH * HS;
     const size_t head = n * T * 3 * C + h * HS;
     const Rows keys = rows_from(qkv + head + C, 3 * C, first, T);
     const Rows values = rows_from(qkv + head + 2 * C, 3 * C, first, T);
@@ -317,7 +316,7 @@ __device__ __forceinline__ void backward_keys(
         scales[i] = scale;
         ones[i] = 1.0f;
     }
-    Real* target = dqkv + head + first * 3 * C;
+    Real* target = dqkv + head + (size_t)first * 3 * C;
     store_rows<SLABS>(target + C, 3 * C, T - first, dk, scales, HS);
     store_rows<SLABS>(target + 2 * C, 3 * C, T - first, dv, ones, HS);
 }
@@ -334,7 +333,7 @@ __device__ __forceinline__ void backward_queries(
     const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
     const size_t h = blockIdx.y;
     const size_t n = blockIdx.z;
-    const size_t C = (size_t)NH * HS;
+    const int C = NH * HS;
     const size_t head = n * T * 3 * C + h * HS;
     const Rows queries = rows_from(qkv + head, 3 * C, first, T);
     const Rows douts = rows_from(dout + n * T * C + h * HS, C, first, T);
@@ -374,7 +373,7 @@ __device__ __forceinline__ void backward_queries(
     for (int i = 0; i < EACH; i++) {
         scales[i] = scale;
     }
-    store_rows<SLABS>(dqkv + head + first * 3 * C, 3 * C, T - first, dq, scales, HS);
+    store_rows<SLABS>(dqkv + head + (size_t)first * 3 * C, 3 * C, T - first, dq, scales, HS);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attention_forward_64(

@@ -49,7 +49,8 @@ def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
 
 def attention_forward(device: Device, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
     """As ``spec.Kernels.attention_forward``. One launch."""
-    T, HS = _sizes(out, num_heads)
+    _, T, C = out.shape
+    HS = _head_size(C, num_heads)
     if _on_tensor_cores(device, HS, out, qkv):
         _launch_mma(device, "forward", out, num_heads, (out, lse, qkv))
     else:
@@ -62,7 +63,7 @@ def attention_backward(
     """As ``spec.Kernels.attention_backward``, but that dqkv must not be qkv: blocks read what others write by then.
     Three launches. ``scratch``: float32, of at least ``backward_scratch`` elements, aligned to 8 bytes."""
     B, T, C = out.shape
-    NH, HS = num_heads, C // num_heads
+    NH, HS = num_heads, _head_size(C, num_heads)
     sizes = np.int32(B), np.int32(T), np.int32(NH)
     if _on_tensor_cores(device, HS, dqkv, dout, out, qkv):
         launch = launches()[f"DELTA_{HS}"]
@@ -85,26 +86,25 @@ def attention_cached(
     """As ``spec.Kernels.attention_cached``. Two launches; lengths are read on the device, and their grids depend on the
     shapes only."""
     S, T, C = out.shape
-    NH, HS, Tmax = num_heads, C // num_heads, np.int32(keys.shape[2])
-    _, scale = _sizes(out, NH), _scale(HS)
-    sizes = np.int32(NH), np.int32(HS), Tmax
+    NH, HS = num_heads, _head_size(C, num_heads)
+    sizes = np.int32(NH), np.int32(HS), np.int32(keys.shape[2])
     append = (keys, values, qkv, lengths, np.int32(S), np.int32(T), *sizes)
     device.launch("cached_attention", "cache_append", (math.ceil(out.size / THREADS),), (THREADS,), append)
     if T == 1:
-        args = (out, qkv, keys, values, lengths, *sizes, scale)
+        args = (out, qkv, keys, values, lengths, *sizes, _scale(HS))
         name = f"attention_cached_{_width(HS)}"
         device.launch("cached_attention", name, (NH, S), (CACHED_THREADS,), args)
     else:
-        args = (out, qkv, keys, values, lengths, np.int32(T), *sizes, scale)
+        args = (out, qkv, keys, values, lengths, np.int32(T), *sizes, _scale(HS))
         _launch_tiles(device, "attention_prompt", out, NH, args)
 
 
-def _sizes(out: Array, num_heads: int) -> tuple[int, int]:
-    """T and HS; ValueError for a head size that no kernel takes."""
-    _, T, C = out.shape
-    if C // num_heads > LARGEST:
-        raise ValueError(f"attention on CUDA takes heads of up to {LARGEST}, not of {C // num_heads}")
-    return T, C // num_heads
+def _head_size(C: int, NH: int) -> int:
+    """HS; ValueError for one that no kernel takes."""
+    HS = C // NH
+    if HS > LARGEST:
+        raise ValueError(f"attention on CUDA takes heads of up to {LARGEST}, not of {HS}")
+    return HS
 
 
 def _scale(HS: int) -> np.float32:

@@ -229,6 +229,14 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
+// Begins to copy a tile of keys and values to a stage, from row `key` of a head on.
+template <class S>
+__device__ __forceinline__ void copy_keys(unsigned stage, const Bf16* k, size_t C, int key, int T) {
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, k + key * 3 * C, 3 * C, T - key);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage + S::TILE, k + key * 3 * C + C, 3 * C, T - key);
+    copy_async_commit();
+}
+
 // ---- Forward: q is resident, k and v stream past it up to the diagonal.
 
 template <class S>
@@ -246,7 +254,6 @@ __device__ __forceinline__ void forward(
     const size_t C = (size_t)NH * S::HS;
     const Bf16* q = qkv + b * T * 3 * C + (size_t)h * S::HS;
     const Bf16* k = q + C;
-    const Bf16* v = k + C;
     const unsigned base = shared_address(memory);
     const unsigned ring = base + S::RING;
     const unsigned own = base + warp * S::WARP_ROWS * S::ROW;
@@ -263,9 +270,7 @@ __device__ __forceinline__ void forward(
         keep<S>(kept, own, rows);
         __syncthreads();  // the ring takes the place of q
     }
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring, k, 3 * C, T);
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring + S::TILE, v, 3 * C, T);
-    copy_async_commit();
+    copy_keys<S>(ring, k, C, 0, T);
 
     float sums[S::PATCHES][S::COLUMNS][4];  // of p · v, not yet divided by the sum of p
     clear(sums);
@@ -281,14 +286,10 @@ __device__ __forceinline__ void forward(
     for (int j = 0; j < tiles; j++) {
         copy_async_wait();
         __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
-        if (j + 1 < tiles) {
-            const int key = (j + 1) * S::STREAMED;
-            const unsigned next = ring + ((j + 1) & 1) * S::STAGE;
-            copy_tile<S::HS, S::STREAMED, S::THREADS>(next, k + key * 3 * C, 3 * C, T - key);
-            copy_tile<S::HS, S::STREAMED, S::THREADS>(next + S::TILE, v + key * 3 * C, 3 * C, T - key);
-            copy_async_commit();
-        }
         const int key = j * S::STREAMED;
+        if (j + 1 < tiles) {
+            copy_keys<S>(ring + ((j + 1) & 1) * S::STAGE, k, C, key + S::STREAMED, T);
+        }
         if (key > row + S::WARP_ROWS - 1) {
             continue;  // no query of this warp sees the tile
         }
@@ -540,7 +541,6 @@ __device__ __forceinline__ void backward_queries(
     const size_t head = b * T * 3 * C + (size_t)h * S::HS;
     const Bf16* q = qkv + head;
     const Bf16* k = q + C;
-    const Bf16* v = k + C;
     dout += b * T * C + (size_t)h * S::HS;
     statistics += (b * NH + h) * T * 2;
     const unsigned base = shared_address(memory);
@@ -578,9 +578,7 @@ __device__ __forceinline__ void backward_queries(
         keep<S>(kept_douts, own_douts, rows);
         __syncthreads();  // the ring takes the place of q and dout
     }
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring, k, 3 * C, T);
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(ring + S::TILE, v, 3 * C, T);
-    copy_async_commit();
+    copy_keys<S>(ring, k, C, 0, T);
 
     float dq[S::PATCHES][S::COLUMNS][4];
     clear(dq);
@@ -589,14 +587,10 @@ __device__ __forceinline__ void backward_queries(
     for (int j = 0; j < tiles; j++) {
         copy_async_wait();
         __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
-        if (j + 1 < tiles) {
-            const int key = (j + 1) * S::STREAMED;
-            const unsigned next = ring + ((j + 1) & 1) * S::STAGE;
-            copy_tile<S::HS, S::STREAMED, S::THREADS>(next, k + key * 3 * C, 3 * C, T - key);
-            copy_tile<S::HS, S::STREAMED, S::THREADS>(next + S::TILE, v + key * 3 * C, 3 * C, T - key);
-            copy_async_commit();
-        }
         const int key = j * S::STREAMED;
+        if (j + 1 < tiles) {
+            copy_keys<S>(ring + ((j + 1) & 1) * S::STAGE, k, C, key + S::STREAMED, T);
+        }
         if (key > row + S::WARP_ROWS - 1) {
             continue;  // no query of this warp sees the tile
         }

@@ -1,9 +1,11 @@
 """The stand-in for CuPy: that it is no more than what is used of CuPy, and stricter."""
 
+import ast
 import ctypes
 import gc
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from cuda_emulator import stand_in
 from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
+
+from llmc_cli.kernels.cuda import blas, device
 
 cupy = stand_in.install()
 runtime, cublas = cupy.cuda.runtime, cupy.cuda.cublas
@@ -100,6 +104,24 @@ def test_attribute_exists(name):
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constant_has_its_value(name):
     assert resolve(cupy, name) == CONSTANTS[name]
+
+
+def test_the_backend_uses_nothing_else():
+    """Every name that hangs on cupy, runtime or cublas in the modules that call CuPy is in the table."""
+    known = {
+        ".".join(name.split(".")[:depth])
+        for name in (*CALLS, *ATTRIBUTES, *ERRORS, *CONSTANTS)
+        for depth in range(1, name.count(".") + 2)
+    }
+    used = set(blas.COMPUTE.values())
+    assert {f"cuda.cublas.{name}" for name in used} <= known
+    for module in (device, blas):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            chain = re.fullmatch(r"(?:self\.)?_?(cupy|runtime|cublas)\.([\w.]+)", ast.unparse(node))
+            if isinstance(node, ast.Attribute) and chain:
+                used.add({"cupy": "", "runtime": "cuda.runtime.", "cublas": "cuda.cublas."}[chain[1]] + chain[2])
+    assert len(used) > 20
+    assert used - set(blas.COMPUTE.values()) - known == set()
 
 
 def test_device_attributes_are_those_of_the_table():

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,384 +17,9 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++ on Linux: where tests run for CI it must be there",
 )
 
-COMMON = r"""
-#define ALL 0xffffffffu
-__device__ __forceinline__ float warp_sum(float x) {
-    #pragma unroll
-    for (int bits = 16; bits > 0; bits >>= 1) x += __shfl_xor_sync(ALL, x, bits);
-    return x;
-}
-"""
-
-FEATURES = (
-    COMMON
-    + r"""
-template <int WARPS> __device__ float block_sum(float x) {
-    __shared__ float partial[WARPS];
-    int lane = threadIdx.x % warpSize;
-    x = warp_sum(x);
-    if (lane == 0) partial[threadIdx.x / warpSize] = x;
-    __syncthreads();
-    return warp_sum(lane < blockDim.x / warpSize ? partial[lane] : 0.0f);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    row_sums(float* __restrict__ out, const float* __restrict__ x, int C) {
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < C; i += blockDim.x) sum += __ldg(x + (size_t)blockIdx.x * C + i);
-    sum = block_sum<8>(sum);
-    if (threadIdx.x == 0) out[blockIdx.x] = sum;
-}
-
-// out (10, 32)
-extern "C" __global__ void warps(int* out, int width) {
-    int lane = threadIdx.x;
-    out[lane] = __shfl_sync(ALL, lane, 5, width);
-    out[32 + lane] = __shfl_up_sync(ALL, lane, 3, width);
-    out[64 + lane] = __shfl_down_sync(ALL, lane, 3, width);
-    out[96 + lane] = __shfl_xor_sync(ALL, lane, 17, width);
-    out[128 + lane] = __ballot_sync(ALL, lane % 3 == 0);
-    out[160 + lane] = __any_sync(ALL, lane == 31) + 2 * __any_sync(ALL, lane == 32);
-    out[192 + lane] = __all_sync(ALL, lane < 32) + 2 * __all_sync(ALL, lane < 31);
-    double both = __shfl_down_sync(ALL, lane + 0.25, 1);
-    out[224 + lane] = (int)(both * 4);
-    // halves of the warp, each on its own
-    unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
-    for (int i = 0; i <= lane / 16; i++) out[256 + lane] = __ballot_sync(half, lane % 2);
-    out[288 + lane] = (int)(__shfl_sync(ALL, (long long)lane << 40, 31 - lane) >> 40);
-}
-
-extern "C" __global__ void counts(int* out) {
-    int i = threadIdx.x;
-    int together = __syncthreads_and(i < 100) + 2 * __syncthreads_or(i == 99) + 4 * __syncthreads_and(i < 99);
-    out[i] = together + 100 * __syncthreads_count(i % 3 == 0);
-}
-
-extern "C" __global__ void reverse(float* out, const float* x) {
-    extern __shared__ __align__(16) unsigned char raw[];
-    float* s = reinterpret_cast<float*>(raw);
-    int i = threadIdx.x + blockDim.x * threadIdx.y, n = blockDim.x * blockDim.y;
-    s[i] = x[blockIdx.z * n + i];
-    __syncthreads();
-    out[blockIdx.z * n + i] = s[n - 1 - i];
-}
-
-extern "C" __global__ void vectors(float4* out, const float4* x, const int2* index, const uint4* words, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float4 v = __ldcs(x + index[i].x);
-    const float* each = &v.x;
-    float sum = 0.0f;
-    for (int k = 0; k < 4; k++) sum += each[k];
-    __stcs(out + i, make_float4(v.w, sum, __uint_as_float(words[i].z), (float)index[i].y));
-}
-
-// some threads leave before a barrier, and a whole warp before another's operations
-extern "C" __global__ void leaving(float* out, int n) {
-    __shared__ float s[96];
-    int i = threadIdx.x;
-    if (i >= n) return;
-    s[i] = i;
-    __syncthreads();
-    float x = s[n - 1 - i];
-    out[i] = i < 64 ? warp_sum(x) : x;
-}
-
-extern "C" __global__ void types(double* out, float f, long long l, int i) {
-    out[0] = f;
-    out[1] = l;
-    out[2] = i;
-    out[3] = __int_as_float(0xff800000);
-    out[4] = max(i, 7) + min(2.5f, f) + fabsf(-1.0f);
-    out[5] = tanhf(0.5f) + exp(1.0) + rsqrtf(4.0f);
-    out[6] = __popc(0xf0f0u) + __clz(1) + __ffs(8) + isnan(__int_as_float(0x7fc00000));
-}
-
-// lanes hand on what they wrote by __syncwarp alone
-extern "C" __global__ void within_warps(int* out) {
-    __shared__ int s[64];
-    int i = threadIdx.x;
-    for (int round = 0; round < 3; round++) {
-        s[i] = i + round;
-        __syncwarp();
-        out[i] = s[i ^ 31];
-        __syncwarp();
-    }
-}
-
-// reads nothing that is not due: a compiler could do so unseen where nothing but the value depends on a condition
-extern "C" __global__ void where_due(float* out, const float* x, int n) {
-    __shared__ float s[64];
-    int i = threadIdx.x;
-    if (i < n) s[i] = x[i];
-    __syncthreads();
-    float y = i < n ? s[i] : 0.0f;
-    for (int k = 0; k < 4; k++)
-        if (n == 64) y += s[63];
-    for (int k = 0; k < 64; k++) y += k < n ? s[k] * x[k] : 0.0f;
-    out[i] = n > 32 ? y + s[32] : y;
-}
-
-struct Pair {
-    unsigned short low, high;
-};
-
-// neighbours write the halves of 4 bytes, and read structures whole
-extern "C" __global__ void halves(Pair* out, const unsigned short* x) {
-    __shared__ Pair pairs[32];
-    int i = threadIdx.x;
-    if (i % 2)
-        pairs[i / 2].high = x[i];
-    else
-        pairs[i / 2].low = x[i];
-    __syncthreads();
-    if (i < 32) out[i] = pairs[31 - i];
-}
-
-__device__ __forceinline__ void begin_copy(float* to, const float* from) { emulator_cp_async(to, from, 16); }
-
-// tiles (tiles, 128) pass through two buffers; out[i] = the sum over tiles of four numbers of another thread
-extern "C" __global__ void pipeline(float* out, const float* x, int tiles) {
-    __shared__ __align__(16) float s[2][128];
-    int i = threadIdx.x;
-    float sum = 0.0f;
-    begin_copy(&s[0][4 * i], x + 4 * i);
-    emulator_cp_commit();
-    for (int t = 0; t < tiles; t++) {
-        if (t + 1 < tiles) begin_copy(&s[(t + 1) % 2][4 * i], x + (t + 1) * 128 + 4 * i);
-        emulator_cp_commit();
-        emulator_cp_wait(1); // WAIT
-        __syncthreads(); // ARRIVED
-        for (int k = 0; k < 4; k++) sum += s[t % 2][127 - (4 * i + k)];
-        __syncthreads(); // FREE
-    }
-    out[i] = sum;
-}
-
-extern "C" __global__ void zeros(float* out) {
-    extern __shared__ float s[];
-    emulator_cp_async(s + 4 * threadIdx.x, nullptr, 16);
-    emulator_cp_commit();
-    emulator_cp_wait(0);
-    for (int k = 0; k < 4; k++) out[4 * threadIdx.x + k] = s[4 * threadIdx.x + k];
-}
-
-// c (16, 8) = c + a (16, 16) b (16, 8), bf16 operands; b lies transposed (8, 16)
-extern "C" __global__ void product(float* c, const unsigned* a, const unsigned* b) {
-    int g = threadIdx.x / 4, t = threadIdx.x % 4;
-    unsigned A[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
-    unsigned B[2] = {b[g * 8 + t], b[g * 8 + t + 4]};
-    float D[4];
-    for (int i = 0; i < 4; i++) D[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-    emulator_mma_bf16(D, A, B);
-    for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = D[i];
-}
-
-// x (4, 8, 8) of 16 bits in rows of 8 + padding; out (32, 4): of each lane
-extern "C" __global__ void matrices(unsigned* out, const unsigned short* x, int padding, int transposed) {
-    extern __shared__ __align__(128) unsigned short s[];
-    int lane = threadIdx.x;
-    for (int k = 0; k < 8; k++) s[lane * (8 + padding) + k] = x[lane * 8 + k];
-    __syncwarp();
-    unsigned r[4];
-    emulator_ldmatrix(r, emulator_shared_address(s) + lane * (8 + padding) * 2, transposed);
-    for (int k = 0; k < 4; k++) out[lane * 4 + k] = r[k];
-}
-
-extern "C" __global__ void of_static_shared(int* out) {
-    __shared__ __align__(16) int s[32][4];
-    for (int k = 0; k < 4; k++) s[threadIdx.x][k] = 4 * threadIdx.x + k;
-    __syncwarp();
-    unsigned r[4];
-    emulator_ldmatrix(r, emulator_shared_address(s[threadIdx.x]), false);
-    out[threadIdx.x] = r[1] + *(int*)emulator_shared_pointer(emulator_shared_address(&s[31][3]));
-}
-
-extern "C" __global__ __launch_bounds__(
-    2 * 32, 1) void scaled(float* out) {
-    out[threadIdx.x] = SCALE;
-}
-"""
-)
-
-FAULTS = (
-    COMMON
-    + r"""
-extern "C" __global__ void race(float* out) {
-    __shared__ float cells[64];
-    cells[threadIdx.x] = 0.0f;
-    __syncthreads();
-    cells[threadIdx.x] = 1.0f;
-    out[threadIdx.x] = cells[(threadIdx.x + 33) % 64]; // HERE
-}
-extern "C" __global__ void race_of_writes(float* out) {
-    __shared__ float cell;
-    cell = threadIdx.x; // HERE
-    __syncthreads();
-    out[threadIdx.x] = cell;
-}
-extern "C" __global__ void race_after_reading(float* out) {
-    __shared__ float cells[64];
-    cells[threadIdx.x] = 0.0f;
-    __syncthreads();
-    float other = cells[threadIdx.x ^ 32];
-    cells[threadIdx.x] = other + 1.0f; // HERE
-    out[threadIdx.x] = other;
-}
-extern "C" __global__ void race_of_warps(float* out) { // __syncwarp orders a warp's own accesses, and no other's
-    __shared__ float cells[64];
-    cells[threadIdx.x] = 0.0f;
-    __syncthreads();
-    cells[threadIdx.x] = 1.0f;
-    __syncwarp();
-    out[threadIdx.x] = cells[threadIdx.x ^ 32]; // HERE
-}
-extern "C" __global__ void race_of_halves(float* out) { // lanes of the upper half do not wait for the lower half
-    __shared__ float cells[32];
-    cells[threadIdx.x] = 0.0f;
-    __syncwarp();
-    cells[threadIdx.x] = 1.0f;
-    __syncwarp(threadIdx.x < 16 ? 0xffffu : 0xffff0000u);
-    out[threadIdx.x] = cells[threadIdx.x ^ 16]; // HERE
-}
-extern "C" __global__ void race_past_a_shuffle(float* out) { // which orders no memory
-    __shared__ float cells[32];
-    cells[threadIdx.x] = __shfl_xor_sync(ALL, 1.0f, 1);
-    warp_sum(1.0f);
-    out[threadIdx.x] = cells[threadIdx.x ^ 1]; // HERE
-}
-extern "C" __global__ void race_in_global(float* out) {
-    out[threadIdx.x] = 1.0f;
-    if (threadIdx.x == 0) out[1] += 1.0f; // HERE
-}
-extern "C" __global__ void race_of_blocks(float* out) {
-    if (threadIdx.x == 0) out[0] += 1.0f; // HERE
-}
-extern "C" __global__ void race_of_a_reading_block(float* out) {
-    float other = out[(blockIdx.x + 1) % gridDim.x];
-    __syncthreads();
-    if (threadIdx.x == 0) out[blockIdx.x] = other; // HERE
-}
-extern "C" __global__ void past_a_buffer(float* out, int n) {
-    out[threadIdx.x + n - 63] = 1.0f; // HERE
-}
-extern "C" __global__ void before_a_buffer(float* out) {
-    out[(int)threadIdx.x - 1] = 1.0f; // HERE
-}
-extern "C" __global__ void null(float* out, const float* x) {
-    out[threadIdx.x] = x[threadIdx.x]; // HERE
-}
-extern "C" __global__ void past_dynamic(float* out) {
-    extern __shared__ float raw[];
-    raw[threadIdx.x] = 1.0f; // HERE
-    out[threadIdx.x] = raw[threadIdx.x];
-}
-extern "C" __global__ void past_static(float* out) {
-    __shared__ float cells[4][8];
-    __shared__ float others[64];
-    others[threadIdx.x] = 0.0f;
-    cells[threadIdx.x / 16][threadIdx.x % 16] = 1.0f; // HERE
-    __syncthreads();
-    out[threadIdx.x] = cells[0][0] + others[threadIdx.x];
-}
-extern "C" __global__ void past_registers(float* out, int n) {
-    float mine[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int i = 0; i < n; i++) mine[i] += out[i]; // HERE
-    out[threadIdx.x] = mine[n / 2];
-}
-extern "C" __global__ void misaligned(float* out, const float* x) {
-    out[threadIdx.x] = reinterpret_cast<const float2*>(x + 1)[threadIdx.x].y; // HERE
-}
-extern "C" __global__ void misaligned_whole(float4* out, const float* x) {
-    out[threadIdx.x] = *reinterpret_cast<const float4*>(x + 2); // HERE
-}
-extern "C" __global__ void uninitialised(float* out) {
-    __shared__ float cells[64];
-    if (threadIdx.x != 40) cells[threadIdx.x] = 1.0f;
-    __syncthreads();
-    out[threadIdx.x] = cells[threadIdx.x]; // HERE
-}
-extern "C" __global__ void uninitialised_since_another_block(float* out) {
-    extern __shared__ float raw[];
-    if (blockIdx.x == 0) raw[threadIdx.x] = 1.0f;
-    __syncthreads();
-    out[blockIdx.x * blockDim.x + threadIdx.x] = raw[threadIdx.x]; // HERE
-}
-extern "C" __global__ void divergent(float* out) {
-    if (threadIdx.x < 32)
-        __syncthreads(); // THERE
-    else
-        __syncthreads(); // HERE
-    out[threadIdx.x] = 1.0f;
-}
-extern "C" __global__ void deadlock(float* out) {
-    if (threadIdx.x < 16)
-        warp_sum(1.0f); // HERE
-    else
-        __syncthreads(); // THERE
-    out[threadIdx.x] = 1.0f;
-}
-extern "C" __global__ void exited(float* out, int n) {
-    if (threadIdx.x >= n) return;
-    out[threadIdx.x] = __any_sync(ALL, 0); // HERE
-}
-extern "C" __global__ void unnamed(float* out) {
-    out[threadIdx.x] = __ballot_sync(0xffffu, 1); // HERE
-}
-extern "C" __global__ void from_unnamed(float* out) {
-    float x = 0.0f;
-    if (threadIdx.x < 16) x = __shfl_down_sync(0xffffu, 1.0f, 8); // HERE
-    out[threadIdx.x] = x;
-}
-extern "C" __global__ void from_nowhere(float* out) { // the block has 48 threads
-    out[threadIdx.x] = __shfl_xor_sync(ALL, 1.0f, 16); // HERE
-}
-extern "C" __global__ void mixed(float* out) {
-    if (threadIdx.x % 2)
-        __syncwarp(); // THERE
-    else
-        out[threadIdx.x] = __any_sync(ALL, 1); // HERE
-}
-extern "C" __global__ void not_waited_for(float* out, const float* x) {
-    __shared__ __align__(16) float cells[256];
-    emulator_cp_async(cells + 4 * threadIdx.x, x + 4 * threadIdx.x, 16); // THERE
-    emulator_cp_wait(0); // for committed groups, of which this is none
-    __syncthreads();
-    out[threadIdx.x] = cells[threadIdx.x]; // HERE
-}
-extern "C" __global__ void copy_misaligned(float* out, const float* x) {
-    __shared__ __align__(16) float cells[260];
-    emulator_cp_async(cells + 4 * threadIdx.x, x + 4 * threadIdx.x + 1, 16); // HERE
-}
-extern "C" __global__ void copy_past_a_buffer(float* out, const float* x, int n) {
-    __shared__ __align__(16) float cells[4];
-    if (threadIdx.x == 0) emulator_cp_async(cells, x + n, 16); // HERE
-}
-extern "C" __global__ void row_misaligned(unsigned* out) {
-    extern __shared__ unsigned char raw[];
-    for (int k = 0; k < 16; k++) raw[threadIdx.x * 16 + k] = 0;
-    __syncwarp();
-    unsigned r[4];
-    emulator_ldmatrix(r, emulator_shared_address(raw) + threadIdx.x * 8, false); // HERE
-    out[threadIdx.x] = r[0];
-}
-extern "C" __global__ void row_uninitialised(unsigned* out) {
-    extern __shared__ unsigned char raw[];
-    unsigned r[4];
-    emulator_ldmatrix(r, emulator_shared_address(raw) + threadIdx.x * 16, false); // HERE
-    out[threadIdx.x] = r[0];
-}
-extern "C" __global__ void shifted(int* out, int n) {
-    out[threadIdx.x] = 1 << n; // HERE
-}
-extern "C" __global__ void overflown(int* out, int n) {
-    out[threadIdx.x] = n * 65536; // HERE
-}
-extern "C" __global__ void divided(int* out, int n) {
-    out[threadIdx.x] = 1 / (n - 64); // HERE
-}
-"""
-)
+HERE = Path(__file__).parent / "cuda_emulator"
+RIGHT = (HERE / "right.cu").read_text()
+WRONG = (HERE / "wrong.cu").read_text()
 
 
 def compiled(source, check=True):
@@ -402,12 +28,12 @@ def compiled(source, check=True):
 
 @pytest.fixture(scope="module", params=(False, True), ids=("fast", "checked"))
 def features(request):
-    return compiled(FEATURES, request.param)
+    return compiled(RIGHT, request.param)
 
 
 @pytest.fixture(scope="module")
 def faults():
-    return compiled(FAULTS)
+    return compiled(WRONG)
 
 
 @pytest.fixture(params=(None, 1, 2))
@@ -620,7 +246,7 @@ RACES += ["race_in_global"]
 @pytest.mark.parametrize("name", RACES)
 def test_races_in_a_block(faults, device, order, name):
     block = 32 if name in ("race_of_halves", "race_past_a_shuffle") else 64
-    kind, message = found(faults, FAULTS, name, device(np.zeros(64, np.float32)), block=block)
+    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), block=block)
     assert kind == "race"
     assert "no barrier lies between" in message
     assert ("byte 4 of a buffer of 256" if name == "race_in_global" else "shared cell") in message
@@ -628,7 +254,7 @@ def test_races_in_a_block(faults, device, order, name):
 
 @pytest.mark.parametrize("name", ["race_of_blocks", "race_of_a_reading_block"])
 def test_races_of_blocks(faults, device, order, name):
-    kind, message = found(faults, FAULTS, name, device(np.zeros(64, np.float32)), grid=3)
+    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), grid=3)
     assert kind == "race"
     assert re.search(r"which thread \(\d+,0,0\) of block \(\d,0,0\) (wrote|read) in ", message)
 
@@ -645,14 +271,14 @@ def test_races_of_blocks(faults, device, order, name):
     ],
 )
 def test_accesses_out_of_bounds(faults, device, order, name, args, words):
-    kind, message = found(faults, FAULTS, name, device(np.zeros(64, np.float32)), *args, shared=128)
+    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), *args, shared=128)
     assert kind == "out of bounds"
     assert re.search(words, message)
 
 
 def test_a_copy_from_out_of_bounds(faults, device):
     x = device(np.zeros(64, np.float32))
-    kind, message = found(faults, FAULTS, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
+    kind, message = found(faults, WRONG, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
     assert kind == "out of bounds"
     assert "read of 16 bytes at byte 256 of a buffer of 256" in message
 
@@ -661,30 +287,30 @@ def test_a_copy_from_out_of_bounds(faults, device):
 def test_misaligned_addresses(faults, device, order, name):
     out = device(np.zeros((64, 4), np.float32))
     args = () if name == "row_misaligned" else (device(np.zeros(512, np.float32)),)
-    kind, _ = found(faults, FAULTS, name, out, *args, block=32, shared=512)
+    kind, _ = found(faults, WRONG, name, out, *args, block=32, shared=512)
     assert kind == "misaligned"
 
 
 @pytest.mark.parametrize("name", ["uninitialised", "uninitialised_since_another_block", "row_uninitialised"])
 def test_shared_memory_that_no_one_wrote(faults, device, order, name):
     out = device(np.zeros(128, np.float32))
-    kind, message = found(faults, FAULTS, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
+    kind, message = found(faults, WRONG, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
     assert kind == "uninitialised"
     assert ("shared cells + 160" if name == "uninitialised" else "dynamic shared memory + ") in message
 
 
 def test_barriers_that_diverge(faults, device, order):
-    kind, message = found(faults, FAULTS, "divergent", device(np.zeros(64, np.float32)))
+    kind, message = found(faults, WRONG, "divergent", device(np.zeros(64, np.float32)))
     assert kind == "divergent barrier"
-    assert line(FAULTS, "divergent", "THERE") in message
+    assert line(WRONG, "divergent", "THERE") in message
 
 
 def test_deadlocks(faults, device, order):
-    kind, message = found(faults, FAULTS, "deadlock", device(np.zeros(64, np.float32)), block=32)
+    kind, message = found(faults, WRONG, "deadlock", device(np.zeros(64, np.float32)), block=32)
     assert kind == "deadlock"
     assert "16 from (0,0,0) on in a shuffle, " in message
     assert "16 from (16,0,0) on in a barrier, " in message
-    assert line(FAULTS, "deadlock", "THERE") in message
+    assert line(WRONG, "deadlock", "THERE") in message
 
 
 @pytest.mark.parametrize(
@@ -698,16 +324,16 @@ def test_deadlocks(faults, device, order):
     ],
 )
 def test_operations_of_wrong_warps(faults, device, order, name, block, args, words):
-    kind, message = found(faults, FAULTS, name, device(np.zeros(64, np.float32)), *args, block=block)
+    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), *args, block=block)
     assert kind == "warp"
     assert words in message
 
 
 def test_a_copy_of_no_group(faults, device, order):
     x = device(np.zeros(256, np.float32))
-    kind, message = found(faults, FAULTS, "not_waited_for", device(np.zeros(64, np.float32)), x)
+    kind, message = found(faults, WRONG, "not_waited_for", device(np.zeros(64, np.float32)), x)
     assert kind == "in flight"
-    assert line(FAULTS, "not_waited_for", "THERE") in message
+    assert line(WRONG, "not_waited_for", "THERE") in message
 
 
 @pytest.mark.parametrize(
@@ -720,7 +346,7 @@ def test_a_copy_of_no_group(faults, device, order):
     ],
 )
 def test_faults_of_a_pipeline(device, order, right, wrong, kind):
-    program = compiled(FEATURES.replace(right, wrong))
+    program = compiled(RIGHT.replace(right, wrong))
     x, out = device(random(5, 128)), device(np.empty(32, np.float32))
     with pytest.raises(EmulatorError, match=f"^({kind}): pipeline, block"):
         launch(program, "pipeline", (1,), (32,), out, x, 5)
@@ -728,12 +354,12 @@ def test_faults_of_a_pipeline(device, order, right, wrong, kind):
 
 @pytest.mark.parametrize(("name", "n"), [("shifted", 33), ("overflown", 65536), ("divided", 64)])
 def test_arithmetic(faults, device, name, n):
-    kind, _ = found(faults, FAULTS, name, device(np.zeros(64, np.int32)), n)
+    kind, _ = found(faults, WRONG, name, device(np.zeros(64, np.int32)), n)
     assert kind == "arithmetic"
 
 
 def test_without_the_check_uninitialised_memory_is_nan(device):
-    program, out = compiled(FAULTS, check=False), device(np.zeros(64, np.float32))
+    program, out = compiled(WRONG, check=False), device(np.zeros(64, np.float32))
     for _ in range(2):
         launch(program, "uninitialised", (1,), (64,), out)
         assert np.flatnonzero(np.isnan(out)) == [40]
@@ -742,7 +368,7 @@ def test_without_the_check_uninitialised_memory_is_nan(device):
 def test_a_fault_does_not_outlast_its_launch(faults, features, device):
     out = device(np.zeros(64, np.float32))
     for _ in range(3):
-        found(faults, FAULTS, "divergent", out)
+        found(faults, WRONG, "divergent", out)
         launch(features, "scaled", (1,), (64,), out)
 
 
@@ -833,7 +459,7 @@ def test_memory_is_registered_once(device):
 
 def test_orders_differ_by_seed(features, device):
     """Which of several threads comes last shows in what none of them may share: here it may, as nothing is checked."""
-    program, last = compiled(FAULTS, check=False), set()
+    program, last = compiled(WRONG, check=False), set()
     out = device(np.zeros(64, np.float32))
     for seed in (None, 1, 2, 3, 1):
         emulator.schedule(seed)

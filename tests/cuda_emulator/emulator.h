@@ -56,7 +56,7 @@ void* emulator_shared_pointer(unsigned address);
 
 // ---- Barriers ---------------------------------------------------------------------------------------------------
 
-// A barrier is known by its place in the source. All is inlined into kernels, so that debug information knows the caller.
+// A barrier is known by its place in the source. All is inlined into kernels, so that debug information knows who calls.
 #define EMULATOR_PLACE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 
 extern "C" int emulator_barrier(int predicate, int* any, int* count, const char* file, int line);

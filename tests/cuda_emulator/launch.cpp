@@ -108,11 +108,12 @@ static void give_stack(int thread) {
 [[noreturn]] static void deadlock() {
     char text[1024];
     size_t used = 0;
-    int shown = 0;
+    int shown = 0, one = current;
     bool told[MAX_THREADS] = {};
     for (int i = 0; i < thread_count && shown < 4; i++) {  // those that wait at one place together
         Thread& first = threads[i];
         if (told[i] || (first.state != State::at_barrier && first.state != State::in_warp)) continue;
+        if (!shown) one = i;
         int together = 0;
         for (int k = i; k < thread_count; k++) {
             if (threads[k].state != first.state || threads[k].site != first.site) continue;
@@ -124,7 +125,7 @@ static void give_stack(int thread) {
                                              shown++ ? "; " : "", together, first.index.x, first.index.y, first.index.z,
                                              what, first.site));
     }
-    fail("deadlock", current, threads[current].site, "no thread can go on; these wait: %s", text);
+    fail("deadlock", one, threads[one].site, "no thread can go on; these wait: %s", text);
 }
 
 static void go_on(Context& from) {
@@ -161,9 +162,9 @@ void fail(const char* kind, int thread, Site site, const char* format, ...) {
 // ---- Barriers -------------------------------------------------------------------------------------------------------
 
 static struct {
-    int arrived, holding;    // how many threads, and for how many of them the predicate holds
-    int first;               // the thread that arrived first
-    int all, any, count;     // results of the last barrier
+    int arrived, holding;  // how many threads, and for how many of them the predicate holds
+    int first;             // the thread that arrived first
+    int all, any, count;   // results of the last barrier
 } barrier;
 
 static void release_barrier() {

@@ -141,7 +141,8 @@ static Text who(const Access& other) {
     Index block{};
     for (const BlockBegin& begin : block_begins)
         if (begin.interval <= other.interval) block = begin.block;
-    snprintf(t.text + used, sizeof t.text - static_cast<size_t>(used), " of block (%u,%u,%u)", block.x, block.y, block.z);
+    snprintf(t.text + used, sizeof t.text - static_cast<size_t>(used), " of block (%u,%u,%u)", block.x, block.y,
+             block.z);
     return t;
 }
 

@@ -1,5 +1,5 @@
-// What the parts of the emulator's runtime share: launch.cpp (blocks, threads, barriers), warp.cpp (what lanes of a warp
-// do together), copies.cpp (shared addresses, asynchronous copies), memory.cpp (who may access what, and when).
+// What the parts of the emulator's runtime share: launch.cpp (blocks, threads, barriers), warp.cpp (what lanes do
+// together), copies.cpp (shared addresses, asynchronous copies), memory.cpp (who may access what, and when).
 #pragma once
 
 #include <cstddef>
@@ -73,8 +73,8 @@ inline Site site_of(const void* return_address) {
 
 // Ends the launch with an error, from within a thread. In the text, @c:number@ stands for a site, @s:number@ for an
 // offset into the program where static shared memory lies: emulator.py puts words in their place.
-[[noreturn]] __attribute__((format(printf, 4, 5))) void fail(const char* kind, int thread, Site site, const char* format,
-                                                             ...);
+[[noreturn]] __attribute__((format(printf, 4, 5))) void fail(const char* kind, int thread, Site site,
+                                                             const char* format, ...);
 
 // launch.cpp, for warp.cpp
 void wait_as(State state, Site site);

@@ -62,7 +62,8 @@ static float high(unsigned pair) { return std::bit_cast<float>(pair & 0xffff0000
 
 // D (16, 8) += A (16, 16) B (16, 8). Of lane 4 g + t, PTX ISA, "Matrix fragments for mma.m16n8k16":
 //   a[0], a[1], a[2], a[3]: A at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and the column after
-//   b[0], b[1]: B at (2t, g), (2t + 8, g), and the row after      d: D at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   b[0], b[1]: B at (2t, g), (2t + 8, g), and the row after
+//   d[0], d[1], d[2], d[3]: D at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 static void mma(const Warp& warp) {
     float A[16][16], B[16][8], D[16][8];
     for (int lane = 0; lane < WARP; lane++) {
@@ -130,7 +131,8 @@ static void ldmatrix(const Warp& warp) {
 
 // ---- Meeting --------------------------------------------------------------------------------------------------------
 
-static void meet(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes, Site site) {
+static void meet(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes,
+                 Site site) {
     Warp& warp = warps[current / WARP];
     int lane = current % WARP;
     const char* name = OPERATION_NAMES[int(operation)];

@@ -28,7 +28,7 @@ TILES = [
     *((2, 1, 2, 8), (1, 2, 2, 8), (2, 31, 3, 1), (1, 33, 2, 16), (1, 70, 2, 80), (2, 100, 1, 64), (1, 129, 2, 8)),
     (1, 66, 1, 256),
 ]
-LONGER = ({"S": 2, "T": 1, "NH": 2, "HS": 64, "Tmax": 301}, {"S": 1, "T": 1, "NH": 1, "HS": 256, "Tmax": 9})
+LONGER = ({"S": 2, "T": 1, "NH": 2, "HS": 64, "Tmax": 301}, {"S": 2, "T": 1, "NH": 1, "HS": 256, "Tmax": 90})
 """Cached, beside the cases that all backends run: enough keys for several turns of all warps, and the largest head."""
 
 BF16 = 1e-2

@@ -91,12 +91,12 @@ def attention_cached(
     append = (keys, values, qkv, lengths, np.int32(S), np.int32(T), *sizes)
     device.launch("cached_attention", "cache_append", (math.ceil(out.size / THREADS),), (THREADS,), append)
     if T == 1:
-        args = (out, qkv, keys, values, lengths, *sizes, _scale(HS))
+        token = (out, qkv, keys, values, lengths, *sizes, _scale(HS))
         name = f"attention_cached_{_width(HS)}"
-        device.launch("cached_attention", name, (NH, S), (CACHED_THREADS,), args)
+        device.launch("cached_attention", name, (NH, S), (CACHED_THREADS,), token)
     else:
-        args = (out, qkv, keys, values, lengths, np.int32(T), *sizes, _scale(HS))
-        _launch_tiles(device, "attention_prompt", out, NH, args)
+        prompt = (out, qkv, keys, values, lengths, np.int32(T), *sizes, _scale(HS))
+        _launch_tiles(device, "attention_prompt", out, NH, prompt)
 
 
 def _head_size(C: int, NH: int) -> int:

@@ -10,8 +10,8 @@
 // Dao 2023, arXiv:2307.08691.
 //
 // Grid: (ceil(T / rows), NH, B), for the delta kernel (ceil(B * T * NH * HS / 8 / threads)).
-// A thread holds as many registers as the most careful compiler (sm_80's) gives it without a spill; every change of the
-// sizes below is to be compiled for all architectures.
+// Threads hold almost as many registers as there are, so every change is to be compiled for all architectures: one may
+// spill where the others do not.
 
 struct Launch {
     int threads;

@@ -651,6 +651,7 @@ static_assert(fits<Queries64>(QUERIES_64), "launch table");
 static_assert(fits<Forward128>(FORWARD_128), "launch table");
 static_assert(fits<Keys128>(KEYS_128), "launch table");
 static_assert(fits<Queries128>(QUERIES_128), "launch table");
+static_assert(DELTA_64.threads == 256 && DELTA_128.threads == 256, "the delta kernels' launch bounds");
 
 extern "C" __global__ void __launch_bounds__(128, 2) attention_mma_forward_64(
     Bf16* out, float* lse, const Bf16* qkv, int T, int NH, float scale) {

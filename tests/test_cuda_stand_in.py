@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_emulator import stand_in
+from cuda_emulator.architectures import blocks_at_once
 from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
 
 from llmc_cli.kernels.cuda import blas, device
@@ -604,6 +605,26 @@ def test_capability(monkeypatch):
     assert cupy.cuda.Device(0).compute_capability == "75"
     assert cupy.cuda.Device(0).attributes["MaxSharedMemoryPerBlockOptin"] == 64 << 10
     assert b"75" in runtime.getDeviceProperties(0)["name"]
+
+
+@pytest.mark.parametrize(
+    "capability, registers, threads, shared, blocks",
+    [
+        (80, 32, 256, 0, 8),  # threads
+        (80, 64, 256, 0, 4),  # registers
+        (80, 33, 256, 0, 6),  # 40 registers are given out
+        (90, 255, 256, 0, 1),
+        (90, 65, 1024, 0, 0),
+        (80, 16, 32, 0, 32),  # blocks
+        (75, 16, 32, 0, 16),
+        (80, 32, 128, 40 << 10, 4),  # 164 KB by 41
+        (86, 32, 128, 99 << 10, 1),
+        (86, 32, 128, 100 << 10, 0),
+        (75, 32, 128, 32 << 10, 2),
+    ],
+)
+def test_blocks_at_once(capability, registers, threads, shared, blocks):
+    assert blocks_at_once(capability, registers, threads, shared) == blocks
 
 
 @pytest.mark.parametrize(

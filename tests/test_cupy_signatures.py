@@ -13,9 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cuda_compiler import ADDED_BY_CUPY
+from cuda_emulator import stand_in
 from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
 
 pytestmark = pytest.mark.cupy
@@ -23,12 +25,22 @@ pytestmark = pytest.mark.cupy
 
 @pytest.fixture(scope="module")
 def cupy(tmp_path_factory):
-    """The real CuPy, its cuBLAS loaded."""
-    module = importlib.import_module("cupy")
-    assert hasattr(module, "_core"), f"{module.__file__} is not the real CuPy"
-    version = module.cuda.runtime.runtimeGetVersion() // 1000
-    folder = tmp_path_factory.mktemp("cublas")
-    name = {12: "libcublas.so.12", 13: "libcublas.so.13"}[version]
+    """The real CuPy with its cuBLAS, while these tests run: others may have put the stand-in in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "path", [folder for folder in sys.path if folder != str(stand_in.FOLDER)])
+        module = importlib.import_module("cupy")
+        assert Path(module.__file__).parent.parent != stand_in.FOLDER
+        module.cuda.cublas = cublas(tmp_path_factory.mktemp("cublas"), module.cuda.runtime.runtimeGetVersion() // 1000)
+        yield module
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+            del sys.modules[name]
+
+
+def cublas(folder, version):
+    """CuPy's binding, linked to an empty library for CUDA ``version``."""
+    name = f"libcublas.so.{version}"
     (folder / "empty.cpp").write_text("")
     (folder / "versions").write_text(f"{name} {{ *; }};")
     command = ["g++", "-shared", "-nostdlib", f"-Wl,-soname,{name}", "-Wl,--version-script=versions"]
@@ -37,10 +49,9 @@ def cupy(tmp_path_factory):
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)  # functions that are not there are missed only when they are called
     try:
-        module.cuda.cublas = importlib.import_module("cupy_backends.cuda.libs.cublas")
+        return importlib.import_module("cupy_backends.cuda.libs.cublas")
     finally:
         sys.setdlopenflags(flags)
-    return module
 
 
 def split(text):

@@ -1,0 +1,227 @@
+"""One CUDA device through CuPy: its memory, its stream, kernels compiled when they are first launched.
+
+Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, streams, events, graphs, copies and cuBLAS
+(``blas.py``); what computes are the kernels of this folder.
+"""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from llmc_cli.errors import MissingError
+from llmc_cli.formats import bfloat16
+from llmc_cli.kernels.cuda.source import source
+from llmc_cli.kernels.spec import Array
+
+OPTIONS = ("-std=c++17",)
+"""What every kernel is compiled with, beside what CuPy adds."""
+
+PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")
+OLDEST = 75  # compute capability times ten: the oldest that CUDA 13 compiles for
+TENSOR_CORES = 80  # the oldest with bf16 tensor cores and asynchronous copies
+
+NULL = np.uint64(0)  # CuPy passes a NumPy scalar by its own size: as wide as a pointer
+FREE_SHARED = 48 << 10  # bytes of shared memory that need not be opted in to
+STAGED = 1 << 20  # bytes: smaller arrays are uploaded without waiting for them
+
+
+@dataclass
+class _Staging:
+    """Page-locked memory from which one array is filled, and when it was last read."""
+
+    memory: NDArray[np.uint8]
+    read: Any  # an event
+
+
+class Device:
+    """Device ``index``, its kernels with activations in bfloat16 (``bf16``) or float32.
+
+    MissingError, which says what to do, where there is no CuPy, driver or device, or the device is too old.
+    """
+
+    def __init__(self, index: int, bf16: bool) -> None:
+        cupy = self._cupy = _import_cupy()
+        self.name, self.capability = _find(cupy, index)
+        self.index, self.bf16 = index, bf16
+        self.tensor_cores = self.capability >= TENSOR_CORES
+        if bf16 and not self.tensor_cores:
+            raise MissingError(
+                f"--precision bf16: {self.name} has compute capability {_dotted(self.capability)}, and bf16 needs "
+                f"{_dotted(TENSOR_CORES)}; use --precision fp32"
+            )
+        self.real: Any = np.uint16 if bf16 else np.float32
+        self._device = cupy.cuda.Device(index)
+        self._device.use()
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        self._options = (*OPTIONS, "-DREAL_BF16") if bf16 else OPTIONS
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}
+        self._staging: dict[int, _Staging] = {}
+        self.launches = 0
+
+    def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Zeroed memory, aligned to 512 bytes."""
+        return self._cupy.zeros(shape, dtype)
+
+    def free_bytes(self) -> int:
+        """Memory that could still be allocated."""
+        free, _ = self._device.mem_info
+        return int(free)
+
+    def upload(self, array: Array, values: NDArray[Any]) -> None:
+        """Fill ``array``, contiguous, with values from the host, which may change as soon as this returns."""
+        values = np.ascontiguousarray(_converted(values, array.dtype))
+        if not values.nbytes:
+            return
+        if values.nbytes > STAGED:
+            array.set(values)
+            return
+        runtime = self._cupy.cuda.runtime
+        staging = self._staging.get(array.data.ptr)
+        if staging is None or staging.memory.nbytes < values.nbytes:
+            pinned = self._cupy.cuda.alloc_pinned_memory(values.nbytes)
+            memory = np.frombuffer(pinned, np.uint8, values.nbytes)
+            staging = self._staging[array.data.ptr] = _Staging(memory, self._cupy.cuda.Event(disable_timing=True))
+        else:
+            staging.read.synchronize()
+        staging.memory[: values.nbytes] = values.reshape(-1).view(np.uint8)
+        address, stream = staging.memory.ctypes.data, self.stream.ptr
+        runtime.memcpyAsync(array.data.ptr, address, values.nbytes, runtime.memcpyHostToDevice, stream)
+        staging.read.record(self.stream)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """A copy on the host, bfloat16 as float32, after everything that has been launched."""
+        values: NDArray[Any] = array.get()
+        if values.dtype != np.uint16:
+            return values
+        single = np.empty(values.shape, np.float32)
+        bfloat16.to_float32(values, single)
+        return single
+
+    def copy(self, target: Array, source: Array) -> None:
+        runtime = self._cupy.cuda.runtime
+        kind, stream = runtime.memcpyDeviceToDevice, self.stream.ptr
+        runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream)
+
+    def clear(self, array: Array) -> None:
+        """Set every byte to 0."""
+        self._cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.stream.ptr)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def cublas(self) -> Any:
+        """CuPy's binding of cuBLAS."""
+        return self._cupy.cuda.cublas
+
+    def launch(
+        self,
+        file: str,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        shared: int = 0,
+    ) -> None:
+        """Launch a kernel of ``file``.cu with ``shared`` bytes of dynamic shared memory.
+
+        ``args``: device arrays, None for a null pointer, and NumPy scalars of exactly the kernel's types: a Python
+        number would arrive as 8 bytes, whatever the kernel takes.
+        """
+        function = self._kernels.get(kernel) or self._load(file, kernel)
+        if shared > FREE_SHARED and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
+        function(grid, block, tuple(NULL if each is None else each for each in args), shared_mem=shared)
+        self.launches += 1
+
+    def _load(self, file: str, kernel: str) -> Any:
+        if file not in self._modules:
+            self._modules[file] = self._cupy.RawModule(code=source(file), options=self._options)
+        function = self._kernels[kernel] = self._modules[file].get_function(kernel)
+        return function
+
+
+def _converted(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """Host values as ``dtype``, in which uint16 stands for bfloat16."""
+    if dtype != np.uint16 or values.dtype == np.uint16:
+        return values.astype(dtype, copy=False)
+    single = np.ascontiguousarray(values, np.float32)
+    bits = np.empty(single.shape, np.uint16)
+    bfloat16.from_float32(single, bits)
+    return bits
+
+
+def _import_cupy() -> Any:
+    """The module; MissingError where it is not installed, is installed twice, or lacks libraries of its own."""
+    found = [name for name in PACKAGES if _is_installed(name)]
+    if len(found) > 1:
+        raise MissingError(
+            f"--device cuda: {' and '.join(found)} are both installed, and each overwrites files of the other; "
+            f"pip uninstall {' '.join(found)}, then install one of them"
+        )
+    if importlib.util.find_spec("cupy") is None:
+        raise MissingError(
+            "--device cuda: CuPy is not installed; pip install 'llmc-cli[cuda13]', or 'llmc-cli[cuda12]' for a driver "
+            "older than 580 (nvidia-smi shows it)"
+        )
+    try:
+        import cupy
+    except Exception as error:  # whatever a library that fails to load makes of it
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise MissingError(f"--device cuda: CuPy is installed but cannot be loaded: {first}") from error
+    return cupy
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _find(cupy: Any, index: int) -> tuple[str, int]:
+    """A device's name, and its compute capability times ten."""
+    runtime = cupy.cuda.runtime
+    try:
+        driver = runtime.driverGetVersion()
+    except runtime.CUDARuntimeError:
+        driver = 0
+    if not driver:
+        raise MissingError("--device cuda: there is no NVIDIA driver here (nvidia-smi would show it); use --device cpu")
+    needed = runtime.runtimeGetVersion()
+    if driver // 1000 < needed // 1000:
+        raise MissingError(
+            f"--device cuda: the driver is of CUDA {_version(driver)}, and the CuPy that is installed needs "
+            f"{needed // 1000}; install a newer driver, or 'llmc-cli[cuda12]' in place of cupy-cuda13x"
+        )
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise MissingError(f"--device cuda: no device can be used: {error}") from error
+    if not count:
+        raise MissingError("--device cuda: there is a driver, but no device (see CUDA_VISIBLE_DEVICES); use --device cpu")
+    if index >= count:
+        there = "is one, cuda:0" if count == 1 else f"are {count}, cuda:0 to cuda:{count - 1}"
+        raise MissingError(f"--device cuda:{index}: there {there}")
+    capability = int(cupy.cuda.Device(index).compute_capability)
+    name = runtime.getDeviceProperties(index)["name"].decode()
+    if capability < OLDEST:
+        raise MissingError(
+            f"--device cuda:{index}: {name} has compute capability {_dotted(capability)}, and {_dotted(OLDEST)} (Turing) "
+            "is the oldest that is supported; use --device cpu"
+        )
+    return name, capability
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

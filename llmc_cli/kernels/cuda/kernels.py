@@ -1,0 +1,199 @@
+"""``spec.Kernels`` on a CUDA device: what is launched for each operation, and the scratch memory it needs."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from llmc_cli.kernels.cuda import attention, classifier, elementwise, embedding, norm, optimizer
+from llmc_cli.kernels.cuda.blas import Blas
+from llmc_cli.kernels.cuda.device import Device
+from llmc_cli.kernels.spec import Array
+
+HEAD_ROWS = 2048  # rows of logits at a time: enough to fill a device, half a gigabyte for GPT-2's vocabulary
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix (out, in) for products in bf16: ``rows`` are the bits of what ``master`` rounds to."""
+
+    master: Array
+    rows: Array
+
+
+CudaWeight: TypeAlias = Any
+"""The master itself where products are of float32, ``Rounded`` where they are of bf16."""
+
+
+class CudaKernels:
+    """``precision``: fp32, tf32 or bf16. In bf16 activations are kept and multiplied in that, with sums in float32;
+    parameters, their gradients, statistics and logits stay float32.
+
+    Everything runs on one stream, in order. Scratch arrays are named, grow to the largest call and stay.
+    """
+
+    name: str = "cuda"
+    dtype: Any = np.float32
+    activation_dtype: Any
+
+    def __init__(self, device: Device, precision: str) -> None:
+        self.device, self.precision = device, precision
+        self.activation_dtype = device.real
+        self.matmul = Blas(device, precision)
+        self._scratch: dict[str, Array] = {}
+        self._tables: dict[tuple[int, ...], Array] = {}
+
+    def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return self.device.alloc(shape, dtype)
+
+    def upload(self, array: Array, values: NDArray[Any]) -> None:
+        self.device.upload(array, values)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        return self.device.download(array)
+
+    def copy(self, target: Array, source: Array) -> None:
+        self.device.copy(target, source)
+
+    def synchronize(self) -> None:
+        self.device.synchronize()
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
+        """Memory that the next call of the same name may overwrite; its content is whatever it was."""
+        size = math.prod(shape)
+        flat = self._scratch.get(name)
+        if flat is None or flat.size < size:
+            self._scratch.pop(name, None)
+            flat = self._scratch[name] = self.alloc((size,), dtype)
+        return flat[:size].reshape(shape)
+
+    def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
+        N, C, rows = B * T, channels, min(HEAD_ROWS, B * T)
+        real = np.dtype(self.activation_dtype).itemsize
+        logits = rows * padded_vocab_size * (4 if real == 4 else 4 + real)
+        columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
+        attended = attention.backward_scratch(B, T, num_heads, C // num_heads)
+        return logits + 4 * columns + 4 * attended + 3 * N * C * real + 8 * optimizer.SQUARE_PARTS
+
+    def bind(self, master: Array) -> CudaWeight:
+        if self.precision != "bf16":
+            return master
+        return Rounded(master, self.alloc(master.shape, np.uint16))
+
+    def publish(self, weights: list[CudaWeight]) -> None:
+        if self.precision != "bf16":
+            return
+        key = tuple(weight.rows.data.ptr for weight in weights)
+        if key not in self._tables:
+            rows = [(weight.master.data.ptr, weight.rows.data.ptr, weight.master.size) for weight in weights]
+            table = self._tables[key] = self.alloc((len(rows), 3), np.int64)
+            self.upload(table, np.array(rows, np.int64))
+        elementwise.round_weights(self.device, self._tables[key])
+
+    def _rows(self, weight: CudaWeight) -> Array:
+        return weight.rows if self.precision == "bf16" else weight
+
+    def embedding_forward(self, x: Array, wte: Array, wpe: Array, ids: Array, positions: Array) -> None:
+        embedding.embedding_forward(self.device, x, wte, wpe, ids, positions)
+
+    def embedding_backward(self, dwte: Array, dwpe: Array, dx: Array, ids: Array, positions: Array, acc: bool) -> None:
+        embedding.embedding_backward(self.device, dwte, dx, ids)
+        embedding.position_backward(self.device, dwpe, dx, positions, acc)
+
+    def residual_norm_forward(
+        self, res: Array, y: Array, mean: Array, rstd: Array,
+        x: Array, delta: Array | None, w: Array, b: Array, eps: float,
+    ) -> None:  # fmt: skip
+        norm.residual_norm_forward(self.device, res, y, mean, rstd, x, delta, w, b, eps)
+
+    def residual_norm_backward(
+        self, dx: Array, dw: Array, db: Array,
+        dy: Array, res: Array, mean: Array, rstd: Array, w: Array, dres: Array | None, acc: bool,
+    ) -> None:  # fmt: skip
+        N, C = dx.shape
+        parts = self.scratch("parts", (2, norm.norm_parts(N), C))
+        norm.norm_weight_partials(self.device, parts, dy, res, mean, rstd)  # before dx, which may take dy's place
+        norm.sum_partials(self.device, dw, parts[0], acc)
+        norm.sum_partials(self.device, db, parts[1], acc)
+        norm.norm_backward(self.device, dx, dy, res, mean, rstd, w, dres)
+
+    def linear_forward(self, y: Array, x: Array, w: CudaWeight, b: Array | None) -> None:
+        self.matmul(y, x, self._rows(w), False, True)
+        if b is not None:
+            elementwise.add_bias(self.device, y, b)
+
+    def linear_backward(
+        self, dx: Array | None, dw: Array, db: Array | None, dy: Array, x: Array, w: CudaWeight, acc: bool
+    ) -> None:
+        if db is not None:
+            parts = self.scratch("parts", (norm.column_parts(len(dy)), dy.shape[1]))
+            norm.column_partials(self.device, parts, dy)
+            norm.sum_partials(self.device, db, parts, acc)
+        self.matmul(dw, dy, x, True, False, acc)
+        if dx is not None:
+            self.matmul(dx, dy, self._rows(w), False, False)
+
+    def linear_gelu_forward(self, act: Array, pre: Array, x: Array, w: CudaWeight, b: Array) -> None:
+        self.matmul(pre, x, self._rows(w), False, True)
+        elementwise.bias_gelu_forward(self.device, act, pre, b)
+
+    def gelu_forward(self, act: Array, pre: Array) -> None:
+        elementwise.gelu_forward(self.device, act, pre)
+
+    def gelu_linear_backward(
+        self, dpre: Array, dw: Array, db: Array, dy: Array, act: Array, pre: Array, w: CudaWeight, acc: bool
+    ) -> None:
+        self.linear_backward(None, dw, db, dy, act, w, acc)
+        self.matmul(dpre, dy, self._rows(w), False, False)
+        elementwise.gelu_backward(self.device, dpre, pre)
+
+    def attention_forward(self, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
+        attention.attention_forward(self.device, out, lse, qkv, num_heads)
+
+    def attention_backward(
+        self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int
+    ) -> None:
+        B, T, C = out.shape
+        work = self.scratch("attention", (attention.backward_scratch(B, T, num_heads, C // num_heads),))
+        if dqkv.data.ptr == qkv.data.ptr:  # its parts are read by blocks that run after others have written theirs
+            kept = self.scratch("qkv", qkv.shape, qkv.dtype)
+            self.copy(kept, qkv)
+            qkv = kept
+        attention.attention_backward(self.device, dqkv, dout, out, lse, qkv, num_heads, work)
+
+    def attention_cached(
+        self, out: Array, keys: Array, values: Array, qkv: Array, lengths: Array, num_heads: int
+    ) -> None:
+        attention.attention_cached(self.device, out, keys, values, qkv, lengths, num_heads)
+
+    def head_loss(
+        self, losses: Array, dx: Array | None, dw: Array | None,
+        x: Array, w: CudaWeight, targets: Array, vocab_size: int, dloss: float, acc: bool,
+    ) -> None:  # fmt: skip
+        rows = self._rows(w)
+        N, Vp = len(x), rows.shape[0]
+        for start in range(0, N, HEAD_ROWS):
+            here = slice(start, min(N, start + HEAD_ROWS))
+            shape = (here.stop - start, Vp)
+            logits = self.scratch("logits", shape)
+            dlogits = self.scratch("dlogits", shape, np.uint16) if self.precision == "bf16" else logits
+            self.matmul(logits, x[here], rows, False, True)
+            gradient = dx is not None
+            classifier.softmax_loss(
+                self.device, dlogits, losses[here], logits, targets[here], vocab_size, dloss, gradient
+            )
+            if dx is not None and dw is not None:
+                self.matmul(dx[here], dlogits, rows, False, False)
+                self.matmul(dw, dlogits, x[here], True, False, acc or start > 0)
+
+    def head_logits(self, logits: Array, x: Array, w: CudaWeight) -> None:
+        self.matmul(logits, x, self._rows(w)[: logits.shape[1]], False, True)
+
+    def sum_squares(self, out: Array, g: Array) -> None:
+        parts = self.scratch("squares", (optimizer.SQUARE_PARTS,), np.float64)
+        optimizer.sum_squares(self.device, out, parts, g)
+
+    def adamw(self, master: Array, m: Array, v: Array, g: Array, segments: Array, hyper: Array, sumsq: Array) -> None:
+        optimizer.adamw(self.device, master, m, v, g, segments, hyper, sumsq)

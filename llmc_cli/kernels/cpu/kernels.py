@@ -156,9 +156,7 @@ class CpuKernels:
     def linear_backward(
         self, dx: Float32 | None, dw: Float32, db: Float32 | None, dy: Float32, x: Float32, w: Float32, acc: bool
     ) -> None:
-        if db is not None:
-            linear.sum_rows(db, dy, acc)
-        self.matmul(dw, dy, x, True, False, acc, None)
+        self.matmul(dw, dy, x, True, False, acc, None, line_sums=db)
         if dx is not None:
             self.matmul(dx, dy, w, False, False, False, None)
 

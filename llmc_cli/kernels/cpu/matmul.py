@@ -18,11 +18,12 @@ class Matmul(Protocol):
 
     def __call__(
         self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
     ) -> None:  # fmt: skip
         """c (M,N) = a · b + bias (N,), or added to c with ``acc``, where there is no bias; a is (M,K), or (K,M) to be
         transposed, b (K,N) or (N,K). Rows of all three may be further apart than they are long. With act (M,N) also
-        act = gelu(c), or with pre (M,N) c is multiplied by gelu'(pre) at the end; c is contiguous then."""
+        act = gelu(c), or with pre (M,N) c is multiplied by gelu'(pre) at the end; c is contiguous then. With line_sums
+        (M,) also the sum over k of a given as (K,M), contiguous, overwritten or added to as c is."""
 
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory held now."""
@@ -47,8 +48,10 @@ class BlasMatmul:
 
     def __call__(
         self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
     ) -> None:  # fmt: skip
+        if line_sums is not None:
+            linear.sum_rows(line_sums, a, acc)
         blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
         activate(c, act, pre)
 

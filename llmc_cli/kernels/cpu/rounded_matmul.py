@@ -8,7 +8,7 @@ from numba import prange
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from llmc_cli.kernels.cpu import blas
+from llmc_cli.kernels.cpu import blas, linear
 from llmc_cli.kernels.cpu.compiling import CONTRACT, helper, int64, kernel, uint1, uint2
 from llmc_cli.kernels.cpu.matmul import activate
 
@@ -45,8 +45,10 @@ class RoundedMatmul:
 
     def __call__(
         self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
     ) -> None:  # fmt: skip
+        if line_sums is not None:
+            linear.sum_rows(line_sums, a, acc)
         blas.matmul(c, self._rounded(0, a), self._rounded(1, b), transpose_a, transpose_b, acc, bias)
         activate(c, act, pre)
 

@@ -18,8 +18,8 @@ def mask(scores, first):
 
 @helper(CONTRACT, inline=False)
 def raise_largest(scores, largest, total, shrink, scale):
-    """Take scores (keys,queries) into ``largest`` (queries,), each query's largest so far. ``shrink`` (queries,) becomes
-    the factor for what was summed against the one before, as ``total`` (queries,) was, which is multiplied by it."""
+    """Take scores (keys,queries) into ``largest`` (queries,), each query's largest so far. ``shrink`` (queries,)
+    becomes the factor for what was summed against the one before; ``total`` (queries,) is multiplied by it."""
     keys, queries = scores.shape
     for j in range(queries):
         shrink[j] = largest[j]

@@ -24,8 +24,9 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from llmc_cli.errors import MissingError
-from llmc_cli.kernels.cpu import amx, blas
-from llmc_cli.kernels.cpu.compiling import CONTRACT, boolean, helper, int64, specialized, void
+from llmc_cli.kernels.cpu import amx, blas, linear
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, helper, int64, specialized, void
+from llmc_cli.kernels.cpu.exponential import ZERO
 from llmc_cli.kernels.cpu.linear import gelu_piece, gelu_piece_backward
 from llmc_cli.kernels.cpu.matmul import activate
 from llmc_cli.kernels.cpu.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, pack, vector
@@ -38,10 +39,11 @@ PIECE = 32  # panels times steps that are packed at a time, where all threads pa
 PAGE = 4096
 STREAMED = 4 << 20  # bytes of c from which on it is written past the caches: it would not stay there
 NO_GELU, GELU, GELU_BACKWARD = 0, 1, 2
+WIDTH = EDGE // 4  # numbers that are summed over lines side by side
 PRECISE = 3  # parts: all of a float32
 NAMES = {1: "bf16 on AMX tiles", 2: "three bf16 products on AMX tiles", 3: "six bf16 products on AMX tiles"}
 STEPS = {1: 8, 2: 4, 3: 2}  # of a panel of b that stay in the first-level cache, by the number of parts
-LINES = {1: 256, 2: 256, 3: 128}  # rows of a or columns of b in a task
+LINES = {1: 384, 2: 256, 3: 128}  # rows of a or columns of b in a task
 DEPTH = {1: 32, 2: 24, 3: 24}  # steps that a task packs at a time: its block stays in the second-level cache
 
 
@@ -105,13 +107,30 @@ def write(to, stride, block, rows, columns, streamed):
         copy_block(to, stride, block, ROW, rows, columns)
 
 
+@helper(REORDER, inline=False)
+def add_lines(to, source, stride, count, size, acc, room):
+    """``size`` numbers at ``to`` = or += the sum of ``count`` lines of them, ``stride`` bytes apart; ``room``: scratch
+    for ``WIDTH`` numbers."""
+    for start in range(0, size, WIDTH):
+        width = min(WIDTH, size - start)
+        total, place = vector(room, width), vector(to + start * 4, width)
+        total[:] = ZERO
+        for i in range(count):
+            line = vector(source + i * stride + start * 4, width)
+            for j in range(width):
+                total[j] += line[j]
+        for j in range(width):
+            place[j] = place[j] + total[j] if acc else total[j]
+
+
 @specialized
 def product(
-    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc, beside, ld_beside, gelu,
+    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc, line_sums, beside, ld_beside, gelu,
     shared, private, private_bytes, workers, block, depth, at_once, divide_a, stream, parts,
 ):  # fmt: skip
     """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
-    steps that a task packs at a time; ``private``: ``private_bytes`` of scratch for each of the ``workers``."""
+    steps that a task packs at a time; ``private``: ``private_bytes`` of scratch for each of the ``workers``. 0 for
+    ``bias``, ``line_sums`` or ``beside``: there is none; sums are made where a is divided and given across."""
     size = 2 * amx.TILE * len(parts)
     all_steps = (K + SIDE - 1) // SIDE
     panels = ((N if divide_a else M) + SIDE - 1) // SIDE
@@ -143,6 +162,8 @@ def product(
                 if divide_a:
                     at = a + (m * lda + k * 4 if a_along else k * lda + m * 4)
                     pack(own, steps * size, steps, at, lda, a_along, False, rows, deep, 0, count, edge, parts)
+                    if line_sums != 0:  # of what the caches hold now
+                        add_lines(line_sums + m * 4, at, lda, deep, rows, acc or step > 0, edge)
                 else:
                     at = b + (n * ldb + k * 4 if b_along else k * ldb + n * 4)
                     pack(own, steps * size, steps, at, ldb, b_along, True, columns, deep, 0, count, edge, parts)
@@ -171,7 +192,7 @@ def product(
 
 def compile_product(parts: int) -> None:
     """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
-    numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 10 + [boolean] * 2
+    numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 11 + [boolean] * 2
     product.compile(void(*numbers, types.UniTuple(int64, parts)))
 
 
@@ -187,23 +208,26 @@ class TileMatmul:
 
     def __call__(
         self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
     ) -> None:  # fmt: skip
         M, N = c.shape
         K = a.shape[0] if transpose_a else a.shape[1]
+        workers = numba.get_num_threads()
+        blocking = self.blocking(M, N, K, workers)
+        if line_sums is not None and not blocking.divide_a:
+            linear.sum_rows(line_sums, a, acc)
+            line_sums = None
         if M == 1 and transpose_b and not transpose_a:  # a token at a time: b is read as it is
             blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
             activate(c, act, pre)
             return
-        workers = numba.get_num_threads()
-        blocking = self.blocking(M, N, K, workers)
         if blocking.k < K:
             for start in range(0, K, blocking.k):
                 piece = slice(start, min(K, start + blocking.k))
                 left, right = a[piece] if transpose_a else a[:, piece], b[:, piece] if transpose_b else b[piece]
                 last = piece.stop == K
                 self(c, left, right, transpose_a, transpose_b, acc or start > 0, None if start else bias,
-                     act if last else None, pre if last else None)  # fmt: skip
+                     act if last else None, pre if last else None, line_sums)  # fmt: skip
             return
         beside, gelu = (act, GELU) if act is not None else (pre, GELU_BACKWARD) if pre is not None else (None, NO_GELU)
         written = [c] if act is None else [c, act]
@@ -214,7 +238,7 @@ class TileMatmul:
         product(
             c.ctypes.data, c.strides[0], M, N, K,
             a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
-            0 if bias is None else bias.ctypes.data, acc,
+            0 if bias is None else bias.ctypes.data, acc, 0 if line_sums is None else line_sums.ctypes.data,
             0 if beside is None else beside.ctypes.data, 0 if beside is None else beside.strides[0], gelu,
             _aligned(self._shared), _aligned(self._private), blocking.private, workers,
             blocking.lines, blocking.depth, STEPS[len(self.parts)], blocking.divide_a, stream,

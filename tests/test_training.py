@@ -347,7 +347,7 @@ def test_the_plan_counts_the_arenas(but, backend):
     assert plan.memory["parameters"] == model.params.flat.nbytes
     assert plan.memory["gradients"] == model.grads.flat.nbytes
     assert plan.memory["moments"] == optimizer.m.nbytes + optimizer.v.nbytes
-    assert plan.memory["activations"] == model.acts.flat.nbytes
+    assert plan.memory["activations"] == model.acts.flat.nbytes + model.stats.flat.nbytes
     assert plan.memory["workspace"] >= model.scratch.flat.nbytes
 
 

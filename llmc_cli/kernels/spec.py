@@ -12,9 +12,10 @@ allows it.
 The names, signatures and their order are the same in every backend; a test compares them.
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Array: TypeAlias = Any
 """A backend's own array: numpy.ndarray on the CPU. Of others the engine takes shapes, slices of leading axes and
@@ -38,12 +39,12 @@ class Kernels(Protocol):
         """A zeroed array whose first element is aligned to 64 bytes."""
         ...
 
-    def upload(self, array: Array, values: NDArray[Any]) -> None:
+    def upload(self, array: Array, values: "NDArray[Any]") -> None:
         """Overwrite ``array`` with values of its shape from the host, converted to its dtype. Where these are what
         ``download`` gave, nothing is left to do on a backend whose memory is the host's."""
         ...
 
-    def download(self, array: Array) -> NDArray[Any]:
+    def download(self, array: Array) -> "NDArray[Any]":
         """The numbers of ``array`` on the host, bfloat16 as float32: the array itself where it lies there, else a
         copy, made after everything that has been asked for is done."""
         ...

@@ -101,7 +101,7 @@ def train(
     ] = 0,
     tf32: Annotated[
         int | None,
-        option(LATER, "--tf32 -f", "TF32 on a GPU; given on the CPU, 1 is an error.", metavar=FLAG, min=0, max=1),
+        option(LATER, "--tf32 -f", "1: --precision tf32 in place of fp32, on a GPU.", metavar=FLAG, min=0, max=1),
     ] = None,
     master_weights: Annotated[
         int,
@@ -143,8 +143,8 @@ def train(
         raise MissingError("--num-processes, --process-rank: training in several processes is not there yet")
     if zero > 1:
         raise MissingError(f"--zero {zero}: stages 2 and 3 are not there yet")
-    if tf32 == 1:
-        raise MissingError("--tf32 1: TF32 is a precision of GPUs, and CUDA is not there yet")
+    if tf32 == 1 and precision in ("auto", "fp32"):
+        precision = "tf32"
 
     from llmc_cli.device import open_kernels
     from llmc_cli.plan import TrainOptions

@@ -24,11 +24,12 @@ class Backend:
     """Kernels ready to run, and what they run on in words."""
 
     kernels: Kernels
-    device: str  # "cpu"
+    device: str  # "cpu", or "cuda:0"
     precision: str  # "fp32"
     threads: int
     description: str  # processor, threads, BLAS
     why: str  # what "auto" chose and for what reason; empty where nothing was left to choose
+    memory: int | None = None  # bytes that arrays can take, where that is known
 
 
 def open_kernels(
@@ -49,12 +50,14 @@ def open_kernels(
     if precision == "int8":
         raise UsageError("--precision int8: for llmc sample and llmc bench sample only, where weights may be so coarse")
     _check(device, precision, threads, PRECISIONS)
+    index, why = _place(device)
+    if index is not None:
+        return _open_cuda(index, precision, training, why)
     if precision == "tf32":
         raise MissingError("--precision tf32: a precision of GPUs; use --precision fp32, bf16x3 or bf16")
     chosen = os.environ.get("LLMC_MATMUL", "auto")
     if chosen not in MATMULS:
         raise UsageError(f"LLMC_MATMUL={chosen}: expected one of {', '.join(MATMULS)}")
-    why = ["cpu: the only device supported yet"] if device == "auto" else []
     threads = threads or usual_threads()
     _allow_threads(threads)
     tiles = chosen != "blas" and _has_tiles()
@@ -74,7 +77,9 @@ def open_sampling(
 ) -> Backend:
     """As ``open_kernels``, for sampling: a token at a time, the weights in ``precision``, of which "auto" is fp32."""
     _check(device, precision, threads, SAMPLING_PRECISIONS)
-    why = ["cpu: the only device supported yet"] if device == "auto" else []
+    index, why = _place(device)
+    if index is not None:
+        return _open_cuda(index, precision, False, why)
     if precision == "auto":
         precision = "fp32"
         why.append("fp32: the model as it is")
@@ -83,7 +88,8 @@ def open_sampling(
     from llmc_cli.kernels.cpu import cache
 
     kernels = cache.load_decoding(on_compile)(threads, precision)
-    return Backend(kernels, "cpu", precision, threads, _describe(threads, kernels.products_name()), "; ".join(why))
+    described = _describe(threads, kernels.products_name())
+    return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
 
 
 def sampling_precisions(precision: str) -> tuple[str, ...]:
@@ -93,15 +99,56 @@ def sampling_precisions(precision: str) -> tuple[str, ...]:
 
 
 def _check(device: str, precision: str, threads: int | None, precisions: tuple[str, ...]) -> None:
-    """UsageError for a name that is none, MissingError for a device that is not there."""
+    """UsageError for a name that is none."""
     if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if precision not in precisions:
         raise UsageError(f"--precision {precision}: expected one of {', '.join(precisions)}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: expected at least 1")
-    if device.startswith("cuda"):
-        raise MissingError(f"--device {device}: CUDA is not supported yet; use --device cpu")
+
+
+def _place(device: str) -> tuple[int | None, list[str]]:
+    """The CUDA device to compute on, None for the CPU, and why it is what "auto" became. MissingError where one is
+    asked for that cannot be had."""
+    if device == "cpu":
+        return None, []
+    from llmc_cli.kernels.cuda.device import find
+
+    if device != "auto":
+        index = int(device.partition(":")[2] or 0)
+        find(index)
+        return index, []
+    try:
+        name, _ = find(0)
+    except MissingError as error:
+        return None, [f"cpu: {str(error).removeprefix('--device cuda: ').partition(';')[0]}"]
+    return 0, [f"cuda: there is a {name}"]
+
+
+def _open_cuda(index: int, precision: str, training: bool, why: list[str]) -> Backend:
+    """Kernels on a CUDA device. MissingError for a precision that it has not."""
+    from llmc_cli.kernels.cuda.device import TENSOR_CORES, Device, find
+
+    name, capability = find(index)
+    modern = capability >= TENSOR_CORES
+    if precision == "auto":
+        precision = "bf16" if training and modern else "fp32"
+        native = "multiplied" if modern else "not multiplied"
+        why.append(f"{precision}: bf16 is {native} natively there" if training else "fp32: the model as it is")
+    if precision in ("bf16x3", "int8"):
+        raise MissingError(f"--precision {precision}: of the CPU only; on CUDA there are fp32, tf32 and bf16")
+    if precision in ("tf32", "bf16") and not modern:
+        raise MissingError(
+            f"--precision {precision}: {name} has compute capability {capability / 10}, and that needs "
+            f"{TENSOR_CORES / 10}; use --precision fp32"
+        )
+    from llmc_cli.kernels.cuda.kernels import CudaKernels
+
+    opened = Device(index, precision == "bf16")
+    described = f"{name}, compute capability {capability / 10}, {precision} by cuBLAS"
+    kernels = CudaKernels(opened, precision)
+    return Backend(kernels, f"cuda:{index}", precision, 1, described, "; ".join(why), opened.free_bytes())
 
 
 def _has_tiles() -> bool:
@@ -133,7 +180,15 @@ def _open_cpu(
             if gained < 1.0:
                 kernels = made(threads, None, None, on_compile)
             products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
-    return Backend(kernels, "cpu", precision, threads, _describe(threads, products), "; ".join(why))
+    described = _describe(threads, products)
+    return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
+
+
+def installed_memory() -> int | None:
+    """Bytes of this machine's memory. Windows has no such call, and refuses an allocation itself."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _describe(threads: int, products: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc_cli.formats import bfloat16
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.kernels.spec import Array, Kernels
 
@@ -40,7 +41,7 @@ ACTIVATIONS = {
     "keys",
     "values",
 }
-"""Arguments in the precision of activations; and ``out`` and ``dout`` of attention."""
+"""And ``out`` and ``dout`` of attention."""
 
 SCALES = {"pre": 3.0, "res": 3.0, "qkv": 1.5, "m": 0.1}
 """Standard deviations of what is drawn, where not 1."""
@@ -65,12 +66,16 @@ MULTIPLIED = {
 }  # fmt: skip
 """Outputs that depend on the precision of matrix products."""
 
-PRODUCT_BOUNDS = {"fp32": 0.0, "bf16x3": 2.0**-13, "bf16": 2.0**-6}
+PRODUCT_BOUNDS = {"fp32": 0.0, "bf16x3": 2.0**-13, "tf32": 2.0**-9, "bf16": 2.0**-6}
 """On these outputs, in place of their bounds in float32 where it is more: twice the largest error of a product. Two
-numbers rounded to bf16 give one that is off by up to 2^-7; three products of two parts by 3 · 2^-16."""
+numbers rounded to bf16 give one that is off by up to 2^-7, to TF32 by 2^-10; three products of two parts by
+3 · 2^-16."""
 
 ATTENTION_BOUND = 2.0**-4
 """On attention in training in bf16: an error of a score is one of its exponent, and a score may be 10."""
+
+ROUNDED_BOUND = 2.0**-7
+"""On activations that are kept in bf16, and statistics of them: twice what rounding takes from them."""
 
 FORWARD_RESULTS = {"residual_norm_backward": ("mean", "rstd"), "attention_backward": ("out", "lse")}
 """Inputs that must be what the forward operation gives for the others."""
@@ -160,14 +165,21 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def bound(operation: str, output: str, precision: str) -> float:
-    """The largest max|error| / max|reference| of an output."""
+def bound(operation: str, output: str, precision: str, rounded: bool = False) -> float:
+    """The largest max|error| / max|reference| of an output; ``rounded``: activations are kept in bf16."""
     bounds = [OPERATIONS[operation].bounds[output]]
     if output in MULTIPLIED.get(operation, ()):
         bounds.append(PRODUCT_BOUNDS[precision])
     if precision == "bf16" and operation in ("attention_forward", "attention_backward"):
         bounds.append(ATTENTION_BOUND)
+    if rounded and bounds[0] and (is_activation(operation, output) or output in ("mean", "rstd")):
+        bounds.append(ROUNDED_BOUND)
     return max(bounds)
+
+
+def is_activation(operation: str, name: str) -> bool:
+    """Whether an argument is in the precision of activations."""
+    return name in ACTIVATIONS or (name in ("out", "dout") and operation.startswith("attention"))
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,22 @@ def cases(operation: str) -> Iterator[Case]:
     for number, (sizes, variant) in enumerate(itertools.product(table.sizes, table.variants)):
         label = " ".join(f"{name}={value}" for name, value in (sizes | variant).items())
         yield Case(operation, label, _arguments(operation, sizes, variant, np.random.default_rng(number)))
+
+
+def as_kept(case: Case) -> Case:
+    """``case`` as a backend has it that keeps activations in bf16."""
+    args = {
+        name: _rounded(value) if isinstance(value, np.ndarray) and is_activation(case.operation, name) else value
+        for name, value in case.args.items()
+    }
+    return Case(case.operation, case.label, args)
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    single, bits = np.ascontiguousarray(values, np.float32), np.empty(values.shape, np.uint16)
+    bfloat16.from_float32(single, bits)
+    bfloat16.to_float32(bits, single)
+    return single.astype(np.float64)
 
 
 def run(kernels: Kernels, case: Case) -> dict[str, NDArray[Any]]:
@@ -219,8 +247,7 @@ def prepare(kernels: Kernels, case: Case) -> dict[str, Any]:
 def _dtype(kernels: Kernels, operation: str, name: str, value: NDArray[Any]) -> Any:
     if value.dtype != np.float64 or (operation, name) in DOUBLE:
         return value.dtype
-    activation = name in ACTIVATIONS or (name in ("out", "dout") and operation.startswith("attention"))
-    return kernels.activation_dtype if activation else kernels.dtype
+    return kernels.activation_dtype if is_activation(operation, name) else kernels.dtype
 
 
 def _arguments(operation: str, sizes: Sizes, variant: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

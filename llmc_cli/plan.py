@@ -1,7 +1,6 @@
 """What a training run is asked for, and what it will take."""
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmc_cli.arena import arena_bytes
@@ -126,30 +125,36 @@ def accumulation(options: TrainOptions) -> int:
 
 
 def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) -> dict[str, int]:
-    """Bytes of what training allocates, and of what the program with its libraries holds already."""
+    """Bytes of what training allocates, and on the CPU of what the program with its libraries holds already."""
     B, T, dtype, kept = options.batch, options.seq_len, backend.kernels.dtype, backend.kernels.activation_dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
     activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), kept, gpt2.ALIGN)
     statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, gpt2.ALIGN)
     scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, gpt2.ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
-    return {
-        "program": resident_memory() or 0,
+    uses = {
         "parameters": parameters,
         "gradients": parameters,
         "moments": 2 * parameters,
         "activations": activations + statistics,
         "workspace": scratch + workspace,
     }
+    return {"program": resident_memory() or 0, **uses} if backend.device == "cpu" else uses
 
 
-def check_memory(plan: Plan) -> None:
-    """MissingError where the plan exceeds the machine's memory, before anything is allocated."""
-    if not hasattr(os, "sysconf"):  # Windows has no such call and refuses the allocation itself
+def check_memory(config: ModelConfig, options: TrainOptions, backend: Backend) -> None:
+    """MissingError where training takes more than the memory there is, before anything is allocated."""
+
+    def total(batch: int) -> int:
+        return sum(memory_by_use(config, replace(options, batch=batch), backend).values())
+
+    needed = total(options.batch)
+    if backend.memory is None or needed <= backend.memory:
         return
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if plan.total_memory > installed:
-        raise MissingError(
-            f"training {plan.model} at {plan.batch} x {plan.seq_len} takes {plan.total_memory / 1e9:.1f} GB of memory, "
-            f"and this machine has {installed / 1e9:.1f} GB; take a smaller model, batch or sequence length"
-        )
+    most = next((batch for batch in range(options.batch - 1, 0, -1) if total(batch) <= backend.memory), None)
+    rather = f"--batch {most} would fit" if most else "take a smaller model or sequence length"
+    there = "this machine has" if backend.device == "cpu" else f"on {backend.device} are free"
+    raise MissingError(
+        f"training {options.model} at {options.batch} x {options.seq_len} takes {needed / 1e9:.1f} GB of memory, and "
+        f"{there} {backend.memory / 1e9:.1f} GB; {rather}"
+    )

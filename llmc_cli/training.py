@@ -148,6 +148,7 @@ class Training:
             raise UsageError("--val-steps 0: at least 1, or -1 for all; --val-every 0 switches validation off")
         self.steps = steps
         self.schedule = Schedule(options.schedule, options.lr, options.warmup, steps, options.lr_final)
+        check_memory(config, options, backend)
         peak_flops = matmul_flops(backend.kernels)  # before memory is counted: BLAS makes its own at the first product
         self.plan = Plan(
             model=options.model,
@@ -166,7 +167,6 @@ class Training:
             peak_flops=peak_flops,
         )
         self._check_course()
-        check_memory(self.plan)
         self.stop_requested = False
 
     def stop(self) -> None:

@@ -38,21 +38,16 @@ class _Staging:
 
 
 class Device:
-    """Device ``index``, its kernels with activations in bfloat16 (``bf16``) or float32.
+    """Device ``index``, its kernels with activations in bfloat16 (``bf16``, from capability 8.0 on) or float32.
 
-    MissingError, which says what to do, where there is no CuPy, driver or device, or the device is too old.
+    MissingError as ``find`` has it.
     """
 
     def __init__(self, index: int, bf16: bool) -> None:
+        self.name, self.capability = find(index)
         cupy = self._cupy = _import_cupy()
-        self.name, self.capability = _find(cupy, index)
         self.index, self.bf16 = index, bf16
         self.tensor_cores = self.capability >= TENSOR_CORES
-        if bf16 and not self.tensor_cores:
-            raise MissingError(
-                f"--precision bf16: {self.name} has compute capability {_dotted(self.capability)}, and bf16 needs "
-                f"{_dotted(TENSOR_CORES)}; use --precision fp32"
-            )
         self.real: Any = np.uint16 if bf16 else np.float32
         self._device = cupy.cuda.Device(index)
         self._device.use()
@@ -185,15 +180,19 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _find(cupy: Any, index: int) -> tuple[str, int]:
-    """A device's name, and its compute capability times ten."""
+def find(index: int) -> tuple[str, int]:
+    """A device's name, and its compute capability times ten. MissingError, which says what to do, where there is no
+    CuPy, driver or device, or the device is too old."""
+    cupy = _import_cupy()
     runtime = cupy.cuda.runtime
     try:
         driver = runtime.driverGetVersion()
     except runtime.CUDARuntimeError:
         driver = 0
     if not driver:
-        raise MissingError("--device cuda: there is no NVIDIA driver here (nvidia-smi would show it); use --device cpu")
+        raise MissingError(
+            "--device cuda: there is no NVIDIA driver here; install one (nvidia-smi shows it), or use --device cpu"
+        )
     needed = runtime.runtimeGetVersion()
     if driver // 1000 < needed // 1000:
         raise MissingError(
@@ -205,7 +204,9 @@ def _find(cupy: Any, index: int) -> tuple[str, int]:
     except runtime.CUDARuntimeError as error:
         raise MissingError(f"--device cuda: no device can be used: {error}") from error
     if not count:
-        raise MissingError("--device cuda: there is a driver, but no device (see CUDA_VISIBLE_DEVICES); use --device cpu")
+        raise MissingError(
+            "--device cuda: there is a driver, but no device (see CUDA_VISIBLE_DEVICES); use --device cpu"
+        )
     if index >= count:
         there = "is one, cuda:0" if count == 1 else f"are {count}, cuda:0 to cuda:{count - 1}"
         raise MissingError(f"--device cuda:{index}: there {there}")
@@ -213,14 +214,10 @@ def _find(cupy: Any, index: int) -> tuple[str, int]:
     name = runtime.getDeviceProperties(index)["name"].decode()
     if capability < OLDEST:
         raise MissingError(
-            f"--device cuda:{index}: {name} has compute capability {_dotted(capability)}, and {_dotted(OLDEST)} (Turing) "
-            "is the oldest that is supported; use --device cpu"
+            f"--device cuda:{index}: {name} has compute capability {capability / 10}, and {OLDEST / 10} (Turing) is "
+            "the oldest that is supported; use --device cpu"
         )
     return name, capability
-
-
-def _dotted(capability: int) -> str:
-    return f"{capability // 10}.{capability % 10}"
 
 
 def _version(number: int) -> str:

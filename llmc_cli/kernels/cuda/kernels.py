@@ -43,7 +43,7 @@ class CudaKernels:
         self.activation_dtype = device.real
         self.matmul = Blas(device, precision)
         self._scratch: dict[str, Array] = {}
-        self._tables: dict[tuple[int, ...], Array] = {}
+        self._published: tuple[tuple[int, int, int], ...] = ()
 
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return self.device.alloc(shape, dtype)
@@ -85,12 +85,11 @@ class CudaKernels:
     def publish(self, weights: list[CudaWeight]) -> None:
         if self.precision != "bf16":
             return
-        key = tuple(weight.rows.data.ptr for weight in weights)
-        if key not in self._tables:
-            rows = [(weight.master.data.ptr, weight.rows.data.ptr, weight.master.size) for weight in weights]
-            table = self._tables[key] = self.alloc((len(rows), 3), np.int64)
-            self.upload(table, np.array(rows, np.int64))
-        elementwise.round_weights(self.device, self._tables[key])
+        rows = tuple((weight.master.data.ptr, weight.rows.data.ptr, weight.master.size) for weight in weights)
+        if rows != self._published:
+            self._published, self._table = rows, self.alloc((len(rows), 3), np.int64)
+            self.upload(self._table, np.array(rows, np.int64))
+        elementwise.round_weights(self.device, self._table)
 
     def _rows(self, weight: CudaWeight) -> Array:
         return weight.rows if self.precision == "bf16" else weight
@@ -152,9 +151,7 @@ class CudaKernels:
     def attention_forward(self, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
         attention.attention_forward(self.device, out, lse, qkv, num_heads)
 
-    def attention_backward(
-        self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int
-    ) -> None:
+    def attention_backward(self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
         B, T, C = out.shape
         work = self.scratch("attention", (attention.backward_scratch(B, T, num_heads, C // num_heads),))
         if dqkv.data.ptr == qkv.data.ptr:  # its parts are read by blocks that run after others have written theirs

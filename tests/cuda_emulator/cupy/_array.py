@@ -51,6 +51,9 @@ class ndarray:
             raise ValueError(f"{key!r} of {list(self.shape)} is not contiguous, and kernels know no strides")
         return ndarray(self._owner, part)
 
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
     def get(self, stream=None, *, out=None):
         if out is None:
             out = np.empty(self.shape, self.dtype)
@@ -105,7 +108,7 @@ ARITHMETIC = (
     "rshift",
 )
 for _name in (
-    *("array", "bool", "contains", "float", "index", "int", "iter", "setitem", "abs", "neg", "invert"),
+    *("array", "bool", "contains", "float", "index", "int", "setitem", "abs", "neg", "invert"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
     *(way + name for name in ARITHMETIC for way in ("", "r", "i")),
 ):

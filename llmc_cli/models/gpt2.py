@@ -325,10 +325,11 @@ class Cache:
         """Where the backend computes: lengths (S,), ids (S·T,) as they are given, and their positions (S·T,)."""
         S, T = ids.shape
         positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)
-        on_device = self._lengths, self._ids[: S * T], self._positions[: S * T]
-        for array, values in zip(on_device, (self.lengths, ids.reshape(-1), positions.reshape(-1)), strict=True):
-            self.kernels.upload(array, values)
-        return on_device
+        lengths, new_ids, new_positions = self._lengths, self._ids[: S * T], self._positions[: S * T]
+        self.kernels.upload(lengths, self.lengths)
+        self.kernels.upload(new_ids, ids.reshape(-1))
+        self.kernels.upload(new_positions, positions.reshape(-1))
+        return lengths, new_ids, new_positions
 
     def share(self, first: "Cache") -> None:
         """Let every sequence begin with what ``first``, a cache of one, holds."""

@@ -15,7 +15,8 @@ numba's indices may be negative: such loops stand in a helper that gets slices.
 from collections.abc import Callable
 from typing import Any
 
-from numba import config, njit
+import numba
+from numba import njit
 from numba.core import types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
@@ -40,9 +41,10 @@ uint2 = types.uint32[:, ::1]
 WIDE_VECTORS = "+avx512fp16"
 """What only processors have on which vectors of 512 bits are worth their clock rate. LLVM prefers 256 on them, too."""
 
-if config.CPU_FEATURES is None and WIDE_VECTORS in (features := get_host_cpu_features()).split(","):
+_settings: Any = numba.config  # made of the environment, so no type checker knows what is in it
+if _settings.CPU_FEATURES is None and WIDE_VECTORS in (features := get_host_cpu_features()).split(","):
     # read when the first kernel of the process is compiled; later it has no effect
-    config.CPU_FEATURES = f"{features},-prefer-256-bit"
+    _settings.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 caching = True
 """Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""

@@ -71,7 +71,7 @@ class CudaKernels:
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         N, C, rows = B * T, channels, min(HEAD_ROWS, B * T)
-        real = np.dtype(self.activation_dtype).itemsize
+        real: int = np.dtype(self.activation_dtype).itemsize
         logits = rows * padded_vocab_size * (4 if real == 4 else 4 + real)
         columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
         attended = attention.backward_scratch(B, T, num_heads, C // num_heads)

@@ -40,6 +40,14 @@ def bench(
     recompute: Annotated[
         int, typer.Option("--recompute", "-r", min=0, max=2, help="In training: what train takes it for.")
     ] = 2,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--peak-tflops",
+            show_default="the fastest product measured",
+            help="The device's published TFLOP/s in this precision, to count MFU by.",
+        ),
+    ] = None,
     against: Annotated[
         Literal["torch"] | None,
         typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),
@@ -71,10 +79,11 @@ def bench(
 
     Times are medians, with the best beside them. A row's share is of what bounds it: the fastest matrix product or the
     fastest memory traffic measured here; more than 100% of memory means that the data stays in the caches. Of a
-    training step the share is its MFU, of prepro what the tokenizer alone takes. Each side of a comparison works in a
-    process of its own, one at a time; the ratio is PyTorch's time divided by ours, so above 1 we are faster. With
-    --precision bf16 PyTorch trains under autocast. start measures train from the start of its process to its first
-    step, with compiled kernels in the cache and without. --baseline judges whole rows, not the parts of a step.
+    training step the share is its MFU, by the fastest product or by --peak-tflops; of prepro what the tokenizer alone
+    takes. Each side of a comparison works in a process of its own, one at a time; the ratio is PyTorch's time divided
+    by ours, so above 1 we are faster. With --precision bf16 PyTorch trains under autocast. start measures train from
+    the start of its process to its first step, with compiled kernels in the cache and without. --baseline judges whole
+    rows, not the parts of a step. On CUDA memory is the device's, and a step's launches are counted.
     """
     from llmc_cli import benchmarking, chart
 
@@ -95,6 +104,7 @@ def bench(
         precision=precision,
         threads=threads,
         recompute=recompute,
+        peak_tflops=peak_tflops,
     )
     benchmark = benchmarking.run(asked, output.note)
     if save:
@@ -120,7 +130,8 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
     rows += [(f"memory {kind}", f"{rate / 1e9:.1f} GB/s") for kind, rate in ceilings.memory.items()]
     if benchmark.compile_seconds is not None:
         rows.append(("kernels compiled in", render.seconds(benchmark.compile_seconds)))
-    output.table(("ceiling", ceilings.precision), rows, title=str(benchmark.machine["processor"]))
+    title = benchmark.machine.get("card", benchmark.machine["processor"])
+    output.table(("ceiling", ceilings.precision), rows, title=str(title))
 
     modes = list(dict.fromkeys(mode for row in benchmark.rows for mode in row.torch))
     columns = ["row", "ms", "best", "runs", "rate", "share", "of"]
@@ -140,6 +151,9 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
                 for side in benchmark.sides
             ],
         )
+    for row in benchmark.rows:
+        if row.launches and not row.calls:
+            output.line(f"{row.name}: {row.launches} launches, of kernels and matrix products")
     for section, (ours, theirs) in benchmark.other_precisions.items():
         output.line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
     for section, absent in benchmark.absent.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ AGAINST_TORCH = ("kernels", "train", "sample")
 BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1, "start": 4}
 RUNS = {"kernels": 20, "train": 10, "sample": 10, "prepro": 3, "start": 3}  # timed, of each row, unless told otherwise
 BUDGET_S = 120.0  # for a row, unless the number of runs is given
-PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch")
+PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch", "cupy-cuda12x", "cupy-cuda13x")
 BUSY = 0.25  # of the cores: work of others that disturbs
 COMPUTED = ("ceilings", "rows", "changes")  # fields that a document shows with what follows from them
 
@@ -47,6 +48,7 @@ class BenchOptions:
     precision: str = "auto"
     threads: int | None = None
     recompute: int = 2
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,26 @@ class Benchmark:
 def run(options: BenchOptions, note: Note) -> Benchmark:
     """Measure; ``note`` hears what is under way. Whatever can be refused is refused before anything is measured."""
     works = _works(options)
+    _check_peak(options)
     if options.against_torch:
         _require_torch(options.sections)
     earlier = read_baseline(options.baseline) if options.baseline else None
     load = _load(available_cores(), note)
     backend, compile_seconds = _open(options, note)
-    machine, settings = this_machine(), _settings(options, works, backend)
+    machine, settings = this_machine() | _card(backend), _settings(options, works, backend)
     if earlier:
         earlier.check(machine, settings)
     note("measuring ceilings")
     ceilings = measure_ceilings(backend)
+    if options.peak_tflops is not None:
+        ceilings = dataclasses.replace(ceilings, published=1e12 * options.peak_tflops)
     budget = BUDGET_S if options.steps is None else None
     measured: dict[str, Measured] = {}
     for work in works:
         # all sides and processes take what "auto" has become here
+        work = dataclasses.replace(work, device=backend.device)
         if work.section != "sample":  # whose "auto" is every precision
-            work = dataclasses.replace(work, device=backend.device, precision=backend.precision)
+            work = dataclasses.replace(work, precision=backend.precision)
         measured[work.section] = (
             measure_start(work, options.model, note)
             if work.section == "start"
@@ -159,6 +165,23 @@ def _works(options: BenchOptions) -> list[Work]:
         )
         for section in options.sections
     ]
+
+
+def _check_peak(options: BenchOptions) -> None:
+    """UsageError for a peak that is none, or that nothing is held against."""
+    peak = options.peak_tflops
+    if peak is None:
+        return
+    if not (math.isfinite(peak) and peak > 0):
+        raise UsageError(f"--peak-tflops {peak:g}: expected a number above 0")
+    if "train" not in options.sections:
+        raise UsageError(f"--peak-tflops: for the MFU of train, which is not among {', '.join(options.sections)}")
+
+
+def _card(backend: Backend) -> dict[str, str]:
+    """Of the machine, what computes if that is no processor of it."""
+    device = getattr(backend.kernels, "device", None)
+    return {} if device is None else {"card": device.name}
 
 
 def _require_torch(sections: tuple[str, ...]) -> None:

@@ -49,7 +49,8 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     shares.margins(y=0.01)
     shares.invert_yaxis()  # the first row on top
     settings, machine = benchmark.settings, benchmark.machine
-    title = f"llmc {settings['model']} {settings['precision']}, {_threads(settings['threads'])}, {machine['processor']}"
+    on = machine.get("card") or f"{_threads(settings['threads'])}, {machine['processor']}"
+    title = f"llmc {settings['model']} {settings['precision']}, {on}"
     others = ", ".join(f"{section} {theirs}" for section, (_, theirs) in benchmark.other_precisions.items())
     figure.suptitle(title + (f"; PyTorch: {others}" if others else ""), fontsize=10, x=0.01, ha="left")
     picture = io.BytesIO()

@@ -34,7 +34,8 @@ Note: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's so far."""
+    """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's
+    so far, on a GPU what it took of the GPU's."""
 
     seconds: float
     peak_memory: int | None

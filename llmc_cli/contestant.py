@@ -21,20 +21,26 @@ if TYPE_CHECKING:
     from llmc_cli.workloads import Task, Workload
 
 
-def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
+Memory = Callable[[], int | None]
+"""Says how many bytes have been held at most so far: of a GPU's memory where that computes, else of the process's."""
+
+
+def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
     """Our work, and what it runs on."""
     from llmc_cli import workloads
     from llmc_cli.device import open_kernels, open_sampling, sampling_precisions
 
     config, B, T = work.config, work.batch, work.seq_len
     if work.section == "prepro":
-        return workloads.PreproWorkload(), {"workers": 1}
+        return workloads.PreproWorkload(), {"workers": 1}, peak_memory
     if work.section == "sample":
-        opened = {each: open_sampling(work.device, each, work.threads) for each in sampling_precisions(work.precision)}
+        precisions = sampling_precisions(work.device, work.precision)
+        opened = {each: open_sampling(work.device, each, work.threads) for each in precisions}
         kernels = {each: backend.kernels for each, backend in opened.items()}
         first = next(iter(opened.values()))
-        return workloads.SampleWorkload(kernels, config, B, T), {"device": first.device, "threads": first.threads,
-            "precision": " ".join(opened), "on": "; ".join(each.description for each in opened.values())}  # fmt: skip
+        configuration = {"device": first.device, "threads": first.threads, "precision": " ".join(opened),
+                         "on": "; ".join(each.description for each in opened.values())}  # fmt: skip
+        return workloads.SampleWorkload(kernels, config, B, T), configuration, _memory(first.kernels)
     backend = open_kernels(work.device, work.precision, work.threads)
     configuration = {"device": backend.device, "precision": backend.precision, "threads": backend.threads,
                      "on": backend.description}  # fmt: skip
@@ -44,20 +50,25 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
         made = workloads.TrainWorkload(backend.kernels, config, B, T, work.recompute)
     else:
         made = workloads.KernelsWorkload(backend.kernels, config, B, T)
-    return made, configuration
+    return made, configuration, _memory(backend.kernels)
 
 
-def torch_side(work: Work) -> "tuple[Workload, dict[str, Any]]":
-    from llmc_cli.torch_workloads import open_torch
+def _memory(kernels: Any) -> Memory:
+    device = getattr(kernels, "device", None)
+    return peak_memory if device is None else device.held_bytes  # type: ignore[no-any-return]
 
-    return open_torch(work)
+
+def torch_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
+    from llmc_cli.torch_workloads import open_torch, reserved_memory
+
+    return *open_torch(work), reserved_memory if work.device.startswith("cuda") else peak_memory
 
 
 class Desk:
     """Takes requests and answers them; keeps the task at hand prepared."""
 
-    def __init__(self, workload: "Workload") -> None:
-        self.workload = workload
+    def __init__(self, workload: "Workload", memory: Memory = peak_memory) -> None:
+        self.workload, self.memory = workload, memory
         self.name: str | None = None
         self.task: Task | None = None
 
@@ -73,7 +84,7 @@ class Desk:
         detail = self.task.run()
         seconds = (time.perf_counter() - start) / self.task.parts
         return {"seconds": seconds, "flops": self.task.cost.flops, "bytes": self.task.cost.bytes, "detail": detail,
-                "peak_memory": peak_memory()}  # fmt: skip
+                "peak_memory": self.memory()}  # fmt: skip
 
 
 def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -82,9 +93,9 @@ def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]
     An error is an answer too, the last one.
     """
     try:
-        workload, configuration = (our_side if work.side == "llmc" else torch_side)(work)
+        workload, configuration, memory = (our_side if work.side == "llmc" else torch_side)(work)
         answer({"tasks": workload.tasks, "configuration": configuration})
-        desk = Desk(workload)
+        desk = Desk(workload, memory)
         for line in requests:
             request = json.loads(line)
             answer(desk.answer(request["task"], request.get("untimed", 0)))

@@ -90,7 +90,7 @@ def _causal_product(B: int, T: int, C: int) -> int:
 
 def attention_cached(out: Array, keys: Array, values: Array, qkv: Array, lengths: Array, num_heads: int) -> Cost:
     S, T, C = out.shape
-    held = int(lengths.sum())  # positions in the caches, all sequences together
+    held = int(lengths.sum())  # positions in the caches, all sequences together; lengths are on the host here
     pairs = T * held + S * T * (T + 1) // 2
     return Cost(4 * pairs * C, size(out, qkv) + 2 * (held + S * T) * C * keys.itemsize)
 
@@ -127,14 +127,29 @@ COSTS: dict[str, Callable[..., Cost]] = {
 """Per operation a function of the operation's own arguments."""
 
 
+def cost(kernels: Kernels, name: str, arguments: tuple[Any, ...]) -> Cost:
+    """Of one call; the numbers that a cost depends on are brought to the host."""
+    if name == "attention_cached":
+        *arrays, lengths, num_heads = arguments
+        arguments = (*arrays, kernels.download(lengths), num_heads)
+    return COSTS[name](*arguments)
+
+
+def launches(kernels: Kernels) -> int:
+    """Kernels and matrix products that a GPU has been asked for so far; 0 on the CPU."""
+    device = getattr(kernels, "device", None)
+    return 0 if device is None else int(device.launches)
+
+
 class TimedKernels:
-    """Kernels that keep account of each operation's calls, time and cost."""
+    """Kernels that keep account of each operation's calls, time, cost and launches."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self.seconds: dict[str, float] = {}
         self.cost: dict[str, Cost] = {}
         self.calls: dict[str, int] = {}
+        self.launches: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._kernels, name)
@@ -142,10 +157,14 @@ class TimedKernels:
             return operation
 
         def timed(*arguments: Any) -> None:
+            launched = launches(self._kernels)
+            self._kernels.synchronize()  # what was asked for before is not this operation's
             start = time.perf_counter()
             operation(*arguments)
+            self._kernels.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            flops, moved = COSTS[name](*arguments)
+            self.launches[name] = self.launches.get(name, 0) + launches(self._kernels) - launched
+            flops, moved = cost(self._kernels, name, arguments)
             before = self.cost.get(name, NO_COST)
             self.cost[name] = Cost(before.flops + flops, before.bytes + moved)
             self.calls[name] = self.calls.get(name, 0) + 1

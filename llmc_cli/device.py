@@ -92,10 +92,18 @@ def open_sampling(
     return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
 
 
-def sampling_precisions(precision: str) -> tuple[str, ...]:
-    """Those that ``bench`` samples with: the one asked for, or all where it is "auto" or none of sampling's."""
+def sampling_precisions(device: str, precision: str) -> tuple[str, ...]:
+    """Those that ``bench`` samples with: the one asked for, or all that the device has where it is "auto" or none of
+    sampling's."""
     known = SAMPLING_PRECISIONS[1:]
-    return (precision,) if precision in known else known
+    if precision in known:
+        return (precision,)
+    index, _ = _place(device)
+    if index is None:
+        return known
+    from llmc_cli.kernels.cuda.device import TENSOR_CORES, find
+
+    return ("fp32", "bf16") if find(index)[1] >= TENSOR_CORES else ("fp32",)
 
 
 def _check(device: str, precision: str, threads: int | None, precisions: tuple[str, ...]) -> None:

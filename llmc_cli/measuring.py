@@ -16,7 +16,7 @@ SPLIT_RUNS = 2
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
                "sample": ("torch eager", "torch compiled", "transformers")}  # fmt: skip
 
-SAME_PRECISION = {"kernels": ("fp32", "bf16"), "train": ("fp32", "bf16"), "sample": ("fp32",)}
+SAME_PRECISION = {"kernels": ("fp32", "tf32", "bf16"), "train": ("fp32", "tf32", "bf16"), "sample": ("fp32",)}
 """What PyTorch can be asked for too; beside any other precision of ours its side is fp32."""
 
 
@@ -24,7 +24,8 @@ SAME_PRECISION = {"kernels": ("fp32", "bf16"), "train": ("fp32", "bf16"), "sampl
 class Row:
     """A piece of work. ``seconds``: the median of ``runs``; ``share`` of the ceiling called ``ceiling`` (0 and empty
     where none applies). ``tokens_per_s`` is 0 where no tokens are counted. ``torch``: the median seconds of PyTorch's
-    modes at the same work. ``calls`` in one step, for a part of a step."""
+    modes at the same work. ``calls`` in one step, for a part of a step. ``launches``: what a GPU was asked for in
+    a step or a part of it, kernels and matrix products."""
 
     name: str
     seconds: float
@@ -37,6 +38,7 @@ class Row:
     ceiling: str = ""
     calls: int = 0
     torch: dict[str, float] = field(default_factory=dict)
+    launches: int = 0
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -51,7 +53,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Side:
-    """A process that took part in a section: how it was set up, and the bytes of memory it held at most."""
+    """A process that took part in a section: how it was set up, and the bytes of memory it held at most, of a GPU's
+    memory where that computes."""
 
     section: str
     side: str
@@ -104,7 +107,7 @@ def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceil
     if work.section == "prepro":
         tokens = last.detail["tokens"]
     if work.section == "train":  # the formula counts arithmetic only, and its share is called MFU
-        share, ceiling = last.flops / seconds / ceilings.flops, "MFU"
+        share, ceiling = model_flops_utilization(last.flops / seconds, ceilings)
     elif work.section == "prepro":
         share, ceiling = 0.0, ""
     elif work.section == "sample":  # nothing is written that counts
@@ -122,7 +125,15 @@ def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceil
         share=share,
         ceiling=ceiling,
         torch={side: statistics.median(answer.seconds for answer in answers[side]) for side in others},
+        launches=last.detail["launches"] if work.section == "train" else 0,
     )
+
+
+def model_flops_utilization(flops_per_s: float, ceilings: Ceilings) -> tuple[float, str]:
+    """MFU, and by which peak: of the products measured here, unless another was given."""
+    if ceilings.published is None:
+        return flops_per_s / ceilings.flops, "MFU"
+    return flops_per_s / ceilings.published, f"MFU of {ceilings.published / 1e12:g} TFLOP/s"
 
 
 def share_of_ceiling(flops_per_s: float, bytes_per_s: float, ceilings: Ceilings) -> tuple[float, str]:
@@ -148,7 +159,7 @@ def _split(ours: Contestant, step: Row, ceilings: Ceilings) -> list[Row]:
         share, ceiling = share_of_ceiling(flops_per_s, bytes_per_s, ceilings)
         rows.append(
             Row(f"{step.name}/{name}", seconds, min(times), SPLIT_RUNS, flops_per_s, bytes_per_s, 0.0, share, ceiling,
-                last["calls"])
+                last["calls"], launches=last["launches"])
         )  # fmt: skip
     rows.sort(key=lambda row: -row.seconds)
     rest = [answer.seconds - sum(operation["seconds"] for operation in answer.detail.values()) for answer in answers]

@@ -35,7 +35,8 @@ def measure_start(work: Work, model: str, note: Note) -> Measured:
             note(f"start: {run} of {work.steps} runs, warm and cold")
             times["warm"].append(first_step(work, model, tokens, dict(os.environ)))
             with tempfile.TemporaryDirectory() as cache:
-                times["cold"].append(first_step(work, model, tokens, {**os.environ, "LLMC_CACHE": cache}))
+                empty = {"LLMC_CACHE": cache, "CUPY_CACHE_DIR": cache}
+                times["cold"].append(first_step(work, model, tokens, os.environ | empty))
     times["cold/compile"] = [cold - warm for warm, cold in zip(times["warm"], times["cold"], strict=True)]
     return Measured(
         [Row(f"start/{name}", statistics.median(each), min(each), len(each)) for name, each in times.items()], []

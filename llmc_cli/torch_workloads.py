@@ -2,7 +2,8 @@
 
 The model is an ordinary GPT-2 (Radford et al. 2019): ``nn`` modules, scaled-dot-product attention, the head tied to the
 embedding, fused AdamW, gradients clipped by norm. ``side`` "torch compiled" puts the model through ``torch.compile``.
-With ``precision`` "bf16" the weights stay float32, and forward pass and loss run under ``torch.autocast``.
+With ``precision`` "bf16" the weights stay float32, and forward pass and loss run under ``torch.autocast``. ``device``:
+"cpu", "cuda" or "cuda:N", where everything is made; on CUDA a run ends when the device is done with it.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmc_cli.device import SAMPLING_PRECISIONS
+from llmc_cli.errors import MissingError
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.work import Work
 from llmc_cli.workloads import LR, SEED, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
@@ -75,23 +77,35 @@ class GPT2(nn.Module):
 
     def extend(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """The logits (B,V) behind one more token (B,1); keys, values (L,B,NH,Tmax,HS), position (1,)."""
-        mask = (torch.arange(keys.shape[3]) <= position)[None, None, None]
+        mask = (torch.arange(keys.shape[3], device=keys.device) <= position)[None, None, None]
         x = self.wte(ids) + self.wpe(position)
         for layer, block in enumerate(self.blocks):
             x = block.extend(x, keys[layer], values[layer], position, mask)
         return self.head(self.lnf(x))[:, -1]
 
 
-def autocast(precision: str) -> torch.autocast:
+def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which PyTorch multiplies in ``precision``."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def wait_for(device: str) -> None:
+    """Until the device is done with what it has been asked for."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
 
 
 class TrainWorkload:
     tasks: tuple[str, ...] = ("step",)
 
-    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool, precision: str = "fp32") -> None:
-        self.precision = precision
+    def __init__(
+        self, config: ModelConfig, B: int, T: int, compiled: bool, precision: str = "fp32", device: str = "cpu"
+    ) -> None:
+        self.precision, self.device = precision, device
         model = GPT2(config)
         self.parameters = list(model.parameters())
         matrices = [parameter for parameter in self.parameters if parameter.dim() == 2]
@@ -111,12 +125,13 @@ class TrainWorkload:
         return Task(self.step)
 
     def step(self) -> Detail:
-        with autocast(self.precision):
+        with autocast(self.precision, self.device):
             loss = self.model(self.inputs, self.targets)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        wait_for(self.device)
         return {"loss": loss.item(), "norm": norm.item()}
 
 
@@ -127,7 +142,8 @@ SAMPLING = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
 class SampleWorkload:
     tasks: tuple[str, ...] = SAMPLING
 
-    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool) -> None:
+    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool, device: str = "cpu") -> None:
+        self.device = device
         model = GPT2(config).eval()
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
         shape = (config.num_layers, B, config.num_heads, T + self.tokens, config.head_size)
@@ -146,6 +162,7 @@ class SampleWorkload:
         for _ in range(self.tokens):
             tokens = self.extend(tokens, self.keys, self.values, self.position).argmax(-1, keepdim=True)
             self.position += 1
+        wait_for(self.device)
         return None
 
 
@@ -154,9 +171,10 @@ class TransformersWorkload:
 
     tasks: tuple[str, ...] = SAMPLING
 
-    def __init__(self, config: ModelConfig, B: int, T: int) -> None:
+    def __init__(self, config: ModelConfig, B: int, T: int, device: str = "cpu") -> None:
         import transformers
 
+        self.device = device
         made = transformers.GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.channels,
             n_layer=config.num_layers, n_head=config.num_heads, layer_norm_epsilon=config.norm_eps,
@@ -183,6 +201,7 @@ class TransformersWorkload:
             do_sample=False, min_new_tokens=self.tokens, max_new_tokens=self.tokens,
         )  # fmt: skip
         assert made.shape[1] == self.ids.shape[1] + self.tokens
+        wait_for(self.device)
         return None
 
 
@@ -194,8 +213,8 @@ class KernelsWorkload:
     float32 or bfloat16 as it does within a step under autocast, and casts its weight as it does there.
     """
 
-    def __init__(self, config: ModelConfig, B: int, T: int, precision: str = "fp32") -> None:
-        self.B, self.T, self.config, self.precision = B, T, config, precision
+    def __init__(self, config: ModelConfig, B: int, T: int, precision: str = "fp32", device: str = "cpu") -> None:
+        self.B, self.T, self.config, self.precision, self.device = B, T, config, precision, device
         self.handed_on = torch.bfloat16 if precision == "bf16" else torch.float32  # what linear layers put out
         C, F4 = config.channels, 4 * config.channels
         self._made: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -222,17 +241,19 @@ class KernelsWorkload:
         self.tasks = tuple(self._made)
 
     def prepare(self, task: str) -> Task:
-        run = self._made[task]()
+        with torch.device(self.device):
+            run = self._made[task]()
 
         def once() -> Detail:
             run()
+            wait_for(self.device)
             return None
 
         return Task(once)
 
     def _forward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:  # with a graph, as in training
-            with autocast(self.precision):
+            with autocast(self.precision, self.device):
                 return function()
 
         return run
@@ -320,21 +341,35 @@ class KernelsWorkload:
         return torch.optim.AdamW(self._parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
 
 
+def reserved_memory() -> int:
+    """Bytes of the GPU's memory that PyTorch has taken at most so far."""
+    return torch.cuda.max_memory_reserved()
+
+
 def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
-    """PyTorch's side of ``work``, and how it is set up; compiled here where it is to be compiled."""
+    """PyTorch's side of ``work``, and how it is set up; compiled here where it is to be compiled. MissingError where it
+    finds no GPU, and that is what works."""
+    device = work.device if is_cuda(work.device) else "cpu"
+    if is_cuda(device):
+        if not torch.cuda.is_available():
+            raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device; it may be a build for the CPU only")
+        torch.cuda.set_device(torch.device(device) if ":" in device else 0)
+        torch.set_float32_matmul_precision("high" if work.precision == "tf32" else "highest")
     torch.manual_seed(SEED)
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     compiled = work.side == "torch compiled"
     config, B, T = work.config, work.batch, work.seq_len
     made: Workload
-    if work.section == "train":
-        made = TrainWorkload(config, B, T, compiled, work.precision)
-    elif work.section == "sample":
-        by_transformers = work.side == "transformers"
-        made = TransformersWorkload(config, B, T) if by_transformers else SampleWorkload(config, B, T, compiled)
-    else:
-        made = KernelsWorkload(config, B, T, work.precision)
+    with torch.device(device):
+        if work.section == "train":
+            made = TrainWorkload(config, B, T, compiled, work.precision, device)
+        elif work.section == "kernels":
+            made = KernelsWorkload(config, B, T, work.precision, device)
+        elif work.side == "transformers":
+            made = TransformersWorkload(config, B, T, device)
+        else:
+            made = SampleWorkload(config, B, T, compiled, device)
     if compiled:
         made.prepare(made.tasks[0]).run()
     configuration = {
@@ -344,6 +379,8 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
         "optimizer": "AdamW, fused",
         "attention": "scaled_dot_product_attention",
         "mode": "torch.compile" if compiled else "generate" if work.side == "transformers" else "eager",
-        "blas": "MKL" if torch.backends.mkl.is_available() else "no MKL",
+        "blas": "cuBLAS" if is_cuda(device) else "MKL" if torch.backends.mkl.is_available() else "no MKL",
     }
+    if is_cuda(device):
+        configuration["device"] = torch.cuda.get_device_name(device)
     return made, configuration

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmc_cli.batches import Batches
-from llmc_cli.ceilings import matmul_flops
+from llmc_cli.ceilings import peak_flops
 from llmc_cli.checkpoints import RunFolder, load_model, position_of, read_config, state_of
 from llmc_cli.device import Backend
 from llmc_cli.errors import CheckError, DataError, MissingError, UsageError
@@ -149,7 +149,7 @@ class Training:
         self.steps = steps
         self.schedule = Schedule(options.schedule, options.lr, options.warmup, steps, options.lr_final)
         check_memory(config, options, backend)
-        peak_flops = matmul_flops(backend.kernels)  # before memory is counted: BLAS makes its own at the first product
+        peak = peak_flops(backend.kernels)  # before memory is counted: BLAS makes its own at the first product
         self.plan = Plan(
             model=options.model,
             config=config,
@@ -164,7 +164,7 @@ class Training:
             train_tokens=self.train_data.num_tokens,
             val_tokens=self.val_data.num_tokens if self.val_data else 0,
             memory=memory_by_use(config, options, backend),
-            peak_flops=peak_flops,
+            peak_flops=peak,
         )
         self._check_course()
         self.stop_requested = False

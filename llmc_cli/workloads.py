@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc_cli.costs import COSTS, NO_COST, Cost, TimedKernels
+from llmc_cli.costs import NO_COST, Cost, TimedKernels, cost, launches, size
 from llmc_cli.kernels.spec import Array, Kernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, MATRICES, Cache
@@ -87,13 +87,15 @@ class TrainWorkload:
         return Task(self.step if task == "step" else self.split, self.cost)
 
     def step(self) -> Detail:
+        launched = launches(self.kernels)
         self.model.forward(self.inputs)
         losses = self.model.backward(self.targets, 1 / (self.B * self.T), acc=False)
         loss = float(np.mean(losses, dtype=np.float64))
         norm = self.optimizer.gradient_norm()
         self.done += 1
         self.optimizer.step(LR, self.done)
-        return {"loss": loss, "norm": norm}
+        self.kernels.synchronize()
+        return {"loss": loss, "norm": norm, "launches": launches(self.kernels) - launched}
 
     def split(self) -> Detail:
         """A step that also says, per operation, how often it was called, for how long, and what it cost."""
@@ -109,6 +111,7 @@ class TrainWorkload:
                 "seconds": seconds,
                 "flops": timed.cost[name].flops,
                 "bytes": timed.cost[name].bytes,
+                "launches": timed.launches[name],
             }
             for name, seconds in timed.seconds.items()
         }
@@ -147,7 +150,7 @@ class SampleWorkload:
 def weight_size(weight: Any) -> tuple[int, int]:
     """Numbers of a bound weight, and the bytes that they are kept in."""
     if hasattr(weight, "master"):
-        return weight.master.size, weight.rows.nbytes + weight.scales.nbytes
+        return weight.master.size, size(weight.rows, getattr(weight, "scales", None))
     return weight.size, weight.nbytes
 
 
@@ -213,7 +216,13 @@ class KernelsWorkload:
     def prepare(self, task: str) -> Task:
         name, arguments = task.split()[0], self._arguments[task]()
         operation = getattr(self.kernels, name)
-        return Task(lambda: operation(*arguments), COSTS[name](*arguments))
+
+        def run() -> Detail:
+            operation(*arguments)
+            self.kernels.synchronize()
+            return None
+
+        return Task(run, cost(self.kernels, name, arguments))
 
     @property
     def N(self) -> int:

@@ -20,6 +20,7 @@ class Blas:
     """``precision``: fp32, tf32 or bf16, in which operands are multiplied."""
 
     def __init__(self, device: Device, precision: str) -> None:
+        self._device = device
         self._cublas: Any = device.cublas()
         self._compute: int = getattr(self._cublas, COMPUTE[precision])
         self._handle: int = self._cublas.create()
@@ -42,3 +43,4 @@ class Blas:
             alpha, b.data.ptr, kind, b.shape[1], a.data.ptr, kind, a.shape[1],
             beta, out.data.ptr, out_kind, N, self._compute, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
+        self._device.launches += 1

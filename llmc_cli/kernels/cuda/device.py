@@ -4,8 +4,10 @@ Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, str
 (``blas.py``); what computes are the kernels of this folder.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +53,7 @@ class Device:
         self.real: Any = np.uint16 if bf16 else np.float32
         self._device = cupy.cuda.Device(index)
         self._device.use()
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = _stream(index)
         self.stream.use()
         self._options = (*OPTIONS, "-DREAL_BF16") if bf16 else OPTIONS
         self._modules: dict[str, Any] = {}
@@ -67,6 +69,15 @@ class Device:
         """Memory that could still be allocated."""
         free, _ = self._device.mem_info
         return int(free)
+
+    def held_bytes(self) -> int:
+        """Memory that arrays have taken from the device, those that are gone included: it is kept for others."""
+        return int(self._cupy.get_default_memory_pool().total_bytes())
+
+    def release(self) -> None:
+        """Give back what is kept of arrays that are gone."""
+        self.synchronize()
+        self._cupy.get_default_memory_pool().free_all_blocks()
 
     def upload(self, array: Array, values: NDArray[Any]) -> None:
         """Fill ``array``, contiguous, with values from the host, which may change as soon as this returns."""
@@ -110,6 +121,12 @@ class Device:
     def synchronize(self) -> None:
         self.stream.synchronize()
 
+    def capture(self, run: Callable[[], None]) -> Any:
+        """The graph of what ``run`` launches, which is not done now."""
+        self.stream.begin_capture()
+        run()
+        return self.stream.end_capture()
+
     def cublas(self) -> Any:
         """CuPy's binding of cuBLAS."""
         return self._cupy.cuda.cublas
@@ -139,6 +156,13 @@ class Device:
             self._modules[file] = self._cupy.RawModule(code=source(file), options=self._options)
         function = self._kernels[kernel] = self._modules[file].get_function(kernel)
         return function
+
+
+@functools.cache
+def _stream(index: int) -> Any:
+    """The stream of the device in use, which is ``index``: one for all that is opened on it, since CuPy allocates,
+    copies and launches on the one stream that its thread has in use."""
+    return _import_cupy().cuda.Stream(non_blocking=True)
 
 
 def _converted(values: NDArray[Any], dtype: Any) -> NDArray[Any]:

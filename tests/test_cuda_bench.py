@@ -1,0 +1,119 @@
+"""``bench`` on the stand-in for CuPy: what it measures and says there, never how fast that is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or (shutil.which("g++") is None and "CI" not in os.environ), reason="no g++ to emulate with"
+)
+
+FOLDER = Path(__file__).parent / "cuda_emulator"
+
+SMALL = """
+from llmc_cli import ceilings
+ceilings.CUDA_SHAPES, ceilings.CUDA_ELEMENTS = ((64, 32, 48), (32, 32, 32)), 5000
+from llmc_cli.app import main
+main()
+"""
+"""The program, with ceilings that an emulator can measure."""
+
+
+def bench(section, config, *arguments, **environment):
+    given = ["bench", section, "--model", config, "-b", 2, "-t", 8, "--steps", 1, "--device", "cuda", *arguments]
+    return subprocess.run(
+        [sys.executable, "-c", SMALL, *map(str, given)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(FOLDER), **environment},
+    )  # fmt: skip
+
+
+def document(*arguments, **environment):
+    result = bench(*arguments, "--json", "--quiet", **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_training(tiny_config):
+    """In bfloat16, which "auto" is there; the peak is the user's, and launches are counted to the last one."""
+    found = document("train", tiny_config, "--peak-tflops", 2.5, "--recompute", 0)
+    assert (found["settings"]["device"], found["settings"]["precision"]) == ("cuda:0", "bf16")
+    assert "emulator" in found["machine"]["card"]
+    assert list(found["ceilings"]["matmul"]) == ["64 x 32 x 48", "32 x 32 x 32"]
+    assert list(found["ceilings"]["memory"]) == ["read", "copy", "update"]
+    step, *parts = found["rows"]
+    assert step["name"] == "train/step"
+    assert step["ceiling"] == "MFU of 2.5 TFLOP/s"
+    assert step["share"] == pytest.approx(step["flops_per_s"] / 2.5e12)
+    launches = {part["name"].removeprefix("train/step/"): part["launches"] for part in parts}
+    assert launches["linear_forward"] == 2 * (2 * 2 + 2)  # of two layers: two products with a bias, and one of the MLP
+    assert launches["adamw"] == 1
+    assert step["launches"] == sum(launches.values()) + 1  # weights are rounded outside of any operation
+    (side,) = found["sides"]
+    assert 1e5 < side["peak_memory"] < 1e8  # of the device; a process holds more
+
+
+def test_training_in_words(tiny_config):
+    result = bench("train", tiny_config, "--precision", "tf32")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "ceiling\ttf32"
+    step = next(line.split("\t") for line in lines if line.startswith("train/step\t"))
+    assert step[-1] == "MFU"
+    assert any(line.startswith("train/step: ") and " launches, of kernels" in line for line in lines)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kernels(tiny_config, precision):
+    from llmc_cli.costs import COSTS
+
+    found = document("kernels", tiny_config, "--precision", precision)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {name.removeprefix("kernels/").split()[0] for name in rows} == set(COSTS)
+    assert all(row["seconds"] > 0 and row["share"] > 0 for row in rows.values())
+
+
+def test_sampling(tiny_config):
+    found = document("sample", tiny_config, LLMC_EMULATOR_SEED="5")
+    assert [row["name"] for row in found["rows"]] == ["sample/token fp32", "sample/token bf16"]
+    full, half = found["rows"]
+    assert half["bytes_per_s"] * half["seconds"] == pytest.approx(full["bytes_per_s"] * full["seconds"] / 2)
+
+
+def test_an_old_device_samples_in_float32(tiny_config):
+    found = document("sample", tiny_config, LLMC_EMULATOR_CAPABILITY="75")
+    assert [row["name"] for row in found["rows"]] == ["sample/token fp32"]
+
+
+def test_bytes_as_weights_are_of_the_cpu(tiny_config):
+    result = bench("sample", tiny_config, "--precision", "int8")
+    assert result.returncode == 4
+    assert "int8: of the CPU only" in " ".join(result.stderr.split())
+
+
+def test_the_start(tiny_config, tiny_data, monkeypatch):
+    from llmc_cli import starting
+    from llmc_cli.models.config import ModelConfig
+    from llmc_cli.work import Work
+
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    work = Work("llmc", "start", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "fp32", 1)
+    assert 0 < starting.first_step(work, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
+
+
+@pytest.mark.witness
+def test_pytorch_without_cuda_says_so(monkeypatch):
+    import torch
+
+    from llmc_cli.errors import MissingError
+    from llmc_cli.models.config import ModelConfig
+    from llmc_cli.torch_workloads import open_torch
+    from llmc_cli.work import Work
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingError, match="finds no CUDA device"):
+        open_torch(Work("torch eager", "train", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "bf16"))

@@ -118,7 +118,7 @@ def test_the_start_has_rows_and_no_processes(bench, monkeypatch):
         (("prepro", "--against", "torch"), 2, "no part in prepro"),
         (("train", "--against", "jax"), 2, "jax"),
         (("train", "--baseline", "missing.json"), 3, "missing.json: No such file"),
-        (("train", "--device", "cuda"), 4, "CUDA"),
+        (("train", "--device", "cuda"), 4, "CuPy"),
     ],
 )
 def test_refusals(bench, arguments, status, message):

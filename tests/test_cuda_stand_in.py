@@ -19,9 +19,9 @@ from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, 
 
 from llmc_cli.kernels.cuda import blas, device
 
-cupy = stand_in.install()
+cupy = stand_in.load()
 runtime, cublas = cupy.cuda.runtime, cupy.cuda.cublas
-raw = sys.modules["cupy._raw"]
+raw = cupy._raw
 
 NAN = np.float32(np.nan)
 
@@ -29,7 +29,7 @@ NAN = np.float32(np.nan)
 @pytest.fixture(autouse=True)
 def nothing_waits():
     yield
-    sys.modules["cupy.cuda.stream"].abandon()
+    cupy.cuda.stream.abandon()
 
 
 class Compiled:

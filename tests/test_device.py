@@ -29,8 +29,8 @@ def test_cpu_backend_says_what_it_is():
         (("cuda:x", "auto", None), UsageError, "--device cuda:x"),
         (("cpu", "fp16", None), UsageError, "--precision fp16"),
         (("cpu", "auto", 0), UsageError, "--threads 0"),
-        (("cuda", "auto", None), MissingError, "CUDA is not supported yet"),
-        (("cuda:1", "auto", None), MissingError, "CUDA is not supported yet"),
+        (("cuda", "auto", None), MissingError, "CuPy is not installed"),
+        (("cuda:1", "auto", None), MissingError, "CuPy is not installed"),
         (("auto", "tf32", None), MissingError, "--precision tf32: a precision of GPUs"),
     ],
 )

@@ -249,12 +249,20 @@ class GPT2:
     def extend(self, cache: "Cache", ids: Tokens) -> Array:
         """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
         view that the next call overwrites. The caller sees to it that the cache has room."""
-        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
         S, T = ids.shape
-        N, C = S * T, self.config.channels
+        cache.put(ids)
+        hidden = self.feed(cache, T)
+        cache.lengths += T
+        return hidden.reshape(S, T, -1)
+
+    def feed(self, cache: "Cache", T: int) -> Array:
+        """What ``extend`` asks the backend for: the hidden states (S·T,C) of the T ids that each sequence of ``cache``
+        was last given. Nothing comes from the host or goes there."""
+        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
+        S, C = cache.S, self.config.channels
+        N = S * T
         a, st = cache.scratch(N), cache.statistics(N)
-        lengths, new_ids, positions = cache.upload(ids)
-        k.embedding_forward(a["stream"], p["wte"], p["wpe"], new_ids, positions)
+        k.embedding_forward(a["stream"], p["wte"], p["wpe"], cache.ids[:N], cache.positions[:N])
         delta = None
         for layer in range(self.config.num_layers):
             k.residual_norm_forward(
@@ -270,7 +278,7 @@ class GPT2:
             )
             k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
             out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
-            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, lengths, NH)
+            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, cache.lengths_there, NH)
             k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], p["attprojb"][layer])
             k.residual_norm_forward(
                 a["stream"],
@@ -289,14 +297,14 @@ class GPT2:
         k.residual_norm_forward(
             a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
         )
-        cache.lengths += T
-        return a["norm"].reshape(S, T, C)
+        return a["norm"]
 
 
 class Cache:
     """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once.
 
-    ``lengths`` (S,) int32, on the host, is how many positions of each are filled.
+    ``lengths`` (S,) int32, on the host, is how many positions of each are filled; ``lengths_there``, ``ids`` and
+    ``positions`` (R,) are what the backend computes with.
     """
 
     def __init__(self, model: GPT2, S: int, T: int, R: int) -> None:
@@ -310,8 +318,8 @@ class Cache:
                   "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
         self._scratch = Arena(alloc, shapes, dtype, ALIGN)
         self._statistics = Arena(alloc, {"mean": (R,), "rstd": (R,)}, self.kernels.dtype, ALIGN)
-        self._lengths = alloc((S,), np.int32)
-        self._ids, self._positions = alloc((R,), np.int32), alloc((R,), np.int32)
+        self.lengths_there = alloc((S,), np.int32)
+        self.ids, self.positions = alloc((R,), np.int32), alloc((R,), np.int32)
 
     def scratch(self, N: int) -> dict[str, Array]:
         """The first N rows of each scratch array."""
@@ -321,15 +329,13 @@ class Cache:
         """The same of ``mean`` and ``rstd`` (N,)."""
         return {name: view[:N] for name, view in self._statistics.items()}
 
-    def upload(self, ids: Tokens) -> tuple[Array, Array, Array]:
-        """Where the backend computes: lengths (S,), ids (S·T,) as they are given, and their positions (S·T,)."""
+    def put(self, ids: Tokens) -> None:
+        """Let the backend have the next ids (S,T), and where they stand."""
         S, T = ids.shape
         positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)
-        lengths, new_ids, new_positions = self._lengths, self._ids[: S * T], self._positions[: S * T]
-        self.kernels.upload(lengths, self.lengths)
-        self.kernels.upload(new_ids, ids.reshape(-1))
-        self.kernels.upload(new_positions, positions.reshape(-1))
-        return lengths, new_ids, new_positions
+        self.kernels.upload(self.lengths_there, self.lengths)
+        self.kernels.upload(self.ids[: S * T], ids.reshape(-1))
+        self.kernels.upload(self.positions[: S * T], positions.reshape(-1))
 
     def share(self, first: "Cache") -> None:
         """Let every sequence begin with what ``first``, a cache of one, holds."""

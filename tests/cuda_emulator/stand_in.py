@@ -1,4 +1,4 @@
-"""Puts the CuPy of this folder in the place of the real one, within a test process.
+"""Loads the CuPy of this folder within a test process.
 
 A subprocess needs no such call: there the folder is put on PYTHONPATH.
 """
@@ -10,11 +10,17 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def install():
-    """The stand-in, from now on ``cupy`` to everyone who imports it."""
-    loaded = sys.modules.get("cupy")
-    if loaded is not None and Path(loaded.__file__).parent != FOLDER / "cupy":
-        raise RuntimeError(f"the real CuPy is loaded already, from {loaded.__file__}")
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
-    return importlib.import_module("cupy")
+def load():
+    """The stand-in. Nothing but the caller knows of it: to ``import cupy`` there is as much CuPy as before."""
+
+    def taken():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "cupy"}
+
+    before = taken()
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module("cupy")
+    finally:
+        sys.path.remove(str(FOLDER))
+        taken()
+        sys.modules.update(before)

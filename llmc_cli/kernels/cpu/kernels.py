@@ -94,6 +94,10 @@ class CpuKernels:
     def synchronize(self) -> None:
         pass
 
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
         size = math.prod(shape)

@@ -1,6 +1,7 @@
 """``spec.Kernels`` on a CUDA device: what is launched for each operation, and the scratch memory it needs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,6 +22,18 @@ class Rounded:
 
     master: Array
     rows: Array
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Operations that the device does again. ``memory``: what they use, even where other memory has taken its place."""
+
+    graph: Any
+    device: Device
+    memory: list[Array]
+
+    def __call__(self) -> None:
+        self.graph.launch(self.device.stream)
 
 
 CudaWeight: TypeAlias = Any
@@ -59,6 +72,10 @@ class CudaKernels:
 
     def synchronize(self) -> None:
         self.device.synchronize()
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()  # compiles, and makes scratch memory
+        return Captured(self.device.capture(run), self.device, list(self._scratch.values()))
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""

@@ -55,7 +55,7 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
 
 def _memory(kernels: Any) -> Memory:
     device = getattr(kernels, "device", None)
-    return peak_memory if device is None else device.held_bytes  # type: ignore[no-any-return]
+    return peak_memory if device is None else device.held_bytes
 
 
 def torch_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":

@@ -1,5 +1,6 @@
 """What a benchmark measures and how it judges; never how fast this machine is."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -16,7 +17,7 @@ from llmc_cli.costs import COSTS, Cost, TimedKernels
 from llmc_cli.device import open_sampling
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
-from llmc_cli.measuring import Row, Side, measure, share_of_ceiling
+from llmc_cli.measuring import Row, Side, measure, model_flops_utilization, share_of_ceiling
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_count
 from llmc_cli.process_memory import peak_memory
@@ -92,6 +93,12 @@ def test_timed_kernels_add_up_calls_time_and_cost(backend):
 def test_the_share_is_that_of_what_bounds_the_work():
     assert share_of_ceiling(50e9, 1e9, CEILINGS) == (0.5, "matmul")
     assert share_of_ceiling(5e9, 8e9, CEILINGS) == (0.8, "memory")
+
+
+def test_the_share_of_training_is_by_a_published_peak_where_there_is_one():
+    assert model_flops_utilization(50e9, CEILINGS) == (0.5, "MFU")
+    published = dataclasses.replace(CEILINGS, published=2e12)
+    assert model_flops_utilization(50e9, published) == (0.025, "MFU of 2 TFLOP/s")
 
 
 def test_ceilings_are_measured(backend):
@@ -251,7 +258,7 @@ def test_a_side_that_cannot_is_an_error_for_us_and_an_absence_for_others(monkeyp
         assert [contestant.side for contestant in contestants] == ["llmc"]
     assert absent == {"torch eager": "ImportError: broken on purpose"}
     with (
-        pytest.raises(MissingError, match=r"bench sample: llmc cannot do this: .*CUDA"),
+        pytest.raises(MissingError, match=r"bench sample: llmc cannot do this: --device cuda: "),
         contest.contest([work("sample", device="cuda")]),
     ):
         pass
@@ -406,6 +413,9 @@ def test_other_files_are_no_baseline(tmp_path, text):
         ({"seq_len": 32}, "no room to sample"),
         ({"sections": ("prepro",), "against_torch": True}, "no part in prepro"),
         ({"model": "d7"}, "no model is called 'd7'"),
+        ({"peak_tflops": 0.0}, "--peak-tflops 0: expected a number above 0"),
+        ({"peak_tflops": float("nan")}, "--peak-tflops nan"),
+        ({"sections": ("kernels",), "peak_tflops": 1.0}, "for the MFU of train, which is not among kernels"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(monkeypatch, tiny_config, changes, message):

@@ -145,7 +145,7 @@ def _open_cuda(index: int, precision: str, training: bool, why: list[str]) -> Ba
         native = "multiplied" if modern else "not multiplied"
         why.append(f"{precision}: bf16 is {native} natively there" if training else "fp32: the model as it is")
     if precision in ("bf16x3", "int8"):
-        raise MissingError(f"--precision {precision}: of the CPU only; on CUDA there are fp32, tf32 and bf16")
+        raise MissingError(f"--precision {precision}: of the CPU only; use fp32 or bf16")
     if precision in ("tf32", "bf16") and not modern:
         raise MissingError(
             f"--precision {precision}: {name} has compute capability {capability / 10}, and that needs "

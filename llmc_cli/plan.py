@@ -1,5 +1,6 @@
 """What a training run is asked for, and what it will take."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,8 +133,10 @@ def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) 
     statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, gpt2.ALIGN)
     scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, gpt2.ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
+    shapes = parameter_shapes(config)
+    bound = backend.kernels.bound_bytes(sum(math.prod(shapes[name]) for name in ("wte", *gpt2.MATRICES)))
     uses = {
-        "parameters": parameters,
+        "parameters": parameters + bound,
         "gradients": parameters,
         "moments": 2 * parameters,
         "activations": activations + statistics,

@@ -1,7 +1,7 @@
 """Tokens from a model: logits, filters, a pick, one position after the other through a KV cache."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llmc_cli.arena import arena_bytes
 from llmc_cli.errors import DataError, UsageError
+from llmc_cli.kernels.spec import Array
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, Cache, cache_shapes
 from llmc_cli.random import Xorshift
@@ -171,36 +172,29 @@ def generator(seed: int, sample: int) -> Xorshift:
 
 
 class Stepper:
-    """Ids in, logits out, for a cache's S sequences, in memory made once. What a token takes is captured at the first:
-    on a GPU the launches of so little work would take longer than the work."""
+    """Ids in, logits out, for a cache's S sequences, in memory made once."""
 
     def __init__(self, model: GPT2, cache: Cache) -> None:
         self.model, self.cache = model, cache
         self._ids = np.zeros((cache.S, 1), np.int32)
         self._logits = model.kernels.alloc((cache.S, model.config.vocab_size), model.kernels.dtype)
-        self._token: Callable[[], None] | None = None
 
     def read(self, prompt: Sequence[int]) -> NDArray[np.floating]:
         """The logits (1,V) behind a prompt, of one sequence; a view that the next call overwrites."""
         ids = np.array([prompt], np.int32)  # (1, T)
         for start in range(0, ids.shape[1], PROMPT_ROWS):
             hidden = self.model.extend(self.cache, ids[:, start : start + PROMPT_ROWS])  # (1, T, C)
-        self.model.kernels.head_logits(self._logits, hidden.reshape(-1, hidden.shape[-1])[-1:], self.model.head)
-        return self.model.kernels.download(self._logits)
+        return self._head(hidden.reshape(-1, hidden.shape[-1])[-1:])
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.floating]:
         """The logits (S,V) behind one more token (S,) of each sequence; a view that the next call overwrites."""
         self._ids[:, 0] = tokens
-        self.cache.put(self._ids)
-        if self._token is None:
-            self._token = self.model.kernels.capture(self._run_token)
-        else:
-            self._token()
-        self.cache.lengths += 1
-        return self.model.kernels.download(self._logits)
+        hidden = self.model.extend(self.cache, self._ids)  # (S, 1, C)
+        return self._head(hidden.reshape(self.cache.S, -1))
 
-    def _run_token(self) -> None:
-        self.model.kernels.head_logits(self._logits, self.model.feed(self.cache, 1), self.model.head)
+    def _head(self, hidden: Array) -> NDArray[np.floating]:
+        self.model.kernels.head_logits(self._logits, hidden, self.model.head)
+        return self.model.kernels.download(self._logits)
 
 
 def sample_tokens(model: GPT2, cache: Cache, end_of_text: int, num_tokens: int, seed: int = SEED) -> list[int]:

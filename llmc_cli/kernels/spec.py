@@ -12,7 +12,6 @@ allows it.
 The names, signatures and their order are the same in every backend; a test compares them.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -58,13 +57,12 @@ class Kernels(Protocol):
         """Wait until everything that has been asked for is done."""
         ...
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Call ``run``, which asks for operations only, and return what does the same again, with the same arrays: on a
-        GPU as one launch of them all."""
-        ...
-
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to, without allocating any."""
+        ...
+
+    def bound_bytes(self, numbers: int) -> int:
+        """Bytes that ``bind`` allocates for weights of so many numbers."""
         ...
 
     def bind(self, master: Array) -> Weight:

@@ -249,18 +249,10 @@ class GPT2:
     def extend(self, cache: "Cache", ids: Tokens) -> Array:
         """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
         view that the next call overwrites. The caller sees to it that the cache has room."""
-        S, T = ids.shape
-        cache.put(ids)
-        hidden = self.feed(cache, T)
-        cache.lengths += T
-        return hidden.reshape(S, T, -1)
-
-    def feed(self, cache: "Cache", T: int) -> Array:
-        """What ``extend`` asks the backend for: the hidden states (S·T,C) of the T ids that each sequence of ``cache``
-        was last given. Nothing comes from the host or goes there."""
         k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
-        S, C = cache.S, self.config.channels
-        N = S * T
+        S, T = ids.shape
+        N, C = S * T, self.config.channels
+        cache.put(ids)
         a, st = cache.scratch(N), cache.statistics(N)
         k.embedding_forward(a["stream"], p["wte"], p["wpe"], cache.ids[:N], cache.positions[:N])
         delta = None
@@ -297,7 +289,8 @@ class GPT2:
         k.residual_norm_forward(
             a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
         )
-        return a["norm"]
+        cache.lengths += T
+        return a["norm"].reshape(S, T, C)
 
 
 class Cache:

@@ -94,10 +94,6 @@ class CpuKernels:
     def synchronize(self) -> None:
         pass
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        return run
-
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
         size = math.prod(shape)
@@ -121,6 +117,9 @@ class CpuKernels:
         sizes = [(R, out, into) for out, into, R in layers]
         sizes += [(R, into, out) for out, into, R in layers] + layers
         return 4 * (work + logits + sums) + 8 * SUM_PIECES + self.matmul.workspace_bytes(sizes, self.threads)
+
+    def bound_bytes(self, numbers: int) -> int:
+        return 0
 
     def bind(self, master: Float32) -> Float32:
         return master

@@ -8,7 +8,8 @@ from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.spec import Array
 
 COMPUTE = {"fp32": "CUBLAS_COMPUTE_32F_PEDANTIC", "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32", "bf16": "CUBLAS_COMPUTE_32F"}
-"""By precision: sums are float32 always; PEDANTIC lets nothing be rounded before it is multiplied."""
+"""By precision, all with sums in float32 (of a product divided along K, cuBLAS may add the parts in that of ``out``);
+PEDANTIC lets nothing be rounded before it is multiplied."""
 
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.uint16): 14}
 """cudaDataType: CUDA_R_32F; and CUDA_R_16BF, whose bits NumPy can only keep as uint16."""

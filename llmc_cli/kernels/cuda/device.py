@@ -7,7 +7,6 @@ Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, str
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ OPTIONS = ("-std=c++17",)
 """What every kernel is compiled with, beside what CuPy adds."""
 
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")
+LIBRARIES = "pip install 'llmc-cli[cuda13]' or 'llmc-cli[cuda12]' brings the libraries that CuPy needs"
 OLDEST = 75  # compute capability times ten: the oldest that CUDA 13 compiles for
 TENSOR_CORES = 80  # the oldest with bf16 tensor cores and asynchronous copies
 
@@ -89,12 +89,12 @@ class Device:
             return
         runtime = self._cupy.cuda.runtime
         staging = self._staging.get(array.data.ptr)
+        if staging is not None:
+            staging.read.synchronize()
         if staging is None or staging.memory.nbytes < values.nbytes:
             pinned = self._cupy.cuda.alloc_pinned_memory(values.nbytes)
             memory = np.frombuffer(pinned, np.uint8, values.nbytes)
             staging = self._staging[array.data.ptr] = _Staging(memory, self._cupy.cuda.Event(disable_timing=True))
-        else:
-            staging.read.synchronize()
         staging.memory[: values.nbytes] = values.reshape(-1).view(np.uint8)
         address, stream = staging.memory.ctypes.data, self.stream.ptr
         runtime.memcpyAsync(array.data.ptr, address, values.nbytes, runtime.memcpyHostToDevice, stream)
@@ -121,15 +121,12 @@ class Device:
     def synchronize(self) -> None:
         self.stream.synchronize()
 
-    def capture(self, run: Callable[[], None]) -> Any:
-        """The graph of what ``run`` launches, which is not done now."""
-        self.stream.begin_capture()
-        run()
-        return self.stream.end_capture()
-
     def cublas(self) -> Any:
-        """CuPy's binding of cuBLAS."""
-        return self._cupy.cuda.cublas
+        """CuPy's binding of cuBLAS. MissingError where that is not installed."""
+        try:
+            return self._cupy.cuda.cublas
+        except ImportError as error:
+            raise MissingError(f"--device cuda: {_first_line(error)}; {LIBRARIES}") from error
 
     def launch(
         self,
@@ -154,7 +151,10 @@ class Device:
     def _load(self, file: str, kernel: str) -> Any:
         if file not in self._modules:
             self._modules[file] = self._cupy.RawModule(code=source(file), options=self._options)
-        function = self._kernels[kernel] = self._modules[file].get_function(kernel)
+        try:
+            function = self._kernels[kernel] = self._modules[file].get_function(kernel)  # compiles the file
+        except ImportError as error:
+            raise MissingError(f"--device cuda: {_first_line(error)}; {LIBRARIES}") from error
         return function
 
 
@@ -191,9 +191,12 @@ def _import_cupy() -> Any:
     try:
         import cupy
     except Exception as error:  # whatever a library that fails to load makes of it
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        raise MissingError(f"--device cuda: CuPy is installed but cannot be loaded: {first}") from error
+        raise MissingError(f"--device cuda: CuPy is installed but cannot be loaded: {_first_line(error)}") from error
     return cupy
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_installed(package: str) -> bool:
@@ -234,8 +237,11 @@ def find(index: int) -> tuple[str, int]:
     if index >= count:
         there = "is one, cuda:0" if count == 1 else f"are {count}, cuda:0 to cuda:{count - 1}"
         raise MissingError(f"--device cuda:{index}: there {there}")
-    capability = int(cupy.cuda.Device(index).compute_capability)
-    name = runtime.getDeviceProperties(index)["name"].decode()
+    try:
+        capability = int(cupy.cuda.Device(index).compute_capability)
+        name = runtime.getDeviceProperties(index)["name"].decode()
+    except runtime.CUDARuntimeError as error:
+        raise MissingError(f"--device cuda:{index}: the device cannot be used: {error}") from error
     if capability < OLDEST:
         raise MissingError(
             f"--device cuda:{index}: {name} has compute capability {capability / 10}, and {OLDEST / 10} (Turing) is "

@@ -1,7 +1,6 @@
 """``spec.Kernels`` on a CUDA device: what is launched for each operation, and the scratch memory it needs."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,18 +21,6 @@ class Rounded:
 
     master: Array
     rows: Array
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Operations that the device does again. ``memory``: what they use, even where other memory has taken its place."""
-
-    graph: Any
-    device: Device
-    memory: list[Array]
-
-    def __call__(self) -> None:
-        self.graph.launch(self.device.stream)
 
 
 CudaWeight: TypeAlias = Any
@@ -73,10 +60,6 @@ class CudaKernels:
     def synchronize(self) -> None:
         self.device.synchronize()
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()  # compiles, and makes scratch memory
-        return Captured(self.device.capture(run), self.device, list(self._scratch.values()))
-
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
         size = math.prod(shape)
@@ -93,6 +76,9 @@ class CudaKernels:
         columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
         attended = attention.backward_scratch(B, T, num_heads, C // num_heads)
         return logits + 4 * columns + 4 * attended + 3 * N * C * real + 8 * optimizer.SQUARE_PARTS
+
+    def bound_bytes(self, numbers: int) -> int:
+        return 2 * numbers if self.precision == "bf16" else 0
 
     def bind(self, master: Array) -> CudaWeight:
         if self.precision != "bf16":

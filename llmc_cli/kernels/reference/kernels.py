@@ -1,6 +1,5 @@
 """The oracle: every operation in float64 NumPy, written to be read beside the formulas, not to be fast."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,12 +70,11 @@ class ReferenceKernels:
     def synchronize(self) -> None:
         pass
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        return run
-
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         return 0  # it keeps none: what it needs it makes and drops
+
+    def bound_bytes(self, numbers: int) -> int:
+        return 0
 
     def bind(self, master: Float64) -> Float64:
         return master

@@ -26,7 +26,7 @@ from llmc_cli.work import Work
 from llmc_cli.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 
 CONFIG = ModelConfig(16, 67, 2, 2, 16)
-NOT_TIMED = ("bound_bytes", "alloc", "upload", "download", "copy", "synchronize", "capture", "workspace_bytes", "bound_bytes", "bind",
+NOT_TIMED = ("alloc", "upload", "download", "copy", "synchronize", "workspace_bytes", "bound_bytes", "bind",
              "publish")  # fmt: skip
 CEILINGS = Ceilings("fp32", {"1 x 1 x 1": 100e9, "2 x 2 x 2": 80e9}, {"read": 10e9, "copy": 8e9})
 

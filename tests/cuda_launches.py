@@ -1,11 +1,10 @@
 """With which blocks and how much shared memory the backend launches its kernels: noted down while it is asked for every
 operation, at the sizes of GPT-2's models and at the head sizes that are treated apart. Nothing is computed."""
 
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import MagicMock
 
 import numpy as np
+from cuda_notebook import Notebook
 
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 
@@ -14,57 +13,25 @@ B, T = 4, 1024
 V, Vp = 50257, 50304
 
 
-class Launch(NamedTuple):
+class Most(NamedTuple):
     """The widest block and the most dynamic shared memory of a kernel's launches."""
 
     threads: int
     shared: int
 
 
-class Virtual(np.ndarray):
-    """Memory that is never touched, and so takes none, with an address as device arrays have it."""
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-class Notebook:
-    """In the place of a ``Device``: notes launches by program and kernel, and does nothing."""
-
-    def __init__(self, bf16, capability):
-        self.bf16, self.capability = bf16, capability
-        self.real = np.uint16 if bf16 else np.float32
-        self.tensor_cores = capability >= 80
-        self.stream = MagicMock()
-        self.cublas = MagicMock()
-        self.launches = {}
-
-    def alloc(self, shape, dtype):
-        return np.empty(shape, dtype).view(Virtual)
-
-    def upload(self, array, values):
-        pass
-
-    def copy(self, target, source):
-        pass
-
-    def clear(self, array):
-        pass
-
-    def launch(self, file, kernel, grid, block, args, shared=0):
-        before = self.launches.get((file, kernel), Launch(0, 0))
-        self.launches[file, kernel] = Launch(max(before.threads, int(np.prod(block))), max(before.shared, shared))
-
-
 def launches(bf16, capability):
-    """(program, kernel): ``Launch``, of all that a device of this capability is asked for."""
+    """(program, kernel): ``Most``, of all that a device of this capability is asked for."""
     notebook = Notebook(bf16, capability)
     kernels = CudaKernels(notebook, "bf16" if bf16 else "fp32")
     for C, NH in MODELS:
         _train(kernels, notebook, C, NH)
         _sample(kernels, notebook, C, NH)
-    return notebook.launches
+    found = {}
+    for each in notebook.noted:
+        before = found.get((each.program, each.kernel), Most(0, 0))
+        found[each.program, each.kernel] = Most(max(before.threads, each.threads), max(before.shared, each.shared))
+    return found
 
 
 def _train(kernels, notebook, C, NH):

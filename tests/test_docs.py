@@ -106,6 +106,12 @@ def test_what_is_computed_is_current():
     assert not stale, "out of date; run: python fixtures/make_docs.py"
 
 
+def test_what_is_computed_about_cuda_is_current():
+    page = runpy.run_path(str(ROOT / "fixtures" / "make_cuda_paper.py"))["page"]
+    text = read(DOCS / "cuda.md")
+    assert page(text) == text, "out of date; run: python fixtures/make_cuda_paper.py"
+
+
 EXAMPLES = [
     pytest.param(content, id=f"line {line}")
     for language, _, content, line in blocks(DOCS / "formats.md")

@@ -1,0 +1,61 @@
+"""A device that only notes what it is asked for, so that the backend's own code can be run at any size and counted."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+import numpy as np
+
+from llmc_cli.kernels.cuda.device import TENSOR_CORES
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel of a program: threads of a block, bytes of dynamic shared memory."""
+
+    program: str
+    kernel: str
+    threads: int
+    shared: int
+
+
+class Virtual(np.ndarray):
+    """An array whose elements all lie in one place, so that it takes no memory, with an address as on a device."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+class Notebook:
+    """In the place of a ``Device``: keeps account of launches, products and copies, and does nothing."""
+
+    def __init__(self, bf16, capability):
+        self.bf16, self.capability = bf16, capability
+        self.real = np.uint16 if bf16 else np.float32
+        self.tensor_cores = capability >= TENSOR_CORES
+        self.stream = MagicMock()
+        self.cublas = MagicMock()
+        self.launches = 0
+        self.noted = []  # a Launch each
+        self.copies = []  # of "upload", "download", "copy" each
+
+    @property
+    def products(self):
+        """How many cuBLAS has been asked for."""
+        return self.cublas().gemmEx.call_count
+
+    def alloc(self, shape, dtype):
+        return np.broadcast_to(np.zeros(1, dtype), shape).view(Virtual)
+
+    def upload(self, array, values):
+        self.copies.append("upload")
+
+    def download(self, array):
+        self.copies.append("download")
+        return array
+
+    def copy(self, target, source):
+        self.copies.append("copy")
+
+    def launch(self, file, kernel, grid, block, args, shared=0):
+        self.noted.append(Launch(file, kernel, int(np.prod(block)), shared))

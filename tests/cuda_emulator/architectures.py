@@ -21,7 +21,6 @@ REGISTERS = 65536  # per multiprocessor, and the most that a block may have
 THREADS_PER_BLOCK = 1024
 
 ARCHITECTURES = {
-    70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80),  # V100, for which nothing is compiled
     75: Architecture(64 * KB, 64 * KB, 0, 1024, 16, 40),  # T4
     80: Architecture(163 * KB, 164 * KB, KB, 2048, 32, 108),  # A100
     86: Architecture(99 * KB, 100 * KB, KB, 1536, 16, 82),  # RTX 3090
@@ -30,6 +29,10 @@ ARCHITECTURES = {
     100: Architecture(227 * KB, 228 * KB, KB, 2048, 32, 148),  # B200
     120: Architecture(99 * KB, 100 * KB, KB, 1536, 24, 170),  # RTX 5090
 }
+KNOWN = {
+    70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80),
+    **ARCHITECTURES,
+}  # with V100, for which nothing is compiled
 
 
 def blocks_at_once(capability: int, registers: int, threads: int, shared: int) -> int:

@@ -2,7 +2,7 @@
 
 import emulator
 import numpy as np
-from architectures import ARCHITECTURES, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
+from architectures import KNOWN, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
 
 from cupy._array import ndarray
 from cupy._status import CUDADriverError, CUDARuntimeError, capability, current, require_device, setting
@@ -55,7 +55,7 @@ class RawKernel:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, nbytes):
-        most = ARCHITECTURES[capability()].shared_per_block
+        most = KNOWN[capability()].shared_per_block
         if nbytes > most:
             raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: invalid argument ({nbytes} of at most {most} bytes)")
         self._opted_in = nbytes

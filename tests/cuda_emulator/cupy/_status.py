@@ -13,7 +13,7 @@ The environment is read anew at every use, so that a test may change it:
 import os
 import threading
 
-from architectures import ARCHITECTURES
+from architectures import KNOWN
 
 RUNTIME_VERSION = 12090  # of the wheels for CUDA 12; any driver from 12.0 on will do for it
 OLDEST_DRIVER = 12000
@@ -52,8 +52,8 @@ def setting(name, default):
 
 def capability():
     found = setting("CAPABILITY", 90)
-    if found not in ARCHITECTURES:
-        raise ValueError(f"LLMC_EMULATOR_CAPABILITY={found}: known are {', '.join(map(str, ARCHITECTURES))}")
+    if found not in KNOWN:
+        raise ValueError(f"LLMC_EMULATOR_CAPABILITY={found}: known are {', '.join(map(str, KNOWN))}")
     return found
 
 

@@ -1,6 +1,6 @@
 """A device: what it is, what it can hold, and how much of that is taken."""
 
-from architectures import ARCHITECTURES, REGISTERS, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
+from architectures import KNOWN, REGISTERS, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
 
 from cupy._status import capability, current, require_device
 from cupy.cuda import memory, stream
@@ -46,7 +46,7 @@ class Device:
     def attributes(self):
         """By the names of cudaDeviceAttr, without ``cudaDevAttr``."""
         require_device(self.id)
-        limits = ARCHITECTURES[capability()]
+        limits = KNOWN[capability()]
         return {
             "MaxBlocksPerMultiprocessor": limits.blocks_per_multiprocessor,
             "MaxRegistersPerBlock": REGISTERS,

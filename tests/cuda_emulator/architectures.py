@@ -29,7 +29,7 @@ ARCHITECTURES = {
     100: Architecture(227 * KB, 228 * KB, KB, 2048, 32, 148),  # B200
     120: Architecture(99 * KB, 100 * KB, KB, 1536, 24, 170),  # RTX 5090
 }
-KNOWN = {
+KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: nothing is compiled for it
     70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80),
     **ARCHITECTURES,
 }  # with V100, for which nothing is compiled

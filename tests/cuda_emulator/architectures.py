@@ -30,9 +30,6 @@ ARCHITECTURES = {
     120: Architecture(99 * KB, 100 * KB, KB, 1536, 24, 170),  # RTX 5090
 }
 KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: nothing is compiled for it
-    70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80),
-    **ARCHITECTURES,
-}  # with V100, for which nothing is compiled
 
 
 def blocks_at_once(capability: int, registers: int, threads: int, shared: int) -> int:

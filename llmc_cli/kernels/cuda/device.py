@@ -1,6 +1,6 @@
 """One CUDA device through CuPy: its memory, its stream, kernels compiled when they are first launched.
 
-Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, streams, events, graphs, copies and cuBLAS
+Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, streams, events, copies and cuBLAS
 (``blas.py``); what computes are the kernels of this folder.
 """
 
@@ -113,10 +113,6 @@ class Device:
         runtime = self._cupy.cuda.runtime
         kind, stream = runtime.memcpyDeviceToDevice, self.stream.ptr
         runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream)
-
-    def clear(self, array: Array) -> None:
-        """Set every byte to 0."""
-        self._cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.stream.ptr)
 
     def synchronize(self) -> None:
         self.stream.synchronize()

@@ -109,7 +109,10 @@ def gemmStridedBatchedEx(
             product += factors[1] * c.values()
         c.store(product)
 
-    stream.queue_of(found.stream).add(run, [a.owner, b.owner, c.owner])
+    queue = stream.queue_of(found.stream)
+    if queue.nodes is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")  # as CuPy does
+    queue.add(run, [a.owner, b.owner, c.owner])
 
 
 def _check_types(a, b, c, compute):

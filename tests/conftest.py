@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +27,31 @@ os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, available_cores())))  # on
 @pytest.fixture(scope="session")
 def backend():
     return open_kernels("cpu", "fp32", 1)  # tiny models gain nothing by threads, and lose on a busy machine
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """What the emulator of CUDA needs, or a skip. Where tests run for CI it must be there."""
+    if sys.platform != "linux" or (shutil.which("g++") is None and "CI" not in os.environ):
+        pytest.skip("needs g++ on Linux")
+
+
+@pytest.fixture
+def nothing_waits():
+    """What a test left undone in the streams of the stand-in for CuPy is forgotten."""
+    from cuda_stand_in import cupy
+
+    yield
+    cupy.cuda.stream.abandon()
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """double(array), of the stand-in for CuPy: a kernel that doubles it."""
+    from cuda_stand_in import without_a_compiler
+
+    kernel = without_a_compiler(monkeypatch)
+    return lambda x, **options: kernel((1,), (32,), (x, np.int32(x.size), np.int64(0), np.float32(0)), **options)
 
 
 @pytest.fixture

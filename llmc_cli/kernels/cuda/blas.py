@@ -18,7 +18,7 @@ SCALARS = np.array([0.0, 1.0], np.float32)  # beta and alpha, read by address wh
 
 
 class Blas:
-    """``precision``: fp32, tf32 or bf16, in which operands are multiplied."""
+    """``precision``: fp32, tf32 or bf16, in which operands are multiplied. ``products``: how many were asked for."""
 
     def __init__(self, device: Device, precision: str) -> None:
         self._device = device
@@ -26,6 +26,7 @@ class Blas:
         self._compute: int = getattr(self._cublas, COMPUTE[precision])
         self._handle: int = self._cublas.create()
         self._cublas.setStream(self._handle, device.stream.ptr)
+        self.products = 0
 
     def __call__(self, out: Array, a: Array, b: Array, turn_a: bool, turn_b: bool, acc: bool = False) -> None:
         """out (M,N) = a (M,K) · b (K,N), added to with ``acc``; ``turn_a``: a is given as (K,M), ``turn_b``: b as
@@ -45,3 +46,4 @@ class Blas:
             beta, out.data.ptr, out_kind, N, self._compute, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
         self._device.launches += 1
+        self.products += 1

@@ -1,4 +1,4 @@
-// What all kernels share: the type of activations, 16-byte accesses, sums over warps and blocks.
+// What kernels share: the type of activations, 16-byte accesses, sums over warps and blocks, GELU.
 //
 // Real is what activations and their gradients are stored as; arithmetic is in float. Letters as in spec.py.
 
@@ -176,4 +176,12 @@ __device__ __forceinline__ float block_max(float value, float* parts) {
     value = warp_max(parts[lane < warps ? lane : 0]);
     __syncthreads();
     return value;
+}
+
+// GELU in the tanh form is x/2 * (1 + tanh(u/2)) = x / (1 + exp(-u)), u = SLOPE * x + CUBIC * x^3.
+constexpr float SLOPE = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+constexpr float CUBIC = 0.044715f * SLOPE;
+
+__device__ __forceinline__ float gelu(float x) {
+    return x / (1.0f + expf(-x * fmaf(CUBIC * x, x, SLOPE)));
 }

@@ -1,12 +1,14 @@
 """One CUDA device through CuPy: its memory, its stream, kernels compiled when they are first launched.
 
-Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, streams, events, copies and cuBLAS
+Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, streams, events, copies, graphs and cuBLAS
 (``blas.py``); what computes are the kernels of this folder.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,19 @@ class _Staging:
     read: Any  # an event
 
 
+class Graph:
+    """Launches as they were captured: the same kernels, with the same arguments. Whatever memory they name stays
+    theirs as long as this exists."""
+
+    def __init__(self, device: "Device", graph: Any, memory: list[Any]) -> None:
+        self._device, self._graph, self._memory = device, graph, memory
+
+    def launch(self) -> None:
+        """All of them, as one launch."""
+        self._graph.launch(self._device.stream)
+        self._device.launches += 1
+
+
 class Device:
     """Device ``index``, its kernels with activations in bfloat16 (``bf16``, from capability 8.0 on) or float32.
 
@@ -59,10 +74,12 @@ class Device:
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
         self._staging: dict[int, _Staging] = {}
+        self._captured: list[Any] | None = None  # while capturing: the arguments of what is captured
         self.launches = 0
 
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Zeroed memory, aligned to 512 bytes."""
+        self._forbid_while_capturing("memory is allocated")
         return self._cupy.zeros(shape, dtype)
 
     def free_bytes(self) -> int:
@@ -81,6 +98,7 @@ class Device:
 
     def upload(self, array: Array, values: NDArray[Any]) -> None:
         """Fill ``array``, contiguous, with values from the host, which may change as soon as this returns."""
+        self._forbid_while_capturing("values come from the host")
         values = np.ascontiguousarray(_converted(values, array.dtype))
         if not values.nbytes:
             return
@@ -113,9 +131,31 @@ class Device:
         runtime = self._cupy.cuda.runtime
         kind, stream = runtime.memcpyDeviceToDevice, self.stream.ptr
         runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream)
+        if self._captured is not None:
+            self._captured.append((target, source))
 
     def synchronize(self) -> None:
         self.stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """What ``work`` launches, without launching it now. It may launch kernels that have been launched before, and
+        copy from array to array: all else would be done once, or not at all, where it is meant to be done each time."""
+        memory: list[Any] = []
+        self.stream.begin_capture()
+        self._captured = memory
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # that it failed is known
+                self.stream.end_capture()
+            raise
+        finally:
+            self._captured = None
+        return Graph(self, self.stream.end_capture(), memory)
+
+    def _forbid_while_capturing(self, what: str) -> None:
+        if self._captured is not None:
+            raise RuntimeError(f"{what} while work is captured")
 
     def cublas(self) -> Any:
         """CuPy's binding of cuBLAS. MissingError where that is not installed."""
@@ -142,9 +182,13 @@ class Device:
         if shared > FREE_SHARED and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
         function(grid, block, tuple(NULL if each is None else each for each in args), shared_mem=shared)
-        self.launches += 1
+        if self._captured is None:
+            self.launches += 1
+        else:
+            self._captured.append(args)
 
     def _load(self, file: str, kernel: str) -> Any:
+        self._forbid_while_capturing("a kernel is loaded")
         if file not in self._modules:
             self._modules[file] = self._cupy.RawModule(code=source(file), options=self._options)
         try:

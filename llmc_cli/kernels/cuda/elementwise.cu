@@ -1,14 +1,7 @@
-// Biases, GELU, and the rounding of weights to bf16.
+// Biases, GELU and its derivative, and the rounding of weights to bf16.
 
-// GELU in the tanh form is x/2 * (1 + tanh(u/2)) = x / (1 + exp(-u)), u = SLOPE * x + CUBIC * x^3.
-constexpr float SLOPE = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
-constexpr float CUBIC = 0.044715f * SLOPE;
-constexpr float CUBIC_SLOPE = 3.0f * CUBIC;  // du/dx = SLOPE + CUBIC_SLOPE * x^2
+constexpr float CUBIC_SLOPE = 3.0f * CUBIC;  // du/dx = SLOPE + CUBIC_SLOPE * x^2, u as in common.cuh
 constexpr float LIMIT = 10.0f;  // beyond it the derivative is 0 or 1, and the products it is made of would overflow
-
-__device__ __forceinline__ float gelu(float x) {
-    return x / (1.0f + expf(-x * fmaf(CUBIC * x, x, SLOPE)));
-}
 
 // s + x * s * (1 - s) * du/dx, s = 1 / (1 + exp(-u)); 1 - s is s * exp(-u), where a difference would cancel.
 __device__ __forceinline__ float gelu_derivative(float x) {

@@ -1,0 +1,113 @@
+"""Processes that take turns."""
+
+import os
+
+import pytest
+from benchmark_inputs import quiet, work
+
+from llmc_cli import contest
+from llmc_cli.errors import MissingError
+from llmc_cli.process_memory import peak_memory
+from llmc_cli.waiting import PASSIVE, users_environment, wait_passively
+from llmc_cli.work import Work
+
+
+def test_work_survives_the_command_line():
+    assert Work.from_text(work("train").text()) == work("train")
+
+
+def test_peak_memory_is_this_processs():
+    peak = peak_memory()
+    assert peak is None or 10e6 < peak < 1e12
+
+
+def test_our_settings_are_kept_from_others_and_the_users_are_not(monkeypatch):
+    name, other = PASSIVE
+    monkeypatch.setattr("llmc_cli.waiting._set_here", set())
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(other, "the user's")
+    wait_passively()
+    assert os.environ[name] == PASSIVE[name]
+    assert name not in users_environment()
+    assert users_environment()[other] == "the user's"
+
+
+def test_turns_alternate_and_warm_up_does_not_count(monkeypatch):
+    order = []
+
+    class Fake:
+        def __init__(self, side, seconds):
+            self.side, self.seconds = side, iter(seconds)
+
+        def ask(self, task, untimed):
+            order.append((self.side, task, untimed))
+            return contest.Answer(next(self.seconds), 0)
+
+    monkeypatch.setattr(contest, "SETTLE_S", 0)
+    monkeypatch.setattr(contest, "TELL_EVERY_S", 0)
+    said = []
+    answers = contest.alternate([Fake("a", [9, 1, 2]), Fake("b", [9, 3, 4])], "step", 2, 1, 1, said.append)
+    assert said == ["step: 2 runs, about 0 s", "step: 0 of 2 runs", "step: 1 of 2 runs"]
+    assert order == [("a", "step", 1), ("b", "step", 1)] * 3
+    assert {side: [answer.seconds for answer in each] for side, each in answers.items()} == {"a": [1, 2], "b": [3, 4]}
+
+
+class Slow:
+    """A side whose turns take ``seconds`` on a clock of the test's."""
+
+    side = "a"
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.asked = clock, seconds, 0
+
+    def ask(self, task, untimed):
+        self.asked += 1
+        self.clock[0] += self.seconds
+        return contest.Answer(self.seconds, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "warm_up", "runs"),
+    [
+        (0.5, 120, 2, 10),  # short: as asked
+        (5, 20, 2, 4),  # as many as the budget has time for
+        (50, 120, 1, 3),  # but some, and one turn to warm up
+        (50, None, 1, 10),  # the number was given
+    ],
+)
+def test_long_turns_are_made_less_often(monkeypatch, seconds, budget, warm_up, runs):
+    clock, said = [0.0], []
+    monkeypatch.setattr(contest.time, "monotonic", lambda: clock[0])
+    side = Slow(clock, seconds)
+    (answers,) = contest.alternate([side], "step", 10, 2, 0, said.append, budget).values()
+    assert (side.asked, len(answers)) == (warm_up + runs, runs)
+    whole = f"about {runs * seconds:.0f} s"
+    assert any(whole in text for text in said) == (runs * seconds >= contest.TELL_EVERY_S)
+    assert any("instead of 10" in text for text in said) == (runs < 10)
+
+
+def test_a_side_that_cannot_is_an_error_for_us_and_an_absence_for_others(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with contest.contest([work("sample"), work("sample", side="torch eager")]) as (contestants, absent):
+        assert [contestant.side for contestant in contestants] == ["llmc"]
+    assert absent == {"torch eager": "ImportError: broken on purpose"}
+    with (
+        pytest.raises(MissingError, match=r"bench sample: llmc cannot do this: --device cuda: "),
+        contest.contest([work("sample", device="cuda")]),
+    ):
+        pass
+
+
+def test_modules_in_the_folder_at_hand_are_not_taken_for_others(monkeypatch, tmp_path):
+    (tmp_path / "json.py").write_text("raise ImportError('somebody else')\n")
+    monkeypatch.chdir(tmp_path)
+    with contest.contest([work("prepro")]) as (contestants, _):
+        assert contestants[0].tasks == ("files", "tokenizer")
+
+
+def test_a_process_that_dies_is_told_of():
+    with contest.contest([work("prepro")]) as (contestants, _):
+        contestants[0]._process.kill()
+        with pytest.raises(MissingError, match="bench prepro: llmc cannot do this: the process ended with status"):
+            contest.alternate(contestants, "files", 1, 0, 0, quiet)

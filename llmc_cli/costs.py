@@ -33,10 +33,11 @@ def embedding_backward(dwte: Array, dwpe: Array, dx: Array, ids: Array, position
 
 
 def residual_norm_forward(
-    res: Array, y: Array, mean: Array, rstd: Array, x: Array, delta: Array | None, w: Array, b: Array, eps: float
-) -> Cost:
-    sums = size(res, delta) if delta is not None else 0
-    return Cost(8 * y.size, size(y, mean, rstd, x, w, b) + sums)
+    res: Array, y: Array, mean: Array, rstd: Array,
+    x: Array, delta: Array | None, bias: Array | None, w: Array, b: Array, eps: float,
+) -> Cost:  # fmt: skip
+    sums = size(res, delta, bias) if delta is not None else 0
+    return Cost(9 * y.size, size(y, mean, rstd, x, w, b) + sums)
 
 
 def residual_norm_backward(

@@ -112,10 +112,10 @@ OPERATIONS = {
         "dwte:V,C dwpe:T,C dx:N,C ids:N positions:N acc", {"dwte": 1e-6, "dwpe": 1e-6}, EMBEDDING, ACC, ("dwte",)
     ),
     "residual_norm_forward": Operation(
-        "res:N,C y:N,C mean:N rstd:N x:N,C delta:N,C w:C b:C eps",
-        {"res": 1e-7, "y": 2e-6, "mean": 1e-6, "rstd": 1e-6},
+        "res:N,C y:N,C mean:N rstd:N x:N,C delta:N,C bias:C w:C b:C eps",
+        {"res": 2e-7, "y": 2e-6, "mean": 1e-6, "rstd": 1e-6},
         NORM,
-        ({}, {"delta": None, "res": None}),
+        ({}, {"bias": None}, {"delta": None, "bias": None, "res": None}),
     ),
     "residual_norm_backward": Operation(
         "dx:N,C dw:C db:C dy:N,C res:N,C mean:N rstd:N w:C dres:N,C acc",
@@ -277,7 +277,7 @@ def _arguments(operation: str, sizes: Sizes, variant: dict[str, Any], rng: np.ra
         args["hyper"][-1] = scalars["max_norm"]
     if operation == "residual_norm_backward":
         res, w = args["res"], args["w"]
-        REFERENCE.residual_norm_forward(res, np.empty_like(res), args["mean"], args["rstd"], res, None, w, w, EPS)
+        REFERENCE.residual_norm_forward(res, np.empty_like(res), args["mean"], args["rstd"], res, None, None, w, w, EPS)
     if operation == "attention_backward":
         REFERENCE.attention_forward(args["out"], args["lse"], args["qkv"], args["num_heads"])
     for name in FORWARD_RESULTS.get(operation, ()):

@@ -209,7 +209,8 @@ class KernelsWorkload:
     """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass.
 
     Two have no like: the embedding's backward pass, which makes a whole table of gradients where ours adds to the one
-    that the head has made, and attention through a cache, which is part of ``sample``. In bf16 an operation gets
+    that the head has made, and attention through a cache, which is part of ``sample``. A bias is added with the product
+    before it, where ours leaves that to the norm behind it. In bf16 an operation gets
     float32 or bfloat16 as it does within a step under autocast, and casts its weight as it does there.
     """
 

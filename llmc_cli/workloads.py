@@ -188,7 +188,7 @@ class KernelsWorkload:
     def __init__(self, kernels: Kernels, config: ModelConfig, B: int, T: int) -> None:
         self.kernels, self.config, self.B, self.T = kernels, config, B, T
         C = config.channels
-        linear = {"qkv": (C, 3 * C), "attproj": (C, C), "fcproj": (4 * C, C)}
+        linear = {"qkv": (C, 3 * C, True), "attproj": (C, C, False), "fcproj": (4 * C, C, False)}
         linear_back = {"qkv": (C, 3 * C), "attproj": (C, C), "fc": (C, 4 * C)}
         self._arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
             "embedding_forward": self._embedding_forward,
@@ -262,7 +262,7 @@ class KernelsWorkload:
 
     def _norm_forward(self) -> tuple[Any, ...]:
         N, C, eps = self.N, self.config.channels, self.config.norm_eps
-        rows, vectors = [self.activation(N, C) for _ in range(4)], [self.new(C), self.new(C)]
+        rows, vectors = [self.activation(N, C) for _ in range(4)], [self.new(C) for _ in range(3)]
         return *rows[:2], self.new(N), self.new(N), *rows[2:], *vectors, eps
 
     def _norm_backward(self) -> tuple[Any, ...]:
@@ -270,8 +270,10 @@ class KernelsWorkload:
         dx, dy, res = (self.activation(N, C) for _ in range(3))
         return dx, self.new(C), self.new(C), dy, res, self.new(N), self.new(N), self.new(C), dx, False
 
-    def _linear_forward(self, I: int, O: int) -> tuple[Any, ...]:  # noqa: E741
-        return self.activation(self.N, O), self.activation(self.N, I), self.weight(O, I), self.new(O)
+    def _linear_forward(self, I: int, O: int, biased: bool) -> tuple[Any, ...]:  # noqa: E741
+        """Without a bias where the norm behind it adds that."""
+        b = self.new(O) if biased else None
+        return self.activation(self.N, O), self.activation(self.N, I), self.weight(O, I), b
 
     def _linear_backward(self, I: int, O: int) -> tuple[Any, ...]:  # noqa: E741
         dx, dy, x = (self.activation(self.N, width) for width in (I, O, I))

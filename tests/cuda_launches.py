@@ -50,7 +50,7 @@ def _train(kernels, notebook, C, NH):
     kernels.publish([matrix, up, down, head])
     kernels.embedding_forward(x, wte, wpe, ids, ids)
     kernels.embedding_backward(wte, wpe, x, ids, ids, False)
-    kernels.residual_norm_forward(x, real(N, C), stats, stats, x, real(N, C), b, b, 1e-5)
+    kernels.residual_norm_forward(x, real(N, C), stats, stats, x, real(N, C), b, b, b, 1e-5)
     kernels.residual_norm_backward(x, b, b, x, x, stats, stats, b, x, False)
     kernels.linear_forward(x, x, matrix, b)
     kernels.linear_backward(x, single(C, C), b, x, x, matrix, False)

@@ -145,22 +145,24 @@ def check_embedding_backward(device, rng, V, T, N, C, acc=False):
     return [Result("dwte", dwte, expected[0], dwte_bound), Result("dwpe", dwpe, expected[1], dwpe_bound)]
 
 
-def check_norm_forward(device, rng, N, C, delta=True, in_place=False):
+def check_norm_forward(device, rng, N, C, delta=True, bias=True, in_place=False):
     x = device.reals(rng.standard_normal((N, C)) * 3 + 2)
     before, more = as_float(x), device.reals(rng.standard_normal((N, C)) + 2) if delta else None
-    w, b = device.floats(rng.standard_normal(C)), device.floats(rng.standard_normal(C))
+    w, b, added = (device.floats(rng.standard_normal(C)) for _ in range(3))
     y, mean, rstd = device.unwritten(N, C, dtype=device.real), device.unwritten(N), device.unwritten(N)
     res = x if in_place else device.unwritten(N, C, dtype=device.real)
-    norm.residual_norm_forward(device, res, y, mean, rstd, x, more, w, b, EPS)
+    norm.residual_norm_forward(device, res, y, mean, rstd, x, more, added if bias else None, w, b, EPS)
     if not delta:
         assert np.isnan(as_float(res)).all()
     normalized = as_float(res if delta else x)  # what is normalized is the sum as it is stored
     expected = np.empty((N, C)), np.empty(N), np.empty(N)
-    REFERENCE.residual_norm_forward(normalized, *expected, normalized, None, as_float(w), as_float(b), EPS)
+    REFERENCE.residual_norm_forward(normalized, *expected, normalized, None, None, as_float(w), as_float(b), EPS)
     res_bound, *others = bounds("residual_norm_forward", "res", "y", "mean", "rstd")
     outputs = zip(("y", "mean", "rstd"), (y, mean, rstd), expected, others, strict=True)
     results = [Result(*output) for output in outputs]
-    return [*results, Result("res", res, before + as_float(more), res_bound)] if delta else results
+    if not delta:
+        return results
+    return [*results, Result("res", res, before + as_float(more) + as_float(added) * bias, res_bound)]
 
 
 def check_norm_backward(device, rng, N, C, acc=False, dres=True, into=None):
@@ -322,7 +324,8 @@ CASES = [
     *((check_embedding_backward, {**sizes, "acc": acc}) for sizes in EMBEDDINGS for acc in (False, True)),
     *((check_norm_forward, sizes) for sizes in NORMS),
     *((check_norm_forward, {**NORMS[k], "in_place": True}) for k in (2, 5)),
-    *((check_norm_forward, {**NORMS[k], "delta": False}) for k in (1, 5)),
+    *((check_norm_forward, {**NORMS[k], "bias": False}) for k in (1, 5)),
+    *((check_norm_forward, {**NORMS[k], "delta": False, "bias": False}) for k in (1, 5)),
     *((check_norm_backward, sizes) for sizes in NORMS),
     *((check_norm_backward, {**NORMS[k], "into": into}) for k in (1, 5) for into in ("dres", "dy")),
     *((check_norm_backward, {**NORMS[k], "acc": True, "dres": False}) for k in (1, 5)),

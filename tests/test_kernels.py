@@ -114,14 +114,15 @@ def test_alloc_is_aligned_and_zero(cpu):
 def test_norms_in_place(cpu):
     """The stream may be added to in place, and its gradient may replace what reaches the norm."""
     N, C = 9, 40
-    x, delta, w, b, dy, dres = (cpu.alloc(shape, np.float32) for shape in ((N, C), (N, C), (C,), (C,), (N, C), (N, C)))
-    for seed, array in enumerate((x, delta, w, b, dy, dres)):
+    x, delta, dy, dres = (cpu.alloc((N, C), np.float32) for _ in range(4))
+    bias, w, b = (cpu.alloc((C,), np.float32) for _ in range(3))
+    for seed, array in enumerate((x, delta, bias, w, b, dy, dres)):
         array[...] = normal(seed, *array.shape)
     res, y, dx = (cpu.alloc((N, C), np.float32) for _ in range(3))
     mean, rstd, dw, db = (cpu.alloc(shape, np.float32) for shape in ((N,), (N,), (C,), (C,)))
-    cpu.residual_norm_forward(res, y, mean, rstd, x, delta, w, b, 1e-5)
+    cpu.residual_norm_forward(res, y, mean, rstd, x, delta, bias, w, b, 1e-5)
     again = np.empty_like(y)
-    cpu.residual_norm_forward(x, again, mean, rstd, x, delta, w, b, 1e-5)
+    cpu.residual_norm_forward(x, again, mean, rstd, x, delta, bias, w, b, 1e-5)
     assert np.array_equal(x, res)
     assert np.array_equal(again, y)
     cpu.residual_norm_backward(dx, dw, db, dy, res, mean, rstd, w, dres, False)

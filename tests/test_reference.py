@@ -102,24 +102,28 @@ def test_embedding():
     close(dwpe, 2 * gradient(total, wpe))
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_residual_norm(first):
+@pytest.mark.parametrize(("first", "biased"), [(False, True), (False, False), (True, False)])
+def test_residual_norm(first, biased):
     N, C, eps = 3, 5, 1e-3
-    x, delta, w, b, seed, seed_res = (normal(i, *s) for i, s in enumerate([(N, C)] * 2 + [(C,)] * 2 + [(N, C)] * 2))
+    x, delta, seed, seed_res = (normal(i, N, C) for i in range(4))
+    w, b, bias = (normal(i, C) if i else normal(i, C) * biased for i in (1, 2, 0))
     res, y, mean, rstd = np.empty((N, C)), np.empty((N, C)), np.empty(N), np.empty(N)
 
     def total():
-        stream = x if first else x + delta
+        stream = x if first else x + delta + bias
         return (norm(stream, w, b, eps) * seed).sum() + (stream * seed_res).sum()
 
-    REFERENCE.residual_norm_forward(res, y, mean, rstd, x, None if first else delta, w, b, eps)
-    stream = x if first else x + delta
+    added = (None if first else delta, bias if biased else None)
+    REFERENCE.residual_norm_forward(res, y, mean, rstd, x, *added, w, b, eps)
+    stream = x if first else x + delta + bias
     close(y, norm(stream, w, b, eps))
     if not first:
         close(res, stream)
     dx, dw, db = np.empty((N, C)), np.ones(C), np.ones(C)
     REFERENCE.residual_norm_backward(dx, dw, db, seed, stream, mean, rstd, w, seed_res, True)
     close(dx, gradient(total, x), 1e-7)
+    if biased:
+        close(dx.sum(axis=0), gradient(total, bias), 1e-7)
     close(dw - 1.0, gradient(total, w), 1e-7)
     close(db - 1.0, gradient(total, b), 1e-7)
     without = np.empty((N, C))
@@ -235,7 +239,7 @@ def compare(values):
     g = values
     N, C = g["norm_x"].shape
     y, mean, rstd = np.empty((N, C)), np.empty(N), np.empty(N)
-    REFERENCE.residual_norm_forward(g["norm_x"], y, mean, rstd, g["norm_x"], None, g["norm_w"], g["norm_b"], 1e-5)
+    REFERENCE.residual_norm_forward(g["norm_x"], y, mean, rstd, g["norm_x"], None, None, g["norm_w"], g["norm_b"], 1e-5)
     close(y, g["norm_y"], 1e-12)
     dx, dw, db = np.empty((N, C)), np.empty(C), np.empty(C)
     REFERENCE.residual_norm_backward(dx, dw, db, g["norm_dy"], g["norm_x"], mean, rstd, g["norm_w"], None, False)

@@ -84,12 +84,13 @@ class Kernels(Protocol):
 
     def residual_norm_forward(
         self, res: Array, y: Array, mean: Array, rstd: Array,
-        x: Array, delta: Array | None, w: Array, b: Array, eps: float,
+        x: Array, delta: Array | None, bias: Array | None, w: Array, b: Array, eps: float,
     ) -> None:  # fmt: skip
-        """res (N,C) = x (N,C) + delta (N,C), then y (N,C) = (res - mean) · rstd · w (C,) + b (C,) with each row's mean
-        (N,) and rstd (N,) = 1/sqrt(variance + eps), the population variance. res may be x itself; without delta it is
-        not written, and x is what is normalized. All outputs overwritten. Layer normalization: Ba et al. 2016,
-        arXiv:1607.06450."""
+        """res (N,C) = x (N,C) + delta (N,C) + bias (C,), then y (N,C) = (res - mean) · rstd · w (C,) + b (C,) with each
+        row's mean (N,) and rstd (N,) = 1/sqrt(variance + eps), the population variance. bias is that of the product
+        that gave delta, added here since this reads delta anyway. res may be x itself; without delta, and then without
+        bias, it is not written, and x is what is normalized. All outputs overwritten. Layer normalization: Ba et al.
+        2016, arXiv:1607.06450."""
         ...
 
     def residual_norm_backward(
@@ -97,8 +98,8 @@ class Kernels(Protocol):
         dy: Array, res: Array, mean: Array, rstd: Array, w: Array, dres: Array | None, acc: bool,
     ) -> None:  # fmt: skip
         """dx (N,C) = dres (N,C, the gradient that reaches ``res`` past the norm; absent: 0) + the norm's gradient of dy
-        (N,C). dx is the gradient of both x and delta; it is overwritten and may be dres or dy itself. dw (C,), db (C,)
-        overwritten, or added to with ``acc``."""
+        (N,C). dx is the gradient of both x and delta, and its sum over rows that of bias; it is overwritten and may be
+        dres or dy itself. dw (C,), db (C,) overwritten, or added to with ``acc``."""
         ...
 
     def linear_forward(self, y: Array, x: Array, w: Weight, b: Array | None) -> None:

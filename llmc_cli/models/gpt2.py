@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019), forward and backward, written out over a backend's operations.
 
-The residual stream is a chain of fused steps: each norm first adds what the branch before it made. The stream is kept
-after each branch: ``res_att[layer]`` behind the attention, ``res_mlp[layer]`` behind the MLP.
+The residual stream is a chain of fused steps: each norm first adds what the branch before it made, with the bias of the
+branch's last product. The stream is kept after each branch: ``res_att[layer]`` behind the attention, ``res_mlp[layer]``
+behind the MLP.
 """
 
 import contextlib
@@ -120,7 +121,7 @@ class GPT2:
         k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
         k.upload(self.ids, ids.reshape(-1))  # read again by backward
         k.embedding_forward(a["encoded"], p["wte"], p["wpe"], self.ids, self.positions)
-        stream, delta, branch = a["encoded"], None, a["branch"]
+        stream, delta, bias, branch = a["encoded"], None, None, a["branch"]
         for layer in range(self.config.num_layers):
             # the stream after this norm's addition is the one that the layer before has room for
             res = a["res_mlp"][layer - 1] if layer else stream
@@ -131,6 +132,7 @@ class GPT2:
                 st["ln1_rstd"][layer],
                 stream,
                 delta,
+                bias,
                 p["ln1w"][layer],
                 p["ln1b"][layer],
                 eps,
@@ -139,10 +141,10 @@ class GPT2:
                 self.rows(a["qkv"][layer]), self.act("ln1", layer), self.weights["qkvw"][layer], p["qkvb"][layer]
             )
             k.attention_forward(a["att"][layer], st["lse"][layer], a["qkv"][layer], self.config.num_heads)
-            k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], p["attprojb"][layer])
+            k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], None)
             k.residual_norm_forward(
                 a["res_att"][layer], self.act("ln2", layer), st["ln2_mean"][layer], st["ln2_rstd"][layer],
-                res, branch, p["ln2w"][layer], p["ln2b"][layer], eps,
+                res, branch, p["attprojb"][layer], p["ln2w"][layer], p["ln2b"][layer], eps,
             )  # fmt: skip
             k.linear_gelu_forward(
                 self.act("gelu", layer),
@@ -151,11 +153,12 @@ class GPT2:
                 self.weights["fcw"][layer],
                 p["fcb"][layer],
             )
-            k.linear_forward(branch, self.act("gelu", layer), self.weights["fcprojw"][layer], p["fcprojb"][layer])
-            stream, delta = a["res_att"][layer], branch
+            k.linear_forward(branch, self.act("gelu", layer), self.weights["fcprojw"][layer], None)
+            stream, delta, bias = a["res_att"][layer], branch, p["fcprojb"][layer]
         k.residual_norm_forward(
-            a["res_mlp"][-1], a["lnf"], st["lnf_mean"], st["lnf_rstd"], stream, delta, p["lnfw"], p["lnfb"], eps
-        )
+            a["res_mlp"][-1], a["lnf"], st["lnf_mean"], st["lnf_rstd"],
+            stream, delta, bias, p["lnfw"], p["lnfb"], eps,
+        )  # fmt: skip
 
     def loss(self, targets: Tokens) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; what the next call may overwrite."""
@@ -221,7 +224,7 @@ class GPT2:
             if name in self.recomputed:
                 k.residual_norm_forward(
                     stream, self.act(name, layer), st[f"{name}_mean"][layer], st[f"{name}_rstd"][layer],
-                    stream, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps,
+                    stream, None, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps,
                 )  # fmt: skip
 
     def logits(self, rows: slice) -> NDArray[np.floating]:
@@ -255,7 +258,7 @@ class GPT2:
         cache.put(ids)
         a, st = cache.scratch(N), cache.statistics(N)
         k.embedding_forward(a["stream"], p["wte"], p["wpe"], cache.ids[:N], cache.positions[:N])
-        delta = None
+        delta = bias = None
         for layer in range(self.config.num_layers):
             k.residual_norm_forward(
                 a["stream"],
@@ -264,6 +267,7 @@ class GPT2:
                 st["rstd"],
                 a["stream"],
                 delta,
+                bias,
                 p["ln1w"][layer],
                 p["ln1b"][layer],
                 eps,
@@ -271,7 +275,7 @@ class GPT2:
             k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
             out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
             k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, cache.lengths_there, NH)
-            k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], p["attprojb"][layer])
+            k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], None)
             k.residual_norm_forward(
                 a["stream"],
                 a["norm"],
@@ -279,15 +283,16 @@ class GPT2:
                 st["rstd"],
                 a["stream"],
                 a["branch"],
+                p["attprojb"][layer],
                 p["ln2w"][layer],
                 p["ln2b"][layer],
                 eps,
             )
             k.linear_gelu_forward(a["gelu"], a["fc"], a["norm"], self.weights["fcw"][layer], p["fcb"][layer])
-            k.linear_forward(a["branch"], a["gelu"], self.weights["fcprojw"][layer], p["fcprojb"][layer])
-            delta = a["branch"]
+            k.linear_forward(a["branch"], a["gelu"], self.weights["fcprojw"][layer], None)
+            delta, bias = a["branch"], p["fcprojb"][layer]
         k.residual_norm_forward(
-            a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, p["lnfw"], p["lnfb"], eps
+            a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, bias, p["lnfw"], p["lnfb"], eps
         )
         cache.lengths += T
         return a["norm"].reshape(S, T, C)

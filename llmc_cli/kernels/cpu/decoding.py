@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from llmc_cli.kernels.cpu import embedding, linear, narrow, norm, rows
-from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, float1, float2, float32, int1, kernel
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, float2, int1, kernel
 from llmc_cli.kernels.cpu.kernels import ALIGNMENT, CpuKernels, Float32, Int32
 
 FORMS = ("fp32", "bf16", "int8")
@@ -22,9 +22,7 @@ WIDENED = 1 << 22  # numbers of a matrix that are widened at a time: 16 MB
 SLAB = 32 << 20  # bytes; touched, and so taken, only as far as they are filled
 NOTHING = np.zeros(0, np.float32)
 
-short_norm = kernel(
-    float2, float2, float1, float1, float2, float2, float1, float1, float32, boolean, fastmath=REORDER, parallel=False
-)(norm.norm_forward.py_func)
+short_norm = kernel(*norm.FORWARD, fastmath=REORDER, parallel=False)(norm.norm_forward.py_func)
 short_embedding = kernel(float2, float2, float2, int1, int1, fastmath=CONTRACT, parallel=False)(
     embedding.embedding_forward.py_func
 )
@@ -96,11 +94,11 @@ class DecodingKernels(CpuKernels):
 
     def residual_norm_forward(
         self, res: Float32, y: Float32, mean: Float32, rstd: Float32,
-        x: Float32, delta: Float32 | None, w: Float32, b: Float32, eps: float,
+        x: Float32, delta: Float32 | None, bias: Float32 | None, w: Float32, b: Float32, eps: float,
     ) -> None:  # fmt: skip
         forward = short_norm if len(y) <= MOST_ROWS else norm.norm_forward
-        add = delta is not None
-        forward(res, y, mean, rstd, x, delta if add else x, w, b, eps, add)
+        add, biased = delta is not None, bias is not None
+        forward(res, y, mean, rstd, x, delta if add else x, bias if biased else b, w, b, eps, add, biased)
 
     def linear_forward(self, y: Float32, x: Float32, w: DecodingWeight, b: Float32 | None) -> None:
         if len(x) <= MOST_ROWS:

@@ -137,10 +137,10 @@ class CpuKernels:
 
     def residual_norm_forward(
         self, res: Float32, y: Float32, mean: Float32, rstd: Float32,
-        x: Float32, delta: Float32 | None, w: Float32, b: Float32, eps: float,
+        x: Float32, delta: Float32 | None, bias: Float32 | None, w: Float32, b: Float32, eps: float,
     ) -> None:  # fmt: skip
-        add = delta is not None
-        norm.norm_forward(res, y, mean, rstd, x, delta if add else x, w, b, eps, add)
+        add, biased = delta is not None, bias is not None
+        norm.norm_forward(res, y, mean, rstd, x, delta if add else x, bias if biased else b, w, b, eps, add, biased)
 
     def residual_norm_backward(
         self, dx: Float32, dw: Float32, db: Float32,

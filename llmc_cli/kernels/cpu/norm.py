@@ -8,20 +8,27 @@ from llmc_cli.kernels.cpu.compiling import REORDER, boolean, float1, float2, flo
 ROWS = 32  # rows a task of the backward pass: its partial sums of dw and db are a 32nd of the activations
 
 
-@kernel(float2, float2, float1, float1, float2, float2, float1, float1, float32, boolean, fastmath=REORDER)
-def norm_forward(res, y, mean, rstd, x, delta, w, b, eps, add):
+FORWARD = (float2, float2, float1, float1, float2, float2, float1, float1, float1, float32, boolean, boolean)
+
+
+@kernel(*FORWARD, fastmath=REORDER)
+def norm_forward(res, y, mean, rstd, x, delta, bias, w, b, eps, add, biased):
     """y's row holds the sum until it is normalized: res may be x, and a loop over both would not be vectorized."""
     N, C = y.shape
     for i in prange(N):
         total = np.float32(0.0)
-        if add:
+        if biased:
+            for j in range(C):
+                y[i, j] = x[i, j] + (delta[i, j] + bias[j])
+        elif add:
             for j in range(C):
                 y[i, j] = x[i, j] + delta[i, j]
-            for j in range(C):
-                res[i, j] = y[i, j]
         else:
             for j in range(C):
                 y[i, j] = x[i, j]
+        if add:
+            for j in range(C):
+                res[i, j] = y[i, j]
         for j in range(C):
             total += y[i, j]
         average = total / np.float32(C)

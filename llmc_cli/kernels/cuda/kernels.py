@@ -106,9 +106,9 @@ class CudaKernels:
 
     def residual_norm_forward(
         self, res: Array, y: Array, mean: Array, rstd: Array,
-        x: Array, delta: Array | None, w: Array, b: Array, eps: float,
+        x: Array, delta: Array | None, bias: Array | None, w: Array, b: Array, eps: float,
     ) -> None:  # fmt: skip
-        norm.residual_norm_forward(self.device, res, y, mean, rstd, x, delta, w, b, eps)
+        norm.residual_norm_forward(self.device, res, y, mean, rstd, x, delta, bias, w, b, eps)
 
     def residual_norm_backward(
         self, dx: Array, dw: Array, db: Array,

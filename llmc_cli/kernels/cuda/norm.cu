@@ -1,14 +1,15 @@
-// Layer normalization with the residual sum before it, and sums over rows for the gradients of its parameters and of
-// biases.
+// Layer normalization with the residual sum and the bias before it, and sums over rows for the gradients of its
+// parameters and of biases.
 //
-// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), w, b (C,) float. A block for each row, which lies
-// in shared memory between the passes over it: each thread reads only what it has written there itself, so that needs
-// no barrier.
+// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), bias, w, b (C,) float. A block for each row, which
+// lies in shared memory between the passes over it: each thread reads only what it has written there itself, so that
+// needs no barrier.
 
 template <int W>
 __device__ __forceinline__ void normalize_row(
     Real* res, Real* y, float* mean, float* rstd,
-    const Real* x, const Real* delta, const float* w, const float* b, int C, float eps, float* parts) {
+    const Real* x, const Real* delta, const float* delta_bias, const float* w, const float* b, int C, float eps,
+    float* parts) {
     extern __shared__ float4 row_memory[];
     Real* row = (Real*)row_memory;  // (C,): what is normalized, rounded as it is stored
     float total = 0.0f;
@@ -18,6 +19,14 @@ __device__ __forceinline__ void normalize_row(
         if (delta) {
             float more[W];
             load<W>(more, delta + c);
+            if (delta_bias) {
+                float bias[W];
+                load<W>(bias, delta_bias + c);
+#pragma unroll
+                for (int k = 0; k < W; k++) {
+                    more[k] += bias[k];
+                }
+            }
 #pragma unroll
             for (int k = 0; k < W; k++) {
                 values[k] = as_stored(values[k] + more[k]);
@@ -61,19 +70,19 @@ __device__ __forceinline__ void normalize_row(
     }
 }
 
-// res = x + delta, y = (res - mean) * rstd * w + b, with mean and rstd of each row of res. Without delta x takes the
-// place of res, which is not written. res may be x. Shared memory: C Real.
+// res = x + delta + bias, y = (res - mean) * rstd * w + b, with mean and rstd of each row of res. Without delta x takes
+// the place of res, which is not written; bias may be null in any case. res may be x. Shared memory: C Real.
 extern "C" __global__ void residual_norm_forward(
     Real* res, Real* y, float* mean, float* rstd,
-    const Real* x, const Real* delta, const float* w, const float* b, int N, int C, float eps) {
+    const Real* x, const Real* delta, const float* bias, const float* w, const float* b, int N, int C, float eps) {
     __shared__ float parts[WARP];
     const size_t n = blockIdx.x;
     const size_t at = n * C;
     const Real* delta_row = delta ? delta + at : nullptr;
-    if (C % WIDTH == 0 && aligned16(res, y, x, delta, w, b)) {
-        normalize_row<WIDTH>(res + at, y + at, mean + n, rstd + n, x + at, delta_row, w, b, C, eps, parts);
+    if (C % WIDTH == 0 && aligned16(res, y, x, delta, bias, w, b)) {
+        normalize_row<WIDTH>(res + at, y + at, mean + n, rstd + n, x + at, delta_row, bias, w, b, C, eps, parts);
     } else {
-        normalize_row<1>(res + at, y + at, mean + n, rstd + n, x + at, delta_row, w, b, C, eps, parts);
+        normalize_row<1>(res + at, y + at, mean + n, rstd + n, x + at, delta_row, bias, w, b, C, eps, parts);
     }
 }
 

@@ -13,12 +13,13 @@ STRIPES = 8  # warps of a block that adds up rows; a constant of norm.cu, too
 
 def residual_norm_forward(
     device: Device, res: Array, y: Array, mean: Array, rstd: Array,
-    x: Array, delta: Array | None, w: Array, b: Array, eps: float,
+    x: Array, delta: Array | None, bias: Array | None, w: Array, b: Array, eps: float,
 ) -> None:  # fmt: skip
-    """res (N,C) = x (N,C) + delta (N,C), y (N,C) = the normalized res, mean and rstd (N,), all overwritten; without
-    delta x is normalized, and res not written. res may be x. A block for each row, with the row in shared memory."""
+    """res (N,C) = x (N,C) + delta (N,C) + bias (C,; absent: 0), y (N,C) = the normalized res, mean and rstd (N,), all
+    overwritten; without delta x is normalized, and res not written. res may be x. A block for each row, with the row in
+    shared memory."""
     N, C = x.shape
-    args = (res, y, mean, rstd, x, delta, w, b, np.int32(N), np.int32(C), np.float32(eps))
+    args = (res, y, mean, rstd, x, delta, bias, w, b, np.int32(N), np.int32(C), np.float32(eps))
     block = (row_threads(C, width(device.real)),)
     device.launch("norm", "residual_norm_forward", (N,), block, args, shared=C * device.real().itemsize)
 

@@ -95,10 +95,10 @@ class ReferenceKernels:
 
     def residual_norm_forward(
         self, res: Float64, y: Float64, mean: Float64, rstd: Float64,
-        x: Float64, delta: Float64 | None, w: Float64, b: Float64, eps: float,
+        x: Float64, delta: Float64 | None, bias: Float64 | None, w: Float64, b: Float64, eps: float,
     ) -> None:  # fmt: skip
         if delta is not None:
-            res[...] = x + delta
+            res[...] = x + delta if bias is None else x + delta + bias
             x = res
         mean[...] = x.mean(axis=1)
         rstd[...] = 1.0 / np.sqrt(x.var(axis=1) + eps)

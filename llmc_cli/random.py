@@ -1,6 +1,8 @@
 """Random numbers that equal those of PyTorch's CPU generator and of the C trainer, draw for draw."""
 
 import math
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,38 +19,44 @@ class MersenneTwister:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._bits = np.random.MT19937()
+        self._drawing = np.random.Generator(self._bits)
         _, words, *_ = np.random.RandomState(seed).get_state()
         self.state = np.asarray(words, np.uint32), 0
 
-    def words(self, n: int) -> NDArray[np.uint64]:
+    def words(self, n: int) -> NDArray[np.uint32]:
         """The next n 32-bit words."""
         self.drawn = self.drawn or n > 0
-        return np.asarray(self._bits.random_raw(n), np.uint64)
+        return self._drawing.integers(0, 1 << 32, n, np.uint32)  # of the whole range: each is the generator's own
 
-    def uniform(self, n: int) -> NDArray[np.float32]:
-        """n floats in [0, 1), 24 bits each."""
-        return (self.words(n) & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
-
-    def fill_normal(self, out: NDArray[np.floating], std: float) -> None:
+    def fill_normal(self, out: NDArray[np.floating], std: float, threads: int = 1) -> None:
         """Fill a flat array with normals of mean 0, as ``torch.Tensor.normal_`` does for 16 elements or more.
 
-        (Below 16 PyTorch goes another way; here the first of sixteen are taken.)
+        (Below 16 PyTorch goes another way; here the first of sixteen are taken.) Words are drawn in order, while other
+        threads make normals of those before.
         """
         if out.size < BLOCK:
-            out[:] = _box_muller(self.uniform(BLOCK), std)[: out.size]
+            first = np.empty(BLOCK, out.dtype)
+            _box_muller(first, self.words(BLOCK), std)
+            out[:] = first[: out.size]
             return
         whole = out.size // BLOCK * BLOCK
-        for start in range(0, whole, CHUNK):
-            stop = min(start + CHUNK, whole)
-            out[start:stop] = _box_muller(self.uniform(stop - start), std)
+        making: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+            for start in range(0, whole, CHUNK):
+                stop = min(start + CHUNK, whole)
+                making.append(pool.submit(_box_muller, out[start:stop], self.words(stop - start), std))
+                if len(making) == threads:
+                    making.popleft().result()
+        for each in making:
+            each.result()
         if whole < out.size:
             self.words(out.size - whole)
-            out[-BLOCK:] = _box_muller(self.uniform(BLOCK), std)
+            _box_muller(out[-BLOCK:], self.words(BLOCK), std)
 
     def permute(self, order: NDArray[np.int32]) -> None:
         """Shuffle in place: for i = n-1 … 1, swap i with word % (i+1)."""
         n = order.size
-        partners = self.words(max(n - 1, 0)) % np.arange(n, 1, -1, dtype=np.uint64)
+        partners = self.words(max(n - 1, 0)) % np.arange(n, 1, -1, dtype=np.uint32)
         values = order.tolist()
         for i, j in zip(range(n - 1, 0, -1), partners.tolist(), strict=True):
             values[i], values[j] = values[j], values[i]
@@ -68,12 +76,15 @@ class MersenneTwister:
         self._bits.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position or 624}}
 
 
-def _box_muller(uniforms: NDArray[np.float32], std: float) -> NDArray[np.float32]:
-    """Normals from uniforms, pairs (i, i+8) within each sixteen (Box and Muller 1958)."""
+def _box_muller(out: NDArray[np.floating], words: NDArray[np.uint32], std: float) -> None:
+    """Fill ``out`` with normals of as many words, pairs (i, i+8) within each sixteen (Box and Muller 1958)."""
+    uniforms = (words & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)  # in [0, 1), 24 bits each
     u = uniforms.reshape(-1, 2, BLOCK // 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0] + np.float32(1e-12)))
     angle = np.float32(2 * math.pi) * u[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1) * np.float32(std)
+    pairs = out.reshape(-1, 2, BLOCK // 2)
+    pairs[:, 0] = radius * np.cos(angle) * np.float32(std)
+    pairs[:, 1] = radius * np.sin(angle) * np.float32(std)
 
 
 class Xorshift:

@@ -367,7 +367,7 @@ class Training:
             self.model = load_model(options.model, kernels)
         else:
             self.model = GPT2(self.config, kernels)
-            initialize(self.model, options.seed)
+            initialize(self.model, options.seed, self.backend.threads)
         self.model.prepare(options.batch, options.seq_len, recompute=options.recompute)
         self.optimizer = AdamW(
             self.model, options.beta1, options.beta2, options.eps, options.weight_decay, options.clip

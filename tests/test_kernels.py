@@ -111,6 +111,13 @@ def test_alloc_is_aligned_and_zero(cpu):
         assert not array.any()
 
 
+def test_large_memory_is_zero(cpu, monkeypatch):
+    monkeypatch.setattr("llmc_cli.kernels.cpu.kernels.LARGE", 1000)
+    for size in (250, 999, 50_000):
+        cpu.alloc((size,), np.float32)[:] = 1.0  # given back at once: the next may be made of it
+        assert not cpu.alloc((size,), np.float32).any()
+
+
 def test_norms_in_place(cpu):
     """The stream may be added to in place, and its gradient may replace what reaches the norm."""
     N, C = 9, 40

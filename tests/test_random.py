@@ -23,12 +23,13 @@ def test_normals_are_those_of_pytorch():
     np.testing.assert_allclose(out, golden["then_64"], rtol=0, atol=2.3e-6)
 
 
-def test_chunks_do_not_show(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_neither_chunks_nor_threads_show(monkeypatch, threads):
     whole = np.empty(16 * 5 + 3, np.float32)
     MersenneTwister(1).fill_normal(whole, 1.0)
     monkeypatch.setattr("llmc_cli.random.CHUNK", 32)
     chunked = np.empty_like(whole)
-    MersenneTwister(1).fill_normal(chunked, 1.0)
+    MersenneTwister(1).fill_normal(chunked, 1.0, threads)
     np.testing.assert_array_equal(whole, chunked)
 
 

@@ -346,7 +346,7 @@ class Cache:
         self.lengths[:] = used
 
 
-def initialize(model: GPT2, seed: int) -> None:
+def initialize(model: GPT2, seed: int, threads: int = 1) -> None:
     """Fresh weights, the same as PyTorch's for the same seed to float rounding.
 
     One stream of normals: wte (its V rows), wpe, then layer by layer the four matrices; standard deviation 0.02, of
@@ -357,9 +357,9 @@ def initialize(model: GPT2, seed: int) -> None:
         p.flat[:] = 0
         for name in ("ln1w", "ln2w", "lnfw"):
             p[name][:] = 1
-        generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD)
-        generator.fill_normal(p["wpe"].reshape(-1), STD)
+        generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD, threads)
+        generator.fill_normal(p["wpe"].reshape(-1), STD, threads)
         for layer in range(config.num_layers):
             for name in MATRICES:
                 scale = (2 * config.num_layers) ** -0.5 if name.endswith("projw") else 1.0
-                generator.fill_normal(p[name][layer].reshape(-1), STD * scale)
+                generator.fill_normal(p[name][layer].reshape(-1), STD * scale, threads)

@@ -27,6 +27,7 @@ CONTRACT = {"contract"}
 REORDER = {"contract", "reassoc", "nsz", "arcp"}
 
 void, boolean, int64, float32, float64 = types.void, types.boolean, types.int64, types.float32, types.float64
+ubytes1 = types.uint8[::1]
 float1 = types.float32[::1]
 float2 = types.float32[:, ::1]
 double1 = types.float64[::1]

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmc_cli.kernels.cpu import blas, cache, classifier, embedding, linear, norm, optimizer
+from llmc_cli.kernels.cpu import blas, cache, classifier, embedding, linear, memory, norm, optimizer
 from llmc_cli.kernels.cpu.matmul import BlasMatmul, Matmul
 
 Float32 = NDArray[np.float32]
@@ -21,6 +21,7 @@ Int32 = NDArray[np.int32]
 HEAD_ROWS = 512  # rows of logits at a time
 SUM_PIECES = 1024
 ALIGNMENT = 64  # bytes
+LARGE = 1 << 25  # bytes: what is as large is cleared at once, by all threads
 
 
 class CpuKernels:
@@ -77,7 +78,11 @@ class CpuKernels:
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
-        raw = np.zeros(size + ALIGNMENT, np.uint8)  # pages come zeroed when they are first touched
+        if size < LARGE:
+            raw = np.zeros(size + ALIGNMENT, np.uint8)
+        else:
+            raw = np.empty(size + ALIGNMENT, np.uint8)
+            memory.clear(raw)
         start = -raw.ctypes.data % ALIGNMENT
         return raw[start : start + size].view(dtype).reshape(shape)
 

@@ -300,7 +300,7 @@ MMA_FAULTS = [
     Fault("sums not brought to the new maximum", "attention_mma_forward_64", "total[m][half] * shrink + sum",
           "total[m][half] + sum"),
     Fault("the maximum of a lane taken for that of a row", "attention_mma_forward_64",
-          "most = row_max(most);", ""),
+          "most = warp_max<QUAD>(most);", ""),
     Fault("scale dropped, forward", "attention_mma_forward_64", "scale * LOG2_E;  //", "LOG2_E;  //"),
     Fault("scale dropped, dk", "attention_mma_keys_64", "dk, scales, stage", "dk, ones, stage"),
     Fault("delta dropped", "attention_mma_queries_64", "(ds[m][n][e] - deltas[m][e >> 1])", "ds[m][n][e]"),
@@ -329,7 +329,7 @@ TILE_FAULTS = [
     Fault("columns of the next head stored", "attention_backward_queries_256", "row < valid && column < HS",
           "row < valid"),
     Fault("sums not brought to the new maximum", "attention_forward_256", "sums[slab][i][j] *= shrink;", ";"),
-    Fault("half the sum of a row", "attention_forward_256", "row_sum(sum)", "sum"),
+    Fault("half the sum of a row", "attention_forward_256", "warp_sum<SIDE>(sum)", "sum"),
     Fault("scale dropped, dq", "attention_backward_queries_256", "dq, scales, HS", "dq, row_lse, HS"),
     Fault("delta at the wrong row", "attention_delta", "(bt / T * NH + h) * T + bt % T", "row"),
 ]  # fmt: skip

@@ -180,8 +180,7 @@ def check_norm_backward(device, rng, N, C, acc=False, dres=True, into=None):
     dx = {None: device.unwritten(N, C, dtype=device.real), "dres": past, "dy": dy}[into]
     parts = device.unwritten(2, norm.norm_parts(N), C)
     norm.norm_weight_partials(device, parts, dy, res, mean, rstd)
-    norm.sum_partials(device, dw, parts[0], acc)
-    norm.sum_partials(device, db, parts[1], acc)
+    norm.sum_partials(device, (dw, db), parts, acc)
     norm.norm_backward(device, dx, dy, res, mean, rstd, w, past)
     names = ("dx", "dw", "db")
     outputs = zip(names, (dx, dw, db), expected, bounds("residual_norm_backward", *names), strict=True)
@@ -193,9 +192,9 @@ def check_bias(device, rng, N, O, acc=False):  # noqa: E741
     y, b = device.reals(rng.standard_normal((N, O))), device.floats(rng.standard_normal(O))
     db = device.floats(rng.standard_normal(O)) if acc else device.unwritten(O)
     expected_db = as_float(y).sum(axis=0) + (as_float(db) if acc else 0.0)
-    parts = device.unwritten(norm.column_parts(N), O)
+    parts = device.unwritten(1, norm.column_parts(N), O)
     norm.column_partials(device, parts, y)
-    norm.sum_partials(device, db, parts, acc)
+    norm.sum_partials(device, (db,), parts, acc)
     expected_y = as_float(y) + as_float(b)
     elementwise.add_bias(device, y, b)
     (bound,) = bounds("linear_backward", "db")
@@ -432,8 +431,8 @@ FAULTS = [
     Fault("no barrier before partial sums are used again", "norm",
           "parts[lane] : (T)0);\n    __syncthreads();", "parts[lane] : (T)0);", (check_norm_forward, NORMS[5])),
     Fault("a warp's sum over half of it", "norm",
-          "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = WARP / 2;",
-          "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = WARP / 4;", (check_norm_forward, NORMS[3])),
+          "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = LANES / 2;",
+          "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = LANES / 4;", (check_norm_forward, NORMS[3])),
     Fault("alignment taken for granted", "norm",
           "& 15ull) == 0", "& 15ull) < 16", (check_norm_forward, NORMS[2]), shift=1),
     Fault("variance of a sample", "norm",
@@ -450,6 +449,10 @@ FAULTS = [
           "const int end = min(N, first + rows);\n    float* dw",
           "const int end = min(N, first + rows + 1);\n    float* dw",
           (check_norm_backward, NORMS[3])),
+    Fault("the same bias for all columns of a thread's turn", "norm",
+          "more[k] += bias[k];", "more[k] += bias[0];", (check_norm_forward, NORMS[4])),
+    Fault("both sums in the first's place", "norm",
+          "blockIdx.y == 0 ? first : second", "first", (check_norm_backward, NORMS[3])),
     Fault("gradient of a bias not added", "norm",
           "out[o] = acc ? out[o] + total : total;", "out[o] = total;", (check_bias, {**LINEARS[3], "acc": True})),
     Fault("an element past the end of a row", "embedding",

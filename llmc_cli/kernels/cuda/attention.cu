@@ -149,23 +149,6 @@ __device__ __forceinline__ void store_rows(
     }
 }
 
-// The sum, or the largest, of the threads that share rows: half a warp.
-__device__ __forceinline__ float row_sum(float value) {
-#pragma unroll
-    for (int distance = SIDE / 2; distance > 0; distance /= 2) {
-        value += __shfl_xor_sync(ALL_LANES, value, distance);
-    }
-    return value;
-}
-
-__device__ __forceinline__ float row_max(float value) {
-#pragma unroll
-    for (int distance = SIDE / 2; distance > 0; distance /= 2) {
-        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    }
-    return value;
-}
-
 // out (TILE, HS) and lse (TILE,), unless null, of TILE queries, of which row r sees the keys 0 to `last` + r.
 template <int SLABS>
 __device__ __forceinline__ void attend(
@@ -199,7 +182,7 @@ __device__ __forceinline__ void attend(
                 p[i][j] = visible ? p[i][j] * scale : __int_as_float(0xff800000);
                 most = fmaxf(most, p[i][j]);
             }
-            most = row_max(most);
+            most = warp_max<SIDE>(most);  // of the threads that share the row, as the sum below
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
@@ -208,7 +191,7 @@ __device__ __forceinline__ void attend(
             }
             const float shrink = expf(largest[i] - most);
             largest[i] = most;
-            total[i] = total[i] * shrink + row_sum(sum);
+            total[i] = total[i] * shrink + warp_sum<SIDE>(sum);
 #pragma unroll
             for (int slab = 0; slab < SLABS; slab++) {
 #pragma unroll

@@ -218,16 +218,7 @@ __device__ __forceinline__ void store_rows(
     }
 }
 
-// The sum, or the largest, of the four lanes that hold one row of a patch.
-__device__ __forceinline__ float row_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-__device__ __forceinline__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
+constexpr int QUAD = 4;  // lanes that hold one row of a patch
 
 // Begins to copy a tile of keys and values to a stage, from row `key` of a head on.
 template <class S>
@@ -322,7 +313,7 @@ __device__ __forceinline__ void forward(
                 for (int n = 0; n < S::SCORES; n++) {
                     most = fmaxf(most, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
                 }
-                most = row_max(most);
+                most = warp_max<QUAD>(most);
                 const float shrink = exp2_approximate((largest[m][half] - most) * scale2);
                 const float shift = most * scale2;
                 float sum = 0.0f;
@@ -353,7 +344,7 @@ __device__ __forceinline__ void forward(
     for (int m = 0; m < S::PATCHES; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float sum = row_sum(total[m][half]);
+            const float sum = warp_sum<QUAD>(total[m][half]);
             const int query = row + m * 16 + g + 8 * half;
             factors[m][half] = 1.0f / sum;
             if (t == 0 && query < T) {
@@ -387,10 +378,7 @@ __device__ __forceinline__ void delta(
         const uint4 y = *(const uint4*)(dout + index * 8);
         sum = pair_dot(x.x, y.x) + pair_dot(x.y, y.y) + (pair_dot(x.z, y.z) + pair_dot(x.w, y.w));
     }
-#pragma unroll
-    for (int distance = CHUNKS / 2; distance > 0; distance >>= 1) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    }
+    sum = warp_sum<CHUNKS>(sum);
     if (inside && index % CHUNKS == 0) {
         const size_t h = row % NH;
         const size_t bt = row / NH;

@@ -129,19 +129,20 @@ __device__ __forceinline__ void store(Bf16* to, const float (&values)[W]) {
     }
 }
 
-// Sum and largest over a warp: in all lanes, the same bits in each.
-template <typename T>
+// Sum and largest over a warp, or over each LANES of it beside each other: in all of them, the same bits in each.
+template <int LANES = WARP, typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
         value += __shfl_xor_sync(ALL_LANES, value, distance);
     }
     return value;
 }
 
+template <int LANES = WARP>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
         value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
     }
     return value;

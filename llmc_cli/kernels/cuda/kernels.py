@@ -117,8 +117,7 @@ class CudaKernels:
         N, C = dx.shape
         parts = self.scratch("parts", (2, norm.norm_parts(N), C))
         norm.norm_weight_partials(self.device, parts, dy, res, mean, rstd)  # before dx, which may take dy's place
-        norm.sum_partials(self.device, dw, parts[0], acc)
-        norm.sum_partials(self.device, db, parts[1], acc)
+        norm.sum_partials(self.device, (dw, db), parts, acc)
         norm.norm_backward(self.device, dx, dy, res, mean, rstd, w, dres)
 
     def linear_forward(self, y: Array, x: Array, w: CudaWeight, b: Array | None) -> None:
@@ -130,9 +129,9 @@ class CudaKernels:
         self, dx: Array | None, dw: Array, db: Array | None, dy: Array, x: Array, w: CudaWeight, acc: bool
     ) -> None:
         if db is not None:
-            parts = self.scratch("parts", (norm.column_parts(len(dy)), dy.shape[1]))
+            parts = self.scratch("parts", (1, norm.column_parts(len(dy)), dy.shape[1]))
             norm.column_partials(self.device, parts, dy)
-            norm.sum_partials(self.device, db, parts, acc)
+            norm.sum_partials(self.device, (db,), parts, acc)
         self.matmul(dw, dy, x, True, False, acc)
         if dx is not None:
             self.matmul(dx, dy, self._rows(w), False, False)

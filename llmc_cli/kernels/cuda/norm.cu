@@ -254,9 +254,12 @@ extern "C" __global__ void column_partials(float* parts, const Real* dy, int N, 
     }
 }
 
-// out (O,) = the sum of the rows of parts (P,O), added to it with acc; a block for WARP columns.
-extern "C" __global__ void sum_partials(float* out, const float* parts, int P, int O, int acc) {
+// first (O,) = the sum of the rows of parts (P,O), added to it with acc; where there are two of these, parts (2,P,O),
+// second (O,) = that of the other. A block for WARP columns of one, blockIdx.y.
+extern "C" __global__ void sum_partials(float* first, float* second, const float* parts, int P, int O, int acc) {
     __shared__ float stripes[STRIPES * WARP];
+    float* out = blockIdx.y == 0 ? first : second;
+    parts += (size_t)blockIdx.y * P * O;
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int o = blockIdx.x * WARP + lane;

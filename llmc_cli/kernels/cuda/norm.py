@@ -54,17 +54,18 @@ def norm_weight_partials(device: Device, parts: Array, dy: Array, res: Array, me
 
 
 def column_partials(device: Device, parts: Array, dy: Array) -> None:
-    """parts (P,O) = the sums of dy (N,O) over each of P = column_parts(N) pieces of its rows, overwritten."""
+    """parts (1,P,O) = the sums of dy (N,O) over each of P = column_parts(N) pieces of its rows, overwritten."""
     N, columns = dy.shape
     args = (parts, dy, np.int32(N), np.int32(columns))
-    device.launch("norm", "column_partials", _grid(device, columns, parts.shape[0]), (STRIPES * WARP,), args)
+    device.launch("norm", "column_partials", _grid(device, columns, parts.shape[1]), (STRIPES * WARP,), args)
 
 
-def sum_partials(device: Device, out: Array, parts: Array, acc: bool) -> None:
-    """out (O,) = the sum of parts (P,O) over P, overwritten, or added to with ``acc``. A block for 32 columns."""
-    P, columns = parts.shape
-    args = (out, parts, np.int32(P), np.int32(columns), np.int32(acc))
-    device.launch("norm", "sum_partials", (-(-columns // WARP),), (STRIPES * WARP,), args)
+def sum_partials(device: Device, outs: tuple[Array, ...], parts: Array, acc: bool) -> None:
+    """Each of ``outs``, one array (O,) or two = the sum over P of its share of parts (1 or 2,P,O), overwritten, or
+    added to with ``acc``. A block for 32 columns of each."""
+    count, P, columns = parts.shape
+    args = (outs[0], outs[-1], parts, np.int32(P), np.int32(columns), np.int32(acc))
+    device.launch("norm", "sum_partials", (-(-columns // WARP), count), (STRIPES * WARP,), args)
 
 
 def _grid(device: Device, columns: int, pieces: int) -> tuple[int, int]:

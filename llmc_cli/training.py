@@ -286,8 +286,11 @@ class Training:
             raise DataError(f"{path}: holds the state of step {state.step}")
         kernels, optimizer = self.backend.kernels, self.optimizer
         moments = {name: kernels.download(moment) for name, moment in (("m", optimizer.m), ("v", optimizer.v))}
-        with self.model.fill() as params:
-            load_moments(path, state, **moments, master=params.flat if state.has_master else None)
+        if state.has_master:
+            with self.model.fill() as params:
+                load_moments(path, state, **moments, master=params.flat)
+        else:
+            load_moments(path, state, **moments)
         kernels.upload(optimizer.m, moments["m"])
         kernels.upload(optimizer.v, moments["v"])
         self.generator.state, self.generator_before_update = state.rng_state, state.rng_state_before_update

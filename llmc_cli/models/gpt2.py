@@ -236,9 +236,10 @@ class GPT2:
 
     @contextlib.contextmanager
     def fill(self) -> Iterator[Arena]:
-        """The parameters in float32 on the host, to be filled; they are the model's when the block ends."""
-        flat = self.kernels.download(self.params.flat)
-        if flat.dtype != np.float32:
+        """The parameters in float32 on the host, all to be overwritten; they are the model's when the block ends. What
+        they are before is not brought here."""
+        flat = self.params.flat
+        if not isinstance(flat, np.ndarray) or flat.dtype != np.float32:
             flat = np.zeros(flat.size, np.float32)
         yield Arena(lambda *_: flat, parameter_shapes(self.config), np.float32)
         self.kernels.upload(self.params.flat, flat)

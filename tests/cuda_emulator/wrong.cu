@@ -1,4 +1,4 @@
-// A fault in each kernel, which test_cuda_emulator.py finds named by the line that says HERE.
+// A fault in each kernel, which test_cuda_emulator_faults.py finds named by the line that says HERE.
 
 #define ALL 0xffffffffu
 __device__ __forceinline__ float warp_sum(float x) {

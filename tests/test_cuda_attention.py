@@ -3,24 +3,20 @@ with faults planted in them, each of which must be noticed."""
 
 import functools
 import itertools
-import os
 import re
-import shutil
-import sys
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from cuda_checks import SCHEDULES, EmulatedDevice, as_float
 from cuda_emulator import emulator
 from cuda_emulator.emulator import EmulatorError
 
-from llmc_cli.formats import bfloat16
 from llmc_cli.kernel_cases import CACHED, OPERATIONS, REFERENCE
 from llmc_cli.kernels.cuda import attention
 from llmc_cli.kernels.cuda.source import source
 
-SCHEDULES = (None, 1, 2)
+pytestmark = pytest.mark.usefixtures("compiler")
 
 # B, T, NH, HS; two heads at least where there is a choice: one alone would not show whose rows are taken
 MMA = [(1, T, 2, HS) for T, HS in itertools.product((1, 17, 64, 65, 129, 150, 257), (64, 128))] + [(2, 33, 3, 64)]
@@ -36,76 +32,24 @@ BF16 = 1e-2
 of the numbers. One rounding gives 1.7e-3; dq and dk, which are small beside it, come of out as rounded, too."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    if sys.platform != "linux" or shutil.which("g++") is None:
-        if os.environ.get("CI"):
-            pytest.fail("the CUDA kernels are tested with g++ on Linux, which is not here")
-        pytest.skip("needs g++ on Linux")
-
-
-class Memory(np.ndarray):
-    """A NumPy array with an address as device arrays have it."""
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-class EmulatedDevice:
-    """What the launches need of a device. ``fault``: one that some of its kernels have."""
+class AttentionDevice(EmulatedDevice):
+    """Takes down the kernels that are launched. ``fault``: one that some of its kernels have."""
 
     def __init__(self, bf16, tensor_cores=True, fault=None):
-        self.real = np.uint16 if bf16 else np.float32
+        super().__init__(bf16)
         self.tensor_cores, self.fault = tensor_cores, fault
-        self.kernels, self.arrays = [], []
+        self.kernels = []
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *failure):
-        for array in self.arrays:
-            emulator.unregister(array.ctypes.data)
-
-    def launch(self, file, kernel, grid, block, args, shared=0):
-        options = ("-DREAL_BF16",) if self.real is np.uint16 else ()
-        text = source(file)
-        if self.fault and self.fault.kernel == kernel:
-            text = self.fault.planted()
+    def program(self, file, kernel):
         self.kernels.append(kernel)
-        addresses = [arg.data.ptr if isinstance(arg, Memory) else arg for arg in args]
-        emulator.Program(text, options, check=True).launch(kernel, grid, block, addresses, shared)
-
-    def put(self, values, dtype, shift=0):
-        """Device memory, ``shift`` bytes off an address that is a multiple of 64."""
-        values = np.asarray(values)
-        size = values.size * np.dtype(dtype).itemsize
-        raw = np.empty(size + 128, np.uint8)
-        start = -raw.ctypes.data % 64 + shift
-        array = raw[start : start + size].view(dtype).reshape(values.shape).view(Memory)
-        if dtype == np.uint16:
-            bfloat16.from_float32(np.ascontiguousarray(values, np.float32), array.view(np.ndarray))
-        else:
-            array[...] = values
-        emulator.register(array.ctypes.data, array.nbytes)
-        self.arrays.append(array)
-        return array
-
-    def unwritten(self, *shape, dtype=np.float32):
-        return self.put(np.full(shape, np.nan), dtype)
-
-
-def as_float(array):
-    if array.dtype != np.uint16:
-        return np.array(array, np.float64)
-    wide = np.empty(array.shape, np.float32)
-    bfloat16.to_float32(array.view(np.ndarray), wide)
-    return wide.astype(np.float64)
+        if self.fault and self.fault.kernel == kernel:
+            return self.compiled(self.fault.planted())
+        return super().program(file)
 
 
 class Result(NamedTuple):
     name: str
-    found: Memory
+    found: np.ndarray  # on the device
     expected: np.ndarray
     whole: np.ndarray  # what is expected, and more that the error may be compared with
     bound: float  # in float32, on the largest error to the largest number
@@ -181,7 +125,7 @@ def run(check, device, schedules=SCHEDULES, **sizes):
 
 
 def with_reals(bf16, **options):
-    return functools.partial(EmulatedDevice, bf16, **options)
+    return functools.partial(AttentionDevice, bf16, **options)
 
 
 @pytest.mark.parametrize("B, T, NH, HS", MMA)

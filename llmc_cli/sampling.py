@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from llmc_cli.arena import arena_bytes
 from llmc_cli.errors import DataError, UsageError
-from llmc_cli.kernels.spec import Array
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, Cache, cache_shapes
 from llmc_cli.random import Xorshift
@@ -172,28 +171,32 @@ def generator(seed: int, sample: int) -> Xorshift:
 
 
 class Stepper:
-    """Ids in, logits out, for a cache's S sequences, in memory made once."""
+    """Ids in, logits out, for a cache's S sequences, in memory made once. What a token takes is recorded: on a GPU its
+    launches would take longer than what they launch."""
 
     def __init__(self, model: GPT2, cache: Cache) -> None:
         self.model, self.cache = model, cache
         self._ids = np.zeros((cache.S, 1), np.int32)
-        self._logits = model.kernels.alloc((cache.S, model.config.vocab_size), model.kernels.dtype)
+        logits = self._logits = model.kernels.alloc((cache.S, model.config.vocab_size), model.kernels.dtype)
+
+        def token() -> None:  # without this object in it, which would live in a circle then, and its memory with it
+            model.kernels.head_logits(logits, model.feed(cache, 1), model.head)
+
+        self._token = model.kernels.recorded(token)
 
     def read(self, prompt: Sequence[int]) -> NDArray[np.floating]:
         """The logits (1,V) behind a prompt, of one sequence; a view that the next call overwrites."""
         ids = np.array([prompt], np.int32)  # (1, T)
         for start in range(0, ids.shape[1], PROMPT_ROWS):
             hidden = self.model.extend(self.cache, ids[:, start : start + PROMPT_ROWS])  # (1, T, C)
-        return self._head(hidden.reshape(-1, hidden.shape[-1])[-1:])
+        self.model.kernels.head_logits(self._logits, hidden.reshape(-1, hidden.shape[-1])[-1:], self.model.head)
+        return self.model.kernels.download(self._logits)
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.floating]:
         """The logits (S,V) behind one more token (S,) of each sequence; a view that the next call overwrites."""
         self._ids[:, 0] = tokens
-        hidden = self.model.extend(self.cache, self._ids)  # (S, 1, C)
-        return self._head(hidden.reshape(self.cache.S, -1))
-
-    def _head(self, hidden: Array) -> NDArray[np.floating]:
-        self.model.kernels.head_logits(self._logits, hidden, self.model.head)
+        self.cache.put(self._ids)
+        self._token()
         return self.model.kernels.download(self._logits)
 
 

@@ -68,9 +68,17 @@ def _train(kernels, notebook, C, NH):
 
 
 def _sample(kernels, notebook, C, NH):
-    """A prompt, and one token behind it."""
+    """A prompt, and one token behind it, of one sequence and of several."""
     cache = notebook.alloc((B, NH, T, C // NH), notebook.real)
     lengths = notebook.alloc((B,), np.int32)
     for new in (T // 2, 1):
         out, qkv = (notebook.alloc((B, new, width), notebook.real) for width in (C, 3 * C))
         kernels.attention_cached(out, cache, cache, qkv, lengths, NH)
+    matrix, up, head = (kernels.bind(notebook.alloc((rows, C), np.float32)) for rows in (C, 4 * C, Vp))
+    b, wide_b = (notebook.alloc((size,), np.float32) for size in (C, 4 * C))
+    for N in (1, B):
+        x, wide = (notebook.alloc((N, width), notebook.real) for width in (C, 4 * C))
+        kernels.linear_forward(x, x, matrix, b)
+        kernels.linear_gelu_forward(wide, wide, x, up, wide_b)
+        kernels.linear_forward(x, wide, kernels.bind(notebook.alloc((C, 4 * C), np.float32)), b)
+        kernels.head_logits(notebook.alloc((N, V), np.float32), x, head)

@@ -133,17 +133,25 @@ def test_no_products_while_capturing():
 
 
 def test_nothing_waits_while_capturing():
+    """What cannot be captured is refused, and the capture is void."""
     stream = cupy.cuda.Stream()
-    x = cupy.zeros(4, np.float32)
-    host = np.zeros(4, np.float32)
-    with stream:
-        stream.begin_capture()
-        for attempt in (stream.synchronize, x.get, cupy.cuda.Device().synchronize, lambda: x.set(host)):
-            with pytest.raises(runtime.CUDARuntimeError, match="cudaErrorStreamCaptureUnsupported"):
-                attempt()
-        with pytest.raises(runtime.CUDARuntimeError, match="cudaErrorStreamCaptureImplicit"):
-            runtime.memsetAsync(x.data.ptr, 0, 16, 0)
-        stream.end_capture()
+    x, host = cupy.zeros(4, np.float32), np.zeros(4, np.float32)
+    attempts = {
+        "cudaErrorStreamCaptureUnsupported": (
+            *(stream.synchronize, cupy.cuda.Device().synchronize, x.get, lambda: x.set(host)),
+            *(lambda: cupy.empty(1, np.float32), lambda: pinned(1), lambda: cupy.RawModule(code="").get_function("x")),
+        ),
+        "cudaErrorStreamCaptureImplicit": (lambda: runtime.memsetAsync(x.data.ptr, 0, 16, 0),),
+    }
+    for error, refused in attempts.items():
+        for attempt in refused:
+            with stream:
+                stream.begin_capture()
+                with pytest.raises(runtime.CUDARuntimeError, match=error):
+                    attempt()
+                for later in (lambda: x.fill(0), stream.end_capture):
+                    with pytest.raises(runtime.CUDARuntimeError, match="cudaErrorStreamCaptureInvalidated"):
+                        later()
     with pytest.raises(RuntimeError, match="legacy"):
         cupy.cuda.Stream.null.begin_capture()
 

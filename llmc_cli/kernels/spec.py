@@ -12,6 +12,7 @@ allows it.
 The names, signatures and their order are the same in every backend; a test compares them.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Kernels(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything that has been asked for is done."""
+        ...
+
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work``, to be called again and again in the place of it: the same operations and copies, on the same arrays
+        and with the same numbers each time; what differs are the contents. A GPU may take it as one launch then."""
         ...
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:

@@ -253,12 +253,19 @@ class GPT2:
     def extend(self, cache: "Cache", ids: Tokens) -> Array:
         """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
         view that the next call overwrites. The caller sees to it that the cache has room."""
-        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
         S, T = ids.shape
-        N, C = S * T, self.config.channels
         cache.put(ids)
+        return self.feed(cache, T).reshape(S, T, -1)
+
+    def feed(self, cache: "Cache", T: int) -> Array:
+        """What ``extend`` computes: the hidden states (S·T,C) of the T ids that each sequence of ``cache`` was last
+        given. Nothing comes from the host or goes there."""
+        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
+        S, C = cache.S, self.config.channels
+        N = S * T
         a, st = cache.scratch(N), cache.statistics(N)
-        k.embedding_forward(a["stream"], p["wte"], p["wpe"], cache.ids[:N], cache.positions[:N])
+        lengths, ids, positions = cache.inputs(T)
+        k.embedding_forward(a["stream"], p["wte"], p["wpe"], ids, positions)
         delta = bias = None
         for layer in range(self.config.num_layers):
             k.residual_norm_forward(
@@ -275,7 +282,7 @@ class GPT2:
             )
             k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
             out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
-            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, cache.lengths_there, NH)
+            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, lengths, NH)
             k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], None)
             k.residual_norm_forward(
                 a["stream"],
@@ -295,15 +302,13 @@ class GPT2:
         k.residual_norm_forward(
             a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, bias, p["lnfw"], p["lnfb"], eps
         )
-        cache.lengths += T
-        return a["norm"].reshape(S, T, C)
+        return a["norm"]
 
 
 class Cache:
     """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once.
 
-    ``lengths`` (S,) int32, on the host, is how many positions of each are filled; ``lengths_there``, ``ids`` and
-    ``positions`` (R,) are what the backend computes with.
+    ``lengths`` (S,) int32, on the host, is how many positions of each are filled.
     """
 
     def __init__(self, model: GPT2, S: int, T: int, R: int) -> None:
@@ -317,8 +322,7 @@ class Cache:
                   "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
         self._scratch = Arena(alloc, shapes, dtype, ALIGN)
         self._statistics = Arena(alloc, {"mean": (R,), "rstd": (R,)}, self.kernels.dtype, ALIGN)
-        self.lengths_there = alloc((S,), np.int32)
-        self.ids, self.positions = alloc((R,), np.int32), alloc((R,), np.int32)
+        self._inputs = alloc((S + 2 * R,), np.int32)
 
     def scratch(self, N: int) -> dict[str, Array]:
         """The first N rows of each scratch array."""
@@ -329,12 +333,17 @@ class Cache:
         return {name: view[:N] for name, view in self._statistics.items()}
 
     def put(self, ids: Tokens) -> None:
-        """Let the backend have the next ids (S,T), and where they stand."""
+        """Give the backend the next ids (S,T), in one piece with where they stand, and count them as filled."""
         S, T = ids.shape
-        positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)
-        self.kernels.upload(self.lengths_there, self.lengths)
-        self.kernels.upload(self.ids[: S * T], ids.reshape(-1))
-        self.kernels.upload(self.positions[: S * T], positions.reshape(-1))
+        positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)  # (S, T)
+        values = np.concatenate([self.lengths, ids.reshape(-1), positions.reshape(-1)])
+        self.kernels.upload(self._inputs[: S + 2 * S * T], values)
+        self.lengths += T
+
+    def inputs(self, T: int) -> tuple[Array, Array, Array]:
+        """What ``put`` gave of T ids for each sequence: the lengths (S,) before them, ids (S·T,), positions (S·T,)."""
+        S, N = self.S, self.S * T
+        return self._inputs[:S], self._inputs[S : S + N], self._inputs[S + N : S + 2 * N]
 
     def share(self, first: "Cache") -> None:
         """Let every sequence begin with what ``first``, a cache of one, holds."""

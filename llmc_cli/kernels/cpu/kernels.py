@@ -99,6 +99,9 @@ class CpuKernels:
     def synchronize(self) -> None:
         pass
 
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
         size = math.prod(shape)

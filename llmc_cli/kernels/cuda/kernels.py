@@ -1,15 +1,17 @@
 """``spec.Kernels`` on a CUDA device: what is launched for each operation, and the scratch memory it needs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmc_cli.kernels.cuda import attention, classifier, elementwise, embedding, norm, optimizer
+from llmc_cli.kernels.cuda import attention, classifier, elementwise, embedding, few_rows, norm, optimizer
 from llmc_cli.kernels.cuda.blas import Blas
 from llmc_cli.kernels.cuda.device import Device
+from llmc_cli.kernels.cuda.recording import Recorded
 from llmc_cli.kernels.spec import Array
 
 HEAD_ROWS = 4096
@@ -66,6 +68,9 @@ class CudaKernels:
 
     def synchronize(self) -> None:
         self.device.synchronize()
+
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        return Recorded(self.device, self.matmul, work)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
@@ -128,6 +133,9 @@ class CudaKernels:
         norm.norm_backward(self.device, dx, dy, res, mean, rstd, w, dres)
 
     def linear_forward(self, y: Array, x: Array, w: CudaWeight, b: Array | None) -> None:
+        if len(x) <= few_rows.MOST:
+            few_rows.linear(self.device, y, None, x, self._rows(w), b)
+            return
         self.matmul(y, x, self._rows(w), False, True)
         if b is not None:
             elementwise.add_bias(self.device, y, b)
@@ -144,6 +152,9 @@ class CudaKernels:
             self.matmul(dx, dy, self._rows(w), False, False)
 
     def linear_gelu_forward(self, act: Array, pre: Array, x: Array, w: CudaWeight, b: Array) -> None:
+        if len(x) <= few_rows.MOST:
+            few_rows.linear(self.device, pre, act, x, self._rows(w), b)
+            return
         self.matmul(pre, x, self._rows(w), False, True)
         elementwise.bias_gelu_forward(self.device, act, pre, b)
 
@@ -195,7 +206,11 @@ class CudaKernels:
                 self.matmul(dw, dlogits, x[here], True, False, acc or start > 0)
 
     def head_logits(self, logits: Array, x: Array, w: CudaWeight) -> None:
-        self.matmul(logits, x, self._rows(w)[: logits.shape[1]], False, True)
+        rows = self._rows(w)[: logits.shape[1]]
+        if len(x) <= few_rows.MOST:
+            few_rows.head_logits(self.device, logits, x, rows)
+        else:
+            self.matmul(logits, x, rows, False, True)
 
     def sum_squares(self, out: Array, g: Array) -> None:
         parts = self.scratch("squares", (optimizer.SQUARE_PARTS,), np.float64)

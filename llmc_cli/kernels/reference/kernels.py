@@ -1,5 +1,6 @@
 """The oracle: every operation in float64 NumPy, written to be read beside the formulas, not to be fast."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class ReferenceKernels:
 
     def synchronize(self) -> None:
         pass
+
+    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         return 0  # it keeps none: what it needs it makes and drops

@@ -35,6 +35,7 @@ class RawModule:
 
     def get_function(self, name):
         require_device(current.device)
+        streams.forbid_while_capturing()
         if self._program is None:
             memory.tell_kernels()
             self._program = emulator.Program(self._code, self._options, check=setting("CHECK", 0) == 1)

@@ -8,6 +8,7 @@ import emulator
 import numpy as np
 
 from cupy._status import current, require_device, setting
+from cupy.cuda import stream
 
 UNIT = 512  # CuPy's pool rounds sizes up to it, and aligns to it
 POISON = 0xFF  # fresh memory: NaN to float and to bf16, -1 to int
@@ -51,6 +52,7 @@ class Allocation:
 
     def __init__(self, nbytes):
         require_device(current.device)
+        stream.forbid_while_capturing()
         self.device = current.device
         self.nbytes = nbytes
         self.address = 0
@@ -140,6 +142,7 @@ def mem_info():
 def alloc_pinned_memory(size):
     """A buffer of at least ``size`` bytes for ``numpy.frombuffer``, with its address as ``ptr``."""
     require_device(current.device)
+    stream.forbid_while_capturing()
     nbytes = max(1, -(-size // UNIT)) * UNIT
     kind = type("PinnedMemoryPointer", (ctypes.c_ubyte * nbytes,), {})
     buffer = kind()

@@ -52,6 +52,7 @@ class Queue:
         self.pending = deque()
         self.finished = 0
         self.nodes = None  # a list while capturing
+        self.invalid = False  # whether something forbidden was asked for since the capture began
 
     def tail(self):
         """The position that is reached when all that waits now has run."""
@@ -59,9 +60,12 @@ class Queue:
 
     def add(self, run, memory=(), after=()):
         with lock:
-            if self.null and any(queue.nodes is not None for queue in self._rivals()):
-                raise CUDARuntimeError(906)
+            if self.null:
+                for queue in self._rivals():
+                    queue.forbid_while_capturing(906)
             if self.nodes is not None:
+                if self.invalid:
+                    raise CUDARuntimeError(901)
                 self.nodes.append(Node(run, tuple(weakref.ref(owner) for owner in memory), _origin()))
                 return
             turns = tuple((queue, queue.tail()) for queue in self._rivals() if queue.pending)
@@ -99,9 +103,11 @@ class Queue:
             self.forbid_while_capturing()
             self.advance(self.tail())
 
-    def forbid_while_capturing(self):
+    def forbid_while_capturing(self, status=900):
+        """What is asked for cannot be captured: an error, and the end of the capture."""
         if self.nodes is not None:
-            raise CUDARuntimeError(900)
+            self.invalid = True
+            raise CUDARuntimeError(status)
 
 
 _queues = {}  # (device, pointer): Queue
@@ -132,6 +138,14 @@ def synchronize_device():
             queue.forbid_while_capturing()
         for queue in mine:
             queue.advance(queue.tail())
+
+
+def forbid_while_capturing():
+    """Allocating and loading are not captured: on a card they may wait for the device, and where they do not, a graph
+    would use memory that others have by the time it is launched."""
+    for queue in _queues.values():
+        if queue.device == current.device:
+            queue.forbid_while_capturing()
 
 
 def abandon():
@@ -214,6 +228,9 @@ class Stream:
         if queue.nodes is None:
             raise CUDARuntimeError(1, "the stream is not capturing")
         nodes, queue.nodes = queue.nodes, None
+        invalid, queue.invalid = queue.invalid, False
+        if invalid:
+            raise CUDARuntimeError(901)
         return Graph(nodes)
 
 

@@ -3,7 +3,6 @@ there is one (marker ``gpu``), the same cases."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +15,7 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS.parent / "fixtures" / "tiny_gpt2"
 SAMPLING_MODEL = TESTS.parent / "fixtures" / "sampling_model.bin"
 
-emulated = pytest.mark.skipif(
-    sys.platform != "linux" or (shutil.which("g++") is None and "CI" not in os.environ), reason="no g++ to emulate with"
-)
+emulated = pytest.mark.usefixtures("compiler")
 
 
 def llmc(*arguments, emulator=None, cwd=None, **environment):

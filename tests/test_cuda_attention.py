@@ -69,15 +69,17 @@ def root_mean_square(numbers):
     return np.sqrt(np.square(numbers).mean())
 
 
-def check_training(device, B, T, NH, HS, shift=0):
+def check_training(device, B, T, NH, HS, shift=0, apart=False):
+    """Gradients take the place of qkv, or a place ``apart``."""
     rng, C = np.random.default_rng(T * 1000 + HS), NH * HS
     qkv = device.put(rng.standard_normal((B, T, 3 * C)) * 1.5, device.real, shift)
     dout = device.put(rng.standard_normal((B, T, C)), device.real)
-    out, dqkv = (device.unwritten(*shape, dtype=device.real) for shape in ((B, T, C), (B, T, 3 * C)))
+    out, queries = (device.unwritten(B, T, C, dtype=device.real) for _ in range(2))
+    dqkv = device.unwritten(B, T, 3 * C, dtype=device.real) if apart else qkv
     lse, scratch = device.unwritten(B, NH, T), device.unwritten(attention.backward_scratch(B, T, NH, HS))
     attention.attention_forward(device, out, lse, qkv, NH)
-    attention.attention_backward(device, dqkv, dout, out, lse, qkv, NH, scratch)
     inputs = as_float(dout), np.empty((B, T, C)), np.empty((B, NH, T)), as_float(qkv)
+    attention.attention_backward(device, dqkv, dout, out, lse, qkv, NH, scratch, queries)
     expected = np.empty((B, T, 3 * C))
     REFERENCE.attention_forward(*inputs[1:], NH)
     REFERENCE.attention_backward(expected, *inputs, NH)
@@ -146,6 +148,11 @@ def test_what_tensor_cores_do_not_take(HS, shift):
     """Other head sizes, and addresses that allow no access of 16 bytes."""
     kernels = run(check_training, with_reals(True), (None,), B=1, T=5, NH=1, HS=HS, shift=shift)
     assert not any("mma" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_gradients_in_a_place_of_their_own(tensor_cores):
+    run(check_training, with_reals(True, tensor_cores=tensor_cores), (None,), B=1, T=70, NH=2, HS=64, apart=True)
 
 
 def test_head_too_large():
@@ -250,6 +257,7 @@ MMA_FAULTS = [
     Fault("delta dropped", "attention_mma_queries_64", "(ds[m][n][e] - deltas[m][e >> 1])", "ds[m][n][e]"),
     Fault("lse to the wrong base", "attention_mma_delta_64", "lse[at] * LOG2_E", "lse[at]"),
     Fault("delta at the wrong row", "attention_mma_delta_128", "(bt / T * NH + h) * T + bt % T", "row"),
+    Fault("q of other rows set apart", "attention_mma_delta_64", "qkv + skipped + index", "qkv + index"),
     Fault("swizzle wrong on reading", "attention_mma_forward_64", "(lane >> 3) & 1);", "lane >> 4);"),
     Fault("no swizzle, so that banks conflict", "attention_mma_forward_64", "((chunk ^ (row & 7)) << 4)",
           "(chunk << 4)"),
@@ -276,6 +284,7 @@ TILE_FAULTS = [
     Fault("half the sum of a row", "attention_forward_256", "warp_sum<SIDE>(sum)", "sum"),
     Fault("scale dropped, dq", "attention_backward_queries_256", "dq, scales, HS", "dq, row_lse, HS"),
     Fault("delta at the wrong row", "attention_delta", "(bt / T * NH + h) * T + bt % T", "row"),
+    Fault("q of other rows set apart", "attention_delta", "qkv + row * HS + row / NH * 2 * NH * HS", "qkv + row * HS"),
 ]  # fmt: skip
 
 CACHED_FAULTS = [

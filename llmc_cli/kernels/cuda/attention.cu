@@ -4,12 +4,17 @@
 //   out, dout    (B, T, C)  Real
 //   lse          (B, NH, T)  float, log of the sum of exp(scale * q·k)
 //   delta        (B, NH, T)  float, the sum of dout * out over the head
+//   queries      (B, T, C)  Real, q set apart
 //   keys, values (S, NH, Tmax, HS)  Real, of which lengths (S,) int and T more positions are filled
 //
 // A block owns TILE queries, or in the backward pass TILE keys, of one head, and goes through the others a tile at a
 // time; no (T, T) matrix is stored, and every output is summed by one thread in a fixed order (Dao et al. 2022,
 // arXiv:2205.14135). Grid: (ceil(T / TILE), NH, B or S), for the delta kernel ceil(B * T * NH / 8). Kernels are there
 // twice, for heads of up to 64 and of up to 256.
+//
+// In the backward pass delta comes first, then dq (queries), then dk and dv (keys). dqkv may be qkv: a block puts dq
+// where only it has read q, and after that dk and dv where only it reads k and v, while q comes from where the delta
+// kernel has set it apart.
 
 constexpr int TILE = 64;         // queries, keys, columns of a head
 constexpr int PITCH = TILE + 1;  // of a tile's rows in shared memory: those at one column are in different banks
@@ -247,8 +252,8 @@ __device__ __forceinline__ void prompt(
 // dk, dv (TILE, HS) of TILE keys, from the queries that see them.
 template <int SLABS>
 __device__ __forceinline__ void backward_keys(
-    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, int T, int NH, int HS,
-    float scale) {
+    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, const Real* queries, int T,
+    int NH, int HS, float scale) {
     __shared__ Tile a;
     __shared__ Tile b;
     const int x = threadIdx.x % SIDE;
@@ -260,7 +265,6 @@ __device__ __forceinline__ void backward_keys(
     const size_t head = n * T * 3 * C + h * HS;
     const Rows keys = rows_from(qkv + head + C, 3 * C, first, T);
     const Rows values = rows_from(qkv + head + 2 * C, 3 * C, first, T);
-    dout += n * T * C + h * HS;
     lse += (n * NH + h) * T;
     delta += (n * NH + h) * T;
     Part dk[SLABS];
@@ -271,11 +275,12 @@ __device__ __forceinline__ void backward_keys(
         clear(dv[slab]);
     }
     for (int query = first; query < T; query += TILE) {
-        const Rows queries = rows_from(qkv + head, 3 * C, query, T);
-        const Rows douts = rows_from(dout, C, query, T);
+        const size_t at = ((size_t)blockIdx.z * T + query) * C + blockIdx.y * HS;  // anew each time: pointers kept in
+        const Rows streamed = {queries + at, C, T - query};                        // between would not fit in registers
+        const Rows douts = {dout + at, C, T - query};
         Part p;  // (key, query)
         Part ds;
-        multiply_heads(p, a, b, keys, queries, HS);
+        multiply_heads(p, a, b, keys, streamed, HS);
         multiply_heads(ds, a, b, values, douts, HS);
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -290,7 +295,7 @@ __device__ __forceinline__ void backward_keys(
             }
         }
         add_weighted<SLABS>(dv, p, a, b, douts, HS);
-        add_weighted<SLABS>(dk, ds, a, b, queries, HS);
+        add_weighted<SLABS>(dk, ds, a, b, streamed, HS);
     }
     float scales[EACH];
     float ones[EACH];
@@ -384,15 +389,17 @@ extern "C" __global__ void __launch_bounds__(256, 1) attention_prompt_256(
 
 // A warp for each row of each head.
 extern "C" __global__ void __launch_bounds__(256) attention_delta(
-    float* delta, const Real* dout, const Real* out, int B, int T, int NH, int HS) {
+    float* delta, Real* queries, const Real* dout, const Real* out, const Real* qkv, int B, int T, int NH, int HS) {
     const size_t row = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;  // (b * T + t) * NH + h
     if (row >= (size_t)B * T * NH) {
         return;
     }
     const int lane = threadIdx.x % WARP;
+    const Real* query = qkv + row * HS + row / NH * 2 * NH * HS;  // behind q, k and v of the rows before
     float sum = 0.0f;
     for (int column = lane; column < HS; column += WARP) {
         sum += to_float(dout[row * HS + column]) * to_float(out[row * HS + column]);
+        queries[row * HS + column] = query[column];
     }
     sum = warp_sum(sum);
     if (lane == 0) {
@@ -403,15 +410,15 @@ extern "C" __global__ void __launch_bounds__(256) attention_delta(
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attention_backward_keys_64(
-    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, int T, int NH, int HS,
-    float scale) {
-    backward_keys<1>(dqkv, qkv, dout, lse, delta, T, NH, HS, scale);
+    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, const Real* queries, int T,
+    int NH, int HS, float scale) {
+    backward_keys<1>(dqkv, qkv, dout, lse, delta, queries, T, NH, HS, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) attention_backward_keys_256(
-    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, int T, int NH, int HS,
-    float scale) {
-    backward_keys<4>(dqkv, qkv, dout, lse, delta, T, NH, HS, scale);
+    Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, const Real* queries, int T,
+    int NH, int HS, float scale) {
+    backward_keys<4>(dqkv, qkv, dout, lse, delta, queries, T, NH, HS, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attention_backward_queries_64(

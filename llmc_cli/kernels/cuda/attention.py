@@ -58,26 +58,28 @@ def attention_forward(device: Device, out: Array, lse: Array, qkv: Array, num_he
 
 
 def attention_backward(
-    device: Device, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int, scratch: Array
-) -> None:
-    """As ``spec.Kernels.attention_backward``, but that dqkv must not be qkv: blocks read what others write by then.
-    Three launches. ``scratch``: float32, of at least ``backward_scratch`` elements, aligned to 8 bytes."""
+    device: Device, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int, scratch: Array,
+    queries: Array,
+) -> None:  # fmt: skip
+    """As ``spec.Kernels.attention_backward``. Three launches. ``scratch``: float32, of at least ``backward_scratch``
+    elements, aligned to 8 bytes; ``queries`` (B,T,C), for q while dq takes its place."""
     B, T, C = out.shape
     NH, HS = num_heads, _head_size(C, num_heads)
     sizes = np.int32(B), np.int32(T), np.int32(NH)
-    if _on_tensor_cores(device, HS, dqkv, dout, out, qkv):
+    if _on_tensor_cores(device, HS, dqkv, dout, out, qkv, queries):
         launch = launches()[f"DELTA_{HS}"]
         grid = (math.ceil(out.size / 8 / launch.threads),)
         name = f"attention_mma_delta_{HS}"
-        device.launch("attention_mma", name, grid, (launch.threads,), (scratch, lse, dout, out, *sizes))
-        for kernel in ("keys", "queries"):
-            _launch_mma(device, kernel, out, NH, (dqkv, qkv, dout, scratch))
+        device.launch("attention_mma", name, grid, (launch.threads,), (scratch, queries, lse, dout, out, qkv, *sizes))
+        _launch_mma(device, "queries", out, NH, (dqkv, qkv, dout, scratch))
+        _launch_mma(device, "keys", out, NH, (dqkv, qkv, dout, scratch, queries))
         return
     grid = (math.ceil(B * T * NH / (THREADS // 32)),)
-    device.launch("attention", "attention_delta", grid, (THREADS,), (scratch, dout, out, *sizes, np.int32(HS)))
-    args = (dqkv, qkv, dout, lse, scratch, *_scalars(T, NH, HS))
-    for kernel in ("attention_backward_keys", "attention_backward_queries"):
-        _launch_tiles(device, kernel, out, NH, args)
+    delta = (scratch, queries, dout, out, qkv, *sizes, np.int32(HS))
+    device.launch("attention", "attention_delta", grid, (THREADS,), delta)
+    arrays, scalars = (dqkv, qkv, dout, lse, scratch), _scalars(T, NH, HS)
+    _launch_tiles(device, "attention_backward_queries", out, NH, (*arrays, *scalars))
+    _launch_tiles(device, "attention_backward_keys", out, NH, (*arrays, queries, *scalars))
 
 
 def attention_cached(

@@ -4,10 +4,12 @@
 //   out, dout    (B, T, C)  Bf16
 //   lse          (B, NH, T)  float, log of the sum of exp(scale * q·k)
 //   statistics   (B, NH, T, 2)  float: lse * log2(e), and the sum of dout * out over the head
+//   queries      (B, T, C)  Bf16, q set apart
 //
-// All aligned to 16 bytes. The backward pass computes the scores again: the delta kernel first, then dk and dv (keys)
-// and dq (queries), whose order does not matter. Every output belongs to one block, which sums in a fixed order.
-// Dao 2023, arXiv:2307.08691.
+// All aligned to 16 bytes. The backward pass computes the scores again: the delta kernel first, then dq (queries), then
+// dk and dv (keys). dqkv may be qkv: a block puts dq where only it has read q, and after that dk and dv where only it
+// reads k and v, while q comes from where the delta kernel has set it apart. Every output belongs to one block, which
+// sums in a fixed order. Dao 2023, arXiv:2307.08691.
 //
 // Grid: (ceil(T / rows), NH, B), for the delta kernel (ceil(B * T * NH * HS / 8 / threads)).
 // Threads hold almost as many registers as there are, so every change is to be compiled for all architectures: one may
@@ -356,7 +358,8 @@ __device__ __forceinline__ void forward(
     store_rows<S>(target, C, T - row, sums, factors, memory + warp * S::WARP_ROWS * S::ROW, lane);
 }
 
-// ---- Delta: statistics (B, NH, T, 2). HS / 8 lanes beside each other take a row of a head, 8 numbers each.
+// ---- Delta: statistics (B, NH, T, 2), queries (B, T, C). HS / 8 lanes beside each other take a row of a head, 8
+// numbers each.
 
 // The sum of the products of two pairs.
 __device__ __forceinline__ float pair_dot(unsigned a, unsigned b) {
@@ -366,8 +369,8 @@ __device__ __forceinline__ float pair_dot(unsigned a, unsigned b) {
 
 template <int HS>
 __device__ __forceinline__ void delta(
-    float* __restrict__ statistics, const float* __restrict__ lse, const Bf16* __restrict__ dout,
-    const Bf16* __restrict__ out, int B, int T, int NH) {
+    float* __restrict__ statistics, Bf16* __restrict__ queries, const float* __restrict__ lse,
+    const Bf16* __restrict__ dout, const Bf16* __restrict__ out, const Bf16* __restrict__ qkv, int B, int T, int NH) {
     constexpr int CHUNKS = HS / 8;
     const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const size_t row = index / CHUNKS;  // (b * T + t) * NH + h
@@ -376,6 +379,8 @@ __device__ __forceinline__ void delta(
     if (inside) {
         const uint4 x = *(const uint4*)(out + index * 8);
         const uint4 y = *(const uint4*)(dout + index * 8);
+        const size_t skipped = row / NH * 2 * NH * HS;  // k and v of the rows before
+        *(uint4*)(queries + index * 8) = *(const uint4*)(qkv + skipped + index * 8);
         sum = pair_dot(x.x, y.x) + pair_dot(x.y, y.y) + (pair_dot(x.z, y.z) + pair_dot(x.w, y.w));
     }
     sum = warp_sum<CHUNKS>(sum);
@@ -395,12 +400,12 @@ __device__ __forceinline__ void delta(
 // read again from the kernel's arguments takes no registers in between.
 template <class S>
 __device__ __forceinline__ void copy_queries(
-    unsigned stage, const Bf16* qkv, const Bf16* dout, const float* statistics, int query, int T, int NH) {
+    unsigned stage, const Bf16* queries, const Bf16* dout, const float* statistics, int query, int T, int NH) {
     const int C = NH * S::HS;
     const size_t h = blockIdx.y;
     const size_t b = blockIdx.z;
     const size_t at = b * T + query;
-    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, qkv + at * 3 * C + h * S::HS, 3 * C, T - query);
+    copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, queries + at * C + h * S::HS, C, T - query);
     copy_tile<S::HS, S::STREAMED, S::THREADS>(stage + S::TILE, dout + at * C + h * S::HS, C, T - query);
     if ((int)threadIdx.x < S::STREAMED) {
         const int t = query + (int)threadIdx.x;
@@ -412,8 +417,8 @@ __device__ __forceinline__ void copy_queries(
 
 template <class S>
 __device__ __forceinline__ void backward_keys(
-    Bf16* __restrict__ dqkv, const Bf16* __restrict__ qkv, const Bf16* __restrict__ dout,
-    const float* __restrict__ statistics, int T, int NH, float scale) {
+    Bf16* dqkv, const Bf16* qkv, const Bf16* __restrict__ dout, const float* __restrict__ statistics,
+    const Bf16* __restrict__ queries, int T, int NH, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -448,7 +453,7 @@ __device__ __forceinline__ void backward_keys(
         keep<S>(kept_values, own_values, rows);
         __syncthreads();  // the ring takes the place of k and v
     }
-    copy_queries<S>(ring, qkv, dout, statistics, start * S::STREAMED, T, NH);
+    copy_queries<S>(ring, queries, dout, statistics, start * S::STREAMED, T, NH);
 
     float dk[S::PATCHES][S::COLUMNS][4];
     float dv[S::PATCHES][S::COLUMNS][4];
@@ -461,19 +466,20 @@ __device__ __forceinline__ void backward_keys(
         __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
         const int query = (start + j) * S::STREAMED;
         if (j + 1 < tiles) {
-            copy_queries<S>(ring + ((j + 1) & 1) * S::STAGE, qkv, dout, statistics, query + S::STREAMED, T, NH);
+            const unsigned stage = ring + ((j + 1) & 1) * S::STAGE;
+            copy_queries<S>(stage, queries, dout, statistics, query + S::STREAMED, T, NH);
         }
         if (query + S::STREAMED - 1 < row) {
             continue;  // no query of the tile sees this warp's keys
         }
-        const unsigned queries = ring + (j & 1) * S::STAGE;
-        const unsigned douts = queries + S::TILE;
+        const unsigned streamed = ring + (j & 1) * S::STAGE;
+        const unsigned douts = streamed + S::TILE;
         const unsigned char* pairs = memory + S::RING + (j & 1) * S::STAGE + 2 * S::TILE;  // (STREAMED, 2) float
         float p[S::PATCHES][S::SCORES][4];
         float ds[S::PATCHES][S::SCORES][4];
         clear(p);
         clear(ds);
-        multiply_rows<S>(p, kept_keys, own_keys, queries, rows, columns);
+        multiply_rows<S>(p, kept_keys, own_keys, streamed, rows, columns);
         multiply_rows<S>(ds, kept_values, own_values, douts, rows, columns);
         const bool diagonal = query < row + S::WARP_ROWS - 1;
 #pragma unroll
@@ -493,7 +499,7 @@ __device__ __forceinline__ void backward_keys(
             }
         }
         multiply_scores<S>(dv, p, douts, rows);
-        multiply_scores<S>(dk, ds, queries, rows);
+        multiply_scores<S>(dk, ds, streamed, rows);
     }
 
     __syncthreads();  // the results pass through the memory of the tiles
@@ -514,8 +520,8 @@ __device__ __forceinline__ void backward_keys(
 
 template <class S>
 __device__ __forceinline__ void backward_queries(
-    Bf16* __restrict__ dqkv, const Bf16* __restrict__ qkv, const Bf16* __restrict__ dout,
-    const float* __restrict__ statistics, int T, int NH, float scale) {
+    Bf16* dqkv, const Bf16* qkv, const Bf16* __restrict__ dout, const float* __restrict__ statistics, int T, int NH,
+    float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -652,23 +658,27 @@ extern "C" __global__ void __launch_bounds__(256) attention_mma_forward_128(
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_mma_delta_64(
-    float* statistics, const float* lse, const Bf16* dout, const Bf16* out, int B, int T, int NH) {
-    delta<64>(statistics, lse, dout, out, B, T, NH);
+    float* statistics, Bf16* queries, const float* lse, const Bf16* dout, const Bf16* out, const Bf16* qkv, int B,
+    int T, int NH) {
+    delta<64>(statistics, queries, lse, dout, out, qkv, B, T, NH);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_mma_delta_128(
-    float* statistics, const float* lse, const Bf16* dout, const Bf16* out, int B, int T, int NH) {
-    delta<128>(statistics, lse, dout, out, B, T, NH);
+    float* statistics, Bf16* queries, const float* lse, const Bf16* dout, const Bf16* out, const Bf16* qkv, int B,
+    int T, int NH) {
+    delta<128>(statistics, queries, lse, dout, out, qkv, B, T, NH);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 3) attention_mma_keys_64(
-    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
-    backward_keys<Keys64>(dqkv, qkv, dout, statistics, T, NH, scale);
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, const Bf16* queries, int T, int NH,
+    float scale) {
+    backward_keys<Keys64>(dqkv, qkv, dout, statistics, queries, T, NH, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_mma_keys_128(
-    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, int T, int NH, float scale) {
-    backward_keys<Keys128>(dqkv, qkv, dout, statistics, T, NH, scale);
+    Bf16* dqkv, const Bf16* qkv, const Bf16* dout, const float* statistics, const Bf16* queries, int T, int NH,
+    float scale) {
+    backward_keys<Keys128>(dqkv, qkv, dout, statistics, queries, T, NH, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) attention_mma_queries_64(

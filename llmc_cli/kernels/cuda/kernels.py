@@ -87,7 +87,7 @@ class CudaKernels:
         logits = rows * padded_vocab_size * (4 if real == 4 else 4 + real)
         columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
         attended = attention.backward_scratch(B, T, num_heads, C // num_heads)
-        return logits + 4 * columns + 4 * attended + 3 * N * C * real + 8 * optimizer.SQUARE_PARTS
+        return logits + 4 * columns + 4 * attended + N * C * real + 8 * optimizer.SQUARE_PARTS
 
     def bound_bytes(self, numbers: int) -> int:
         return 2 * numbers if self.precision == "bf16" else 0
@@ -174,11 +174,8 @@ class CudaKernels:
     def attention_backward(self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
         B, T, C = out.shape
         work = self.scratch("attention", (attention.backward_scratch(B, T, num_heads, C // num_heads),))
-        if dqkv.data.ptr == qkv.data.ptr:  # its parts are read by blocks that run after others have written theirs
-            kept = self.scratch("qkv", qkv.shape, qkv.dtype)
-            self.copy(kept, qkv)
-            qkv = kept
-        attention.attention_backward(self.device, dqkv, dout, out, lse, qkv, num_heads, work)
+        queries = self.scratch("queries", out.shape, out.dtype)
+        attention.attention_backward(self.device, dqkv, dout, out, lse, qkv, num_heads, work, queries)
 
     def attention_cached(
         self, out: Array, keys: Array, values: Array, qkv: Array, lengths: Array, num_heads: int

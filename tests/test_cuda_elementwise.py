@@ -112,6 +112,12 @@ def test_gelu_over_its_whole_range():
 
 
 FAULTS = [
+    Fault("a column too many", "norm",
+          "column < WARP * W && start + column < O", "column < WARP * W && start + column <= O",
+          (check_bias, LINEARS[2])),
+    Fault("no barrier before stripes are used again", "norm",
+          "            out[start + column] = total;\n        }\n        __syncthreads();",
+          "            out[start + column] = total;\n        }", (check_bias, LINEARS[5]), shift=1),
     Fault("gradient of a bias not added", "norm",
           "out[o] = acc ? out[o] + total : total;", "out[o] = total;", (check_bias, {**LINEARS[3], "acc": True})),
     Fault("the last row left out", "elementwise",

@@ -49,9 +49,8 @@ def check_norm_backward(device, rng, N, C, acc=False, dres=True, into=None):
     REFERENCE.residual_norm_backward(*expected, *inputs, as_float(past) if dres else None, acc)
     dx = {None: device.unwritten(N, C, dtype=device.real), "dres": past, "dy": dy}[into]
     parts = device.unwritten(2, norm.norm_parts(N), C)
-    norm.norm_weight_partials(device, parts, dy, res, mean, rstd)
+    norm.norm_backward(device, dx, parts, dy, res, mean, rstd, w, past)
     norm.sum_partials(device, (dw, db), parts, acc)
-    norm.norm_backward(device, dx, dy, res, mean, rstd, w, past)
     names = ("dx", "dw", "db")
     outputs = zip(names, (dx, dw, db), expected, bounds("residual_norm_backward", *names), strict=True)
     return [Result(*output) for output in outputs]
@@ -84,6 +83,14 @@ def test_pieces_depend_on_the_shape_alone():
     assert [norm.column_parts(N) for N in (1, 32, 33, 4096, 8192, 8193, 65536, 10**6)] == [
         1, 1, 2, 128, 256, 249, 256, 256
     ]  # fmt: skip
+    assert [norm.norm_parts(N) for N in (1, 16, 17, 8192, 8193, 16384)] == [1, 1, 2, 512, 482, 512]
+
+
+@pytest.mark.parametrize("parts", [norm.column_parts, norm.norm_parts])
+def test_no_piece_is_empty(parts):
+    for N in range(1, 40_000, 7):
+        rows = -(-N // parts(N))
+        assert (parts(N) - 1) * rows < N
 
 
 def test_threads_of_a_row():
@@ -106,16 +113,21 @@ FAULTS = [
           "block_sum(squares, parts) / C", "block_sum(squares, parts) / (C - 1)", (check_norm_forward, NORMS[3])),
     Fault("mean of what is not yet rounded", "norm",
           "values[k] = as_stored(values[k] + more[k]);", "values[k] += more[k];", (check_norm_forward, NORMS[3]), True),
-    Fault("a column too many", "norm",
-          "column < WARP * W && start + column < C", "column < WARP * W && start + column <= C",
-          (check_norm_backward, NORMS[1])),
-    Fault("no barrier between the sums of two arrays", "norm",
-          "        out[start + column] = total;\n    }\n    __syncthreads();",
-          "        out[start + column] = total;\n    }", (check_norm_backward, NORMS[4])),
     Fault("rows of a piece that end where the next begins", "norm",
           "const int end = min(N, first + rows);\n    float* dw",
           "const int end = min(N, first + rows + 1);\n    float* dw",
           (check_norm_backward, NORMS[3])),
+    Fault("no barrier before the sums along rows are read", "norm",
+          "        __syncthreads();\n        const int rows = min(group", "        const int rows = min(group",
+          (check_norm_backward, NORMS[4])),
+    Fault("the sums along rows overwritten while they are read", "norm",
+          "        __syncthreads();  // the sums along rows", "        // the sums along rows",
+          (check_norm_backward, NORMS[4])),
+    Fault("the last rows of a piece in place of all", "norm",
+          "start == first ? weight_sums[k] :", "true ? weight_sums[k] :", (check_norm_backward, NORMS[5])),
+    Fault("a row too many at a time", "norm",
+          "if (r + i < rows) {\n                        load", "if (r + i <= rows) {\n                        load",
+          (check_norm_backward, NORMS[1])),
     Fault("the same bias for all columns of a thread's turn", "norm",
           "more[k] += bias[k];", "more[k] += bias[0];", (check_norm_forward, NORMS[4])),
     Fault("both sums in the first's place", "norm",

@@ -128,9 +128,8 @@ class CudaKernels:
     ) -> None:  # fmt: skip
         N, C = dx.shape
         parts = self.scratch("parts", (2, norm.norm_parts(N), C))
-        norm.norm_weight_partials(self.device, parts, dy, res, mean, rstd)  # before dx, which may take dy's place
+        norm.norm_backward(self.device, dx, parts, dy, res, mean, rstd, w, dres)
         norm.sum_partials(self.device, (dw, db), parts, acc)
-        norm.norm_backward(self.device, dx, dy, res, mean, rstd, w, dres)
 
     def linear_forward(self, y: Array, x: Array, w: CudaWeight, b: Array | None) -> None:
         if len(x) <= few_rows.MOST:

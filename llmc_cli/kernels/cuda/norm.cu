@@ -1,9 +1,9 @@
 // Layer normalization with the residual sum and the bias before it, and sums over rows for the gradients of its
 // parameters and of biases.
 //
-// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), bias, w, b (C,) float. A block for each row, which
-// lies in shared memory between the passes over it: each thread reads only what it has written there itself, so that
-// needs no barrier.
+// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), bias, w, b (C,) float. In the forward pass there is
+// a block for each row, which lies in shared memory between the passes over it: each thread reads only what it has
+// written there itself, so that needs no barrier.
 
 template <int W>
 __device__ __forceinline__ void normalize_row(
@@ -86,65 +86,120 @@ extern "C" __global__ void residual_norm_forward(
     }
 }
 
+constexpr int NARROW = 4;   // columns that a thread takes of a row at a time
+constexpr int AT_ONCE = 2;  // rows that it loads before it stores what may take their place
+
+// The rows from `first` to `end`, as many at a time as the block has warps. First each warp goes along one of them, for
+// the two sums that its gradient needs; then each thread takes its columns through all of them, while they are in the
+// cache.
 template <int W>
-__device__ __forceinline__ void differentiate_row(
-    Real* dx, const Real* dy, const Real* res, float mean, float rstd, const float* w, const Real* dres, int C,
-    float* parts) {
-    extern __shared__ float4 row_memory[];
-    Real* dy_row = (Real*)row_memory;  // (C,)
-    Real* res_row = dy_row + C;        // (C,); aligned to 16 bytes where W is WIDTH, of which C is a multiple then
-    float along_mean = 0.0f;
-    float along_normed = 0.0f;
-    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        float gradient[W];
-        float values[W];
-        float weight[W];
-        load<W>(gradient, dy + c);
-        load<W>(values, res + c);
-        load<W>(weight, w + c);
-        store<W>(dy_row + c, gradient);
-        store<W>(res_row + c, values);
+__device__ __forceinline__ void differentiate_rows(
+    Real* dx, float* dw, float* db, const Real* dy, const Real* res, const float* mean, const float* rstd,
+    const float* w, const Real* dres, int first, int end, int C, float2* along) {
+    extern __shared__ float column_sums[];  // (2, C): of dy * normed and of dy; each thread uses its own columns only
+    constexpr int COLUMNS = W < NARROW ? W : NARROW;
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int group = blockDim.x / WARP;
+    for (int start = first; start < end; start += group) {
+        const int row = start + warp;
+        if (row < end) {
+            const float center = mean[row];
+            const float scale = rstd[row];
+            float2 sums = make_float2(0.0f, 0.0f);  // of dnormed, and of dnormed * normed
+            for (int c = lane * W; c < C; c += WARP * W) {
+                float gradient[W];
+                float values[W];
+                float weight[W];
+                load<W>(gradient, dy + (size_t)row * C + c);
+                load<W>(values, res + (size_t)row * C + c);
+                load<W>(weight, w + c);
 #pragma unroll
-        for (int k = 0; k < W; k++) {
-            const float dnormed = gradient[k] * weight[k];
-            along_mean += dnormed;
-            along_normed += dnormed * ((values[k] - mean) * rstd);
+                for (int k = 0; k < W; k++) {
+                    const float dnormed = gradient[k] * weight[k];
+                    sums.x += dnormed;
+                    sums.y += dnormed * ((values[k] - center) * scale);
+                }
+            }
+            sums.x = warp_sum(sums.x) / C;
+            sums.y = warp_sum(sums.y) / C;
+            if (lane == 0) {
+                along[warp] = sums;
+            }
         }
+        __syncthreads();
+        const int rows = min(group, end - start);
+        for (int c = threadIdx.x * COLUMNS; c < C; c += blockDim.x * COLUMNS) {
+            float weight[COLUMNS];
+            float weight_sums[COLUMNS] = {};
+            float bias_sums[COLUMNS] = {};
+            load<COLUMNS>(weight, w + c);
+            for (int r = 0; r < rows; r += AT_ONCE) {
+                float gradient[AT_ONCE][COLUMNS];
+                float values[AT_ONCE][COLUMNS];
+                float past[AT_ONCE][COLUMNS] = {};
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const size_t at = (size_t)(start + r + i) * C + c;
+                    if (r + i < rows) {
+                        load<COLUMNS>(gradient[i], dy + at);
+                        load<COLUMNS>(values[i], res + at);
+                        if (dres) {
+                            load<COLUMNS>(past[i], dres + at);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    if (r + i < rows) {
+                        const int n = start + r + i;
+                        const float center = mean[n];
+                        const float scale = rstd[n];
+                        const float2 sums = along[r + i];
+#pragma unroll
+                        for (int k = 0; k < COLUMNS; k++) {
+                            const float normed = (values[i][k] - center) * scale;
+                            weight_sums[k] += gradient[i][k] * normed;
+                            bias_sums[k] += gradient[i][k];
+                            past[i][k] += scale * (gradient[i][k] * weight[k] - sums.x - normed * sums.y);
+                        }
+                        store<COLUMNS>(dx + (size_t)n * C + c, past[i]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < COLUMNS; k++) {
+                column_sums[c + k] = start == first ? weight_sums[k] : column_sums[c + k] + weight_sums[k];
+                column_sums[C + c + k] = start == first ? bias_sums[k] : column_sums[C + c + k] + bias_sums[k];
+            }
+        }
+        __syncthreads();  // the sums along rows are read before those of the next rows take their place
     }
-    along_mean = block_sum(along_mean, parts) / C;
-    along_normed = block_sum(along_normed, parts) / C;
-    for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        float gradient[W];
-        float values[W];
-        float weight[W];
-        float past[W] = {};
-        load<W>(gradient, dy_row + c);
-        load<W>(values, res_row + c);
-        load<W>(weight, w + c);
-        if (dres) {
-            load<W>(past, dres + c);
-        }
+    for (int c = threadIdx.x * COLUMNS; c < C; c += blockDim.x * COLUMNS) {
 #pragma unroll
-        for (int k = 0; k < W; k++) {
-            const float normed = (values[k] - mean) * rstd;
-            past[k] += rstd * (gradient[k] * weight[k] - along_mean - normed * along_normed);
+        for (int k = 0; k < COLUMNS; k++) {
+            dw[c + k] = column_sums[c + k];
+            db[c + k] = column_sums[C + c + k];
         }
-        store<W>(dx + c, past);
     }
 }
 
-// dx = dres (absent: 0) + the gradient of dy through the norm. dx may be dres or dy. Shared memory: 2 * C Real.
+// dx = dres (absent: 0) + the gradient of dy through the norm; dx may be dres or dy. parts (2,P,C): for each of P
+// pieces of the rows, of which each block has one and none is empty, the sums of dy * normed, then those of dy. Shared
+// memory: 2 * C floats.
 extern "C" __global__ void norm_backward(
-    Real* dx, const Real* dy, const Real* res, const float* mean, const float* rstd, const float* w, const Real* dres,
-    int N, int C) {
-    __shared__ float parts[WARP];
-    const size_t n = blockIdx.x;
-    const size_t at = n * C;
-    const Real* dres_row = dres ? dres + at : nullptr;
+    Real* dx, float* parts, const Real* dy, const Real* res, const float* mean, const float* rstd, const float* w,
+    const Real* dres, int N, int C) {
+    __shared__ float2 along[WARP];  // for each of the rows at hand, the means of dnormed and of dnormed * normed
+    const int rows = (N + gridDim.x - 1) / gridDim.x;
+    const int first = blockIdx.x * rows;
+    const int end = min(N, first + rows);
+    float* dw = parts + (size_t)blockIdx.x * C;
+    float* db = dw + (size_t)gridDim.x * C;
     if (C % WIDTH == 0 && aligned16(dx, dy, res, w, dres)) {
-        differentiate_row<WIDTH>(dx + at, dy + at, res + at, mean[n], rstd[n], w, dres_row, C, parts);
+        differentiate_rows<WIDTH>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, along);
     } else {
-        differentiate_row<1>(dx + at, dy + at, res + at, mean[n], rstd[n], w, dres_row, C, parts);
+        differentiate_rows<1>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, along);
     }
 }
 
@@ -153,81 +208,16 @@ extern "C" __global__ void norm_backward(
 
 constexpr int STRIPES = 8;
 
-// out[c] for this block's columns from `start` on: the sum of what its warps have, in their order.
-template <int W>
-__device__ __forceinline__ void store_column_sums(
-    float* out, const float (&sums)[W], int start, int C, float* stripes) {
-    const int lane = threadIdx.x % WARP;
-    const int warp = threadIdx.x / WARP;
-#pragma unroll
-    for (int k = 0; k < W; k++) {
-        stripes[(warp * W + k) * WARP + lane] = sums[k];
-    }
-    __syncthreads();
-    for (int column = threadIdx.x; column < WARP * W && start + column < C; column += STRIPES * WARP) {
-        float total = 0.0f;
-#pragma unroll
-        for (int stripe = 0; stripe < STRIPES; stripe++) {
-            total += stripes[(stripe * W + column % W) * WARP + column / W];
-        }
-        out[start + column] = total;
-    }
-    __syncthreads();
-}
-
-template <int W>
-__device__ __forceinline__ void sum_rows_of_norm(
-    float* dw, float* db, const Real* dy, const Real* res, const float* mean, const float* rstd,
-    int first, int end, int C, float* stripes) {
-    for (int start = blockIdx.x * WARP * W; start < C; start += gridDim.x * WARP * W) {
-        const int c = start + threadIdx.x % WARP * W;
-        float weight_sums[W] = {};
-        float bias_sums[W] = {};
-        if (c < C) {
-#pragma unroll 2
-            for (int n = first + threadIdx.x / WARP; n < end; n += STRIPES) {
-                const float center = mean[n];
-                const float scale = rstd[n];
-                float gradient[W];
-                float values[W];
-                load<W>(gradient, dy + (size_t)n * C + c);
-                load<W>(values, res + (size_t)n * C + c);
-#pragma unroll
-                for (int k = 0; k < W; k++) {
-                    weight_sums[k] += gradient[k] * ((values[k] - center) * scale);
-                    bias_sums[k] += gradient[k];
-                }
-            }
-        }
-        store_column_sums<W>(dw, weight_sums, start, C, stripes);
-        store_column_sums<W>(db, bias_sums, start, C, stripes);
-    }
-}
-
-// parts (2,P,C): for each piece of rows the sums of dy * normed, then those of dy.
-extern "C" __global__ void norm_weight_partials(
-    float* parts, const Real* dy, const Real* res, const float* mean, const float* rstd, int N, int C) {
-    __shared__ float stripes[STRIPES * WIDTH * WARP];
-    const int rows = (N + gridDim.y - 1) / gridDim.y;
-    const int first = min(N, (int)blockIdx.y * rows);
-    const int end = min(N, first + rows);
-    float* dw = parts + (size_t)blockIdx.y * C;
-    float* db = dw + (size_t)gridDim.y * C;
-    if (C % WIDTH == 0 && aligned16(dy, res)) {
-        sum_rows_of_norm<WIDTH>(dw, db, dy, res, mean, rstd, first, end, C, stripes);
-    } else {
-        sum_rows_of_norm<1>(dw, db, dy, res, mean, rstd, first, end, C, stripes);
-    }
-}
-
 template <int W>
 __device__ __forceinline__ void sum_rows(float* out, const Real* dy, int first, int end, int O, float* stripes) {
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
     for (int start = blockIdx.x * WARP * W; start < O; start += gridDim.x * WARP * W) {
-        const int o = start + threadIdx.x % WARP * W;
+        const int o = start + lane * W;
         float sums[W] = {};
         if (o < O) {
 #pragma unroll 4
-            for (int n = first + threadIdx.x / WARP; n < end; n += STRIPES) {
+            for (int n = first + warp; n < end; n += STRIPES) {
                 float gradient[W];
                 load<W>(gradient, dy + (size_t)n * O + o);
 #pragma unroll
@@ -236,7 +226,20 @@ __device__ __forceinline__ void sum_rows(float* out, const Real* dy, int first, 
                 }
             }
         }
-        store_column_sums<W>(out, sums, start, O, stripes);
+#pragma unroll
+        for (int k = 0; k < W; k++) {
+            stripes[(warp * W + k) * WARP + lane] = sums[k];
+        }
+        __syncthreads();
+        for (int column = threadIdx.x; column < WARP * W && start + column < O; column += STRIPES * WARP) {
+            float total = 0.0f;
+#pragma unroll
+            for (int stripe = 0; stripe < STRIPES; stripe++) {
+                total += stripes[(stripe * W + column % W) * WARP + column / W];
+            }
+            out[start + column] = total;
+        }
+        __syncthreads();
     }
 }
 

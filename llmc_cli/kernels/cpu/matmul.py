@@ -16,6 +16,9 @@ class Matmul(Protocol):
     name: str
     """In words, for people."""
 
+    head_rows: int
+    """Rows of logits at a time: with more the products are faster, and the logits take more memory."""
+
     def __call__(
         self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
         act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
@@ -42,6 +45,8 @@ def activate(c: Float32, act: Float32 | None, pre: Float32 | None) -> None:
 
 class BlasMatmul:
     """Float32 as it is."""
+
+    head_rows = 1024
 
     def __init__(self) -> None:
         self.name = blas.name()

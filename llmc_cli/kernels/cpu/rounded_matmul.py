@@ -39,6 +39,8 @@ def round_rows(to, x, distance):
 class RoundedMatmul:
     """``matmul.Matmul`` of numbers rounded to bf16."""
 
+    head_rows = 512
+
     def __init__(self) -> None:
         self.name = f"bf16 operands, float32 products by {blas.name()}: no bf16 tiles (AMX) here"
         self._scratch = [np.empty(0, np.float32), np.empty(0, np.float32)]

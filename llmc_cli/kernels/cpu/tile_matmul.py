@@ -199,6 +199,8 @@ def compile_product(parts: int) -> None:
 class TileMatmul:
     """``matmul.Matmul`` on tiles, of numbers in ``parts`` parts. Scratch memory grows to the largest call."""
 
+    head_rows = 512
+
     def __init__(self, parts: int) -> None:
         if not amx.available():  # asks for permission, too
             raise MissingError("no AMX tiles on this processor, or the system does not allow them")

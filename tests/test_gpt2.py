@@ -145,6 +145,13 @@ def test_fresh_weights_follow_the_recipe():
         assert not p[name].any()
 
 
+def test_what_is_overwritten_is_not_brought_to_the_host(monkeypatch):
+    monkeypatch.delattr(ReferenceKernels, "download")
+    model = GPT2(CONFIG, ReferenceKernels())
+    initialize(model, 42)
+    assert model.params["wte"][: CONFIG.vocab_size].all()
+
+
 def test_sizes_of_the_124m_model():
     config = preset("d12")
     assert config.padded_vocab_size == 50304

@@ -97,8 +97,9 @@ def test_a_second_call_allocates_nothing(precise, case):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     after = rtsys.get_allocation_stats()
-    # numba's header of each array argument, in each of the head's turns; an array made in a task adds many more
-    assert after.alloc - before.alloc <= 60
+    turns = -(-len(args["x"]) // cpu.matmul.head_rows) if case.operation == "head_loss" else 1
+    # numba's header of each array argument; an array made in a task adds more
+    assert after.alloc - before.alloc <= 16 * turns
     assert after.alloc - after.free == before.alloc - before.free
     assert peak < 8192  # views and tuples, not arrays
 

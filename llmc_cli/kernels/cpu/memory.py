@@ -2,7 +2,7 @@
 
 from numba import prange
 
-from llmc_cli.kernels.cpu.compiling import CONTRACT, ubytes1, kernel
+from llmc_cli.kernels.cpu.compiling import CONTRACT, kernel, ubytes1
 
 PIECE = 1 << 21  # bytes a task: a huge page
 

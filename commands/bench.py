@@ -52,9 +52,14 @@ def bench(
         Literal["torch"] | None,
         typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep the results, as JSON.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Keep the results, as JSON; - is as --json.")
+    ] = None,
     baseline: Annotated[
-        Path | None, typer.Option("--baseline", metavar="FILE", help="Compare with saved results; exit 1 where slower.")
+        Path | None,
+        typer.Option(
+            "--baseline", metavar="FILE", help="Compare with saved results (- is stdin); exit 1 where slower."
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0, help="How much slower --baseline lets pass, as a fraction.")
@@ -87,6 +92,8 @@ def bench(
     """
     from llmc_cli import benchmarking, chart
 
+    if save == Path("-"):
+        json, save = True, None
     output = render.Output(json, quiet)
     if plot:
         chart.require_chart(plot)
@@ -153,7 +160,7 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         )
     for row in benchmark.rows:
         if row.launches and not row.calls:
-            output.line(f"{row.name}: {row.launches} launches, of kernels and matrix products")
+            output.line(f"{row.name}: {row.launches} launches, of kernels, matrix products and graphs of both")
     for section, (ours, theirs) in benchmark.other_precisions.items():
         output.line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
     for section, absent in benchmark.absent.items():

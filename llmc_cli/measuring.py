@@ -7,6 +7,8 @@ from typing import Any
 
 from llmc_cli.ceilings import Ceilings
 from llmc_cli.contest import Answer, Contestant, Note, alternate, contest
+from llmc_cli.device import sampling_precisions
+from llmc_cli.errors import MissingError
 from llmc_cli.work import Work
 
 WARM_UP = {"kernels": 1, "train": 2, "sample": 1, "prepro": 1}
@@ -15,17 +17,19 @@ SPLIT_RUNS = 2
 
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
                "sample": ("torch eager", "torch compiled", "transformers")}  # fmt: skip
+ON_GPU = {"sample": ("torch graphs",)}  # further modes there: our tokens are graphs, too
 
 SAME_PRECISION = {"kernels": ("fp32", "tf32", "bf16"), "train": ("fp32", "tf32", "bf16"), "sample": ("fp32",)}
-"""What PyTorch can be asked for too; beside any other precision of ours its side is fp32."""
+"""What PyTorch can be asked for too; beside any other precision of ours its side is fp32. On a GPU it samples in both
+precisions that ours has there."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A piece of work. ``seconds``: the median of ``runs``; ``share`` of the ceiling called ``ceiling`` (0 and empty
     where none applies). ``tokens_per_s`` is 0 where no tokens are counted. ``torch``: the median seconds of PyTorch's
-    modes at the same work. ``calls`` in one step, for a part of a step. ``launches``: what a GPU was asked for in
-    a step or a part of it, kernels and matrix products."""
+    modes at the same work. ``calls`` in one step, for a part of a step. ``launches``: what a GPU was asked for in a
+    step, kernels, matrix products and graphs of both, or in a part of a step, where nothing is in a graph."""
 
     name: str
     seconds: float
@@ -77,10 +81,11 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: flo
     section = work.section
     works = [work]
     if torch and section in TORCH_MODES:
-        precision = work.precision if work.precision in SAME_PRECISION[section] else "fp32"
-        works += [dataclasses.replace(work, side=mode, precision=precision) for mode in TORCH_MODES[section]]
+        works += _others(work)
     note(f"{section}: starting {', '.join(each.side for each in works)}")
     with contest(works) as (contestants, absent):
+        if absent and len(contestants) == 1:
+            raise MissingError(f"--against torch: {section}: {'; '.join(dict.fromkeys(absent.values()))}")
         ours, others = contestants[0], contestants[1:]
         rows: list[Row] = []
         for task in ours.tasks:
@@ -88,7 +93,7 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: flo
                 continue
             taking_part = [ours, *(other for other in others if task in other.tasks)]
             note(f"{section}: {task}")
-            answers = alternate(taking_part, task, work.steps, WARM_UP[section], UNTIMED.get(section, 0), note, budget)
+            answers = alternate(taking_part, task, work.steps, WARM_UP[section], _untimed(work), note, budget)
             rows.append(_row(work, task, answers, ceilings))
         if section == "prepro":
             rows = _against_tokenizer(rows)
@@ -97,6 +102,26 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: flo
         if "split" in ours.tasks:
             rows += _split(ours, rows[0], ceilings)
     return Measured(rows, sides, absent)
+
+
+def _others(work: Work) -> list[Work]:
+    """What PyTorch's modes are asked for beside ``work``."""
+    section, modes = work.section, TORCH_MODES[work.section]
+    precision = work.precision if work.precision in SAME_PRECISION[section] else "fp32"
+    if _on_gpu(work):
+        modes += ON_GPU.get(section, ())
+        if section == "sample":
+            precision = " ".join(sampling_precisions(work.device, work.precision))
+    return [dataclasses.replace(work, side=mode, precision=precision) for mode in modes]
+
+
+def _untimed(work: Work) -> int:
+    """Runs that go before each timed one: on a GPU a side gives back what it does not use while others work there."""
+    return max(UNTIMED.get(work.section, 0), _on_gpu(work))
+
+
+def _on_gpu(work: Work) -> bool:
+    return work.device != "cpu" and work.section in TORCH_MODES
 
 
 def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceilings) -> Row:

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
+from llmc_cli.kernels.cuda.blas import INTERFACE
 from llmc_cli.kernels.cuda.device import TENSOR_CORES
 
 
@@ -35,6 +36,9 @@ class Notebook:
         self.tensor_cores = capability >= TENSOR_CORES
         self.stream = MagicMock()
         self.cublas = MagicMock()
+        self.cublas_library = MagicMock()
+        for name in INTERFACE:
+            getattr(self.cublas_library(), name).return_value = 0  # success
         self.launches = 0
         self.noted = []  # a Launch each
         self.copies = []  # of "upload", "download", "copy" each
@@ -42,7 +46,10 @@ class Notebook:
     @property
     def products(self):
         """How many cuBLAS has been asked for."""
-        return self.cublas().gemmEx.call_count
+        return self.cublas_library().cublasGemmEx.call_count
+
+    def account(self, *arguments):
+        pass
 
     def alloc(self, shape, dtype):
         return np.broadcast_to(np.zeros(1, dtype), shape).view(Virtual)

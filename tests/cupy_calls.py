@@ -40,16 +40,6 @@ CALLS = {
     "cuda.runtime.memcpyAsync": "dst, src, size, kind, stream",
     "cuda.runtime.memsetAsync": "ptr, value, size, stream",
     "cuda.cublas.create": "",
-    "cuda.cublas.destroy": "handle",
-    "cuda.cublas.setStream": "handle, stream",
-    "cuda.cublas.setMathMode": "handle, mode",
-    "cuda.cublas.gemmEx": (
-        "handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo"
-    ),
-    "cuda.cublas.gemmStridedBatchedEx": (
-        "handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, "
-        "beta, C, Ctype, ldc, strideC, batchCount, computeType, algo"
-    ),
 }
 """Name behind ``cupy.``: the parameters, in order; those behind ``*`` are passed by name."""
 
@@ -86,7 +76,6 @@ CONSTANTS = {
     "cuda.runtime.CUDA_R_16BF": 14,
     "cuda.cublas.CUBLAS_OP_N": 0,
     "cuda.cublas.CUBLAS_OP_T": 1,
-    "cuda.cublas.CUBLAS_DEFAULT_MATH": 0,
     "cuda.cublas.CUBLAS_COMPUTE_32F": 68,
     "cuda.cublas.CUBLAS_COMPUTE_32F_PEDANTIC": 69,
     "cuda.cublas.CUBLAS_COMPUTE_32F_FAST_TF32": 77,

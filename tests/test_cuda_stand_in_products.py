@@ -1,9 +1,14 @@
 """cuBLAS of the stand-in for CuPy, on NumPy: results, and products that are refused."""
 
+import ctypes
+import gc
+import inspect
+
 import numpy as np
 import pytest
 from cuda_stand_in import cublas, cupy, on_device, runtime
-from cupy_calls import CALLS, parameters
+
+from llmc_cli.kernels.cuda.blas import INTERFACE
 
 pytestmark = pytest.mark.usefixtures("nothing_waits")
 
@@ -27,16 +32,14 @@ ONE, ZERO = scalar(1), scalar(0)
 
 @pytest.fixture
 def handle():
-    number = cublas.create()
-    yield number
-    cublas.destroy(number)
+    return cublas.create()
 
 
 def product(handle, out, a, b, turn_a=False, turn_b=False, alpha=ONE, beta=ZERO, compute=68):
     """Row-major out = a · b, by its transpose."""
     kind = {np.dtype(np.float32): 0, np.dtype(np.uint16): 14}
     k = a.shape[0] if turn_a else a.shape[1]
-    cublas.gemmEx(
+    cublas.gemm(
         handle, int(turn_b), int(turn_a), out.shape[1], out.shape[0], k, alpha.ctypes.data,
         b.data.ptr, kind[b.dtype], b.shape[1], a.data.ptr, kind[a.dtype], a.shape[1], beta.ctypes.data,
         out.data.ptr, kind[out.dtype], out.shape[1], compute, -1,
@@ -70,23 +73,8 @@ def test_tf32_rounds_what_it_multiplies(handle):
     for compute, expected in ((68, a[0, 0]), (77, np.float32(1 + 2.0**-10))):
         product(handle, out, on_device(a), on_device(np.ones((1, 1), np.float32)), compute=compute)
         assert out.get()[0, 0] == expected
-    cublas.setMathMode(handle, 3)
-    product(handle, out, on_device(a), on_device(np.ones((1, 1), np.float32)))
-    assert out.get()[0, 0] == np.float32(1 + 2.0**-10)
     product(handle, out, cupy.empty((1, 1), np.float32), on_device(a), compute=77)
     assert np.isnan(out.get()).all()
-
-
-def test_strided_batch(handle):
-    """Two heads of (B,T,2·HS), interleaved, times matrices of their own."""
-    generator = np.random.default_rng(1)
-    x, w = generator.standard_normal((6, 2, 4), np.float32), generator.standard_normal((2, 4, 4), np.float32)
-    out = cupy.empty((6, 2, 4), np.float32)
-    cublas.gemmStridedBatchedEx(
-        handle, 0, 0, 4, 6, 4, ONE.ctypes.data, on_device(w).data.ptr, 0, 4, 16, on_device(x).data.ptr, 0, 8, 4,
-        ZERO.ctypes.data, out.data.ptr, 0, 8, 4, 2, 68, -1,
-    )  # fmt: skip
-    np.testing.assert_allclose(out.get(), np.einsum("thi,hio->tho", x, w), rtol=1e-5, atol=1e-6)
 
 
 def test_product_runs_on_the_stream_of_its_handle(handle):
@@ -96,7 +84,7 @@ def test_product_runs_on_the_stream_of_its_handle(handle):
     stream = cupy.cuda.Stream(non_blocking=True)
     for set_first, expected in ((False, True), (True, False)):
         if set_first:
-            cublas.setStream(handle, stream.ptr)
+            cublas.set_stream(handle, stream.ptr)
         out = cupy.empty((1, 1), np.float32)
         product(handle, out, one, one)
         assert np.isnan(out.get(stream)).all() == expected
@@ -120,10 +108,49 @@ def test_product_runs_on_the_stream_of_its_handle(handle):
 )
 def test_products_that_are_refused(handle, change, said):
     a, c = cupy.zeros((3, 3), np.float32), cupy.zeros((3, 3), np.float32)
-    names = parameters(CALLS["cuda.cublas.gemmEx"])[0]
+    names = inspect.signature(cublas.gemm).parameters
     good = (handle, 0, 0, 3, 3, 3, ONE.ctypes.data, a.data.ptr, 0, 3, a.data.ptr, 0, 3, ZERO.ctypes.data)
     call = dict(zip(names, (*good, c.data.ptr, 0, 3, 68, -1), strict=True))
     for name, value in change.items():
         call[name] = a.data.ptr if value is None else call[name] + value if name in ("A", "C") else value
     with pytest.raises((cublas.CUBLASError, runtime.CUDARuntimeError), match=said):
-        cublas.gemmEx(**call)
+        cublas.gemm(**call)
+
+
+def test_the_c_interface(handle, capfd):
+    """Found by the library's name; a status for an answer, and what is wrong on stderr."""
+    library = ctypes.CDLL(f"libcublas.so.{runtime.runtimeGetVersion() // 1000}")
+    for name, types in INTERFACE.items():
+        getattr(library, name).argtypes = types
+    one = on_device(np.full((1, 1), 3, np.float32))
+    matrix = (one.data.ptr, 0, 1)
+    call = (handle, 0, 0, 1, 1, 1, ONE.ctypes.data, *matrix, *matrix, ZERO.ctypes.data, *matrix, 68)
+    assert library.cublasGemmEx(*call, -1) == 0
+    assert one.get() == 9
+    assert library.cublasGemmEx(*call, 5) == cublas.INVALID_VALUE
+    assert library.cublasSetWorkspace_v2(handle, one.data.ptr + 4, 4) == cublas.INVALID_VALUE
+    assert "algo 5" in capfd.readouterr().err
+
+
+def test_captured_only_with_a_workspace(handle):
+    """Which the stream takes away, and the graph uses."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    one, work = on_device(np.full((1, 1), 3, np.float32)), cupy.empty(256, np.uint8)
+    cupy.cuda.Device().synchronize()
+    cublas.set_workspace(handle, work.data.ptr, work.nbytes)
+    cublas.set_stream(handle, stream.ptr)
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(cublas.CUBLASError, match="without a workspace"):
+            product(handle, one, one, one)
+        cublas.set_workspace(handle, work.data.ptr, work.nbytes)
+        product(handle, one, one, one)
+        graph = stream.end_capture()
+        for expected in (9, 81):
+            graph.launch()
+            assert one.get() == expected
+        cublas.set_stream(handle, stream.ptr)
+        del work
+        gc.collect()
+        with pytest.raises(runtime.CUDARuntimeError, match="freed"):
+            graph.launch()

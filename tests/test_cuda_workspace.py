@@ -22,7 +22,7 @@ def test_the_plan(precision, B, T):
     model.forward(ids)
     model.backward(ids, 1.0, acc=False)
     optimizer.gradient_norm()
-    held = sum(each.nbytes for each in kernels._scratch.values())
+    held = sum(each.nbytes for each in (*kernels._scratch.values(), kernels.matmul._workspace))
     assert held == kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
 
 

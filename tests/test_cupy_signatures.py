@@ -20,6 +20,8 @@ from cuda_compiler import ADDED_BY_CUPY
 from cuda_emulator import stand_in
 from cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
 
+from llmc_cli.kernels.cuda.blas import INTERFACE
+
 pytestmark = pytest.mark.cupy
 
 
@@ -105,6 +107,14 @@ def test_kernel_passes_its_keywords_on(cupy, keyword, answer):
     function = cupy.cuda.Function.__new__(cupy.cuda.Function)
     with pytest.raises(TypeError, match=answer):
         function((1,), (1,), (), shared_mem=0, **{keyword: Pointer()})
+
+
+def test_binding_is_linked_to_the_library_that_is_called_beside_it(cupy):
+    """By its name on Linux; of the functions CuPy calls all but the one for the workspace itself."""
+    binding = Path(cupy.cuda.cublas.__file__).read_bytes()
+    assert f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}".encode() in binding
+    for name in sorted(INTERFACE.keys() - {"cublasSetWorkspace_v2"}):
+        assert name.encode() in binding
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

@@ -6,7 +6,8 @@ behind the MLP.
 """
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -98,6 +99,7 @@ class GPT2:
         """
         alloc, dtype, config = self.kernels.alloc, self.kernels.activation_dtype, self.config
         self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
+        self._recorded: dict[tuple[object, ...], Callable[[], None]] = {}
         self.ids, self.targets, self.positions = (alloc((B * T,), np.int32) for _ in range(3))
         self.kernels.upload(self.positions, np.tile(np.arange(T, dtype=np.int32), B))
         self.acts = Arena(alloc, activation_shapes(config, B, T, recompute), dtype, ALIGN)
@@ -116,10 +118,21 @@ class GPT2:
         kept = self.acts[name]
         return kept[layer % len(kept)]
 
+    def _run(self, method: Callable[..., None], *arguments: object) -> None:
+        """``method`` of this class with these arguments, recorded: so it must not bring anything from the host."""
+        key = (self.kernels, method, *arguments)
+        if key not in self._recorded:
+            model = weakref.proxy(self)  # else the two would hold each other, and the memory of both
+            self._recorded[key] = self.kernels.recorded(lambda: method(model, *arguments))
+        self._recorded[key]()
+
     def forward(self, ids: Tokens) -> None:
         """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T) on the host."""
+        self.kernels.upload(self.ids, ids.reshape(-1))  # read again by backward
+        self._run(GPT2._forward)
+
+    def _forward(self) -> None:
         k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
-        k.upload(self.ids, ids.reshape(-1))  # read again by backward
         k.embedding_forward(a["encoded"], p["wte"], p["wpe"], self.ids, self.positions)
         stream, delta, bias, branch = a["encoded"], None, None, a["branch"]
         for layer in range(self.config.num_layers):
@@ -162,18 +175,27 @@ class GPT2:
 
     def loss(self, targets: Tokens) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; what the next call may overwrite."""
-        k, losses, V = self.kernels, self.stats["losses"], self.config.vocab_size
-        k.upload(self.targets, targets.reshape(-1))
-        k.head_loss(losses, None, None, self.acts["lnf"], self.head, self.targets, V, 0.0, False)
-        return k.download(losses)
+        self.kernels.upload(self.targets, targets.reshape(-1))
+        self._run(GPT2._loss)
+        return self.kernels.download(self.stats["losses"])
+
+    def _loss(self) -> None:
+        V = self.config.vocab_size
+        self.kernels.head_loss(
+            self.stats["losses"], None, None, self.acts["lnf"], self.head, self.targets, V, 0.0, False
+        )
 
     def backward(self, targets: Tokens, dloss: float, acc: bool) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
         added to what is there with ``acc``. The gradients of ``gelu`` and ``qkv`` take the place of these, so this can
         be called once after each ``forward``."""
+        self.kernels.upload(self.targets, targets.reshape(-1))
+        self._run(GPT2._backward, dloss, acc)
+        return self.kernels.download(self.stats["losses"])
+
+    def _backward(self, dloss: float, acc: bool) -> None:
         k, p, g, a, st = self.kernels, self.params, self.grads, self.acts, self.stats
         dres, dbranch, V = self.scratch["dres"], self.scratch["dbranch"], self.config.vocab_size
-        k.upload(self.targets, targets.reshape(-1))
         k.head_loss(st["losses"], dbranch, g["wte"], a["lnf"], self.head, self.targets, V, dloss, acc)
         k.residual_norm_backward(
             dres, g["lnfw"], g["lnfb"],
@@ -211,7 +233,6 @@ class GPT2:
                 dbranch, res, st["ln1_mean"][layer], st["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
             )  # fmt: skip
         k.embedding_backward(g["wte"], g["wpe"], dres, self.ids, self.positions, acc)
-        return k.download(st["losses"])
 
     def compute_again(self, layer: int, res: Array) -> None:
         """Put back what the backward pass of ``layer`` needs and was not kept; ``res`` (N,C): the stream before it."""

@@ -5,9 +5,11 @@ Nothing else imports CuPy. Of CuPy only these are used: raw modules, memory, str
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +166,15 @@ class Device:
         except ImportError as error:
             raise MissingError(f"--device cuda: {_first_line(error)}; {LIBRARIES}") from error
 
+    def cublas_library(self) -> Any:
+        """The cuBLAS that CuPy's binding has loaded."""
+        major = self._cupy.cuda.runtime.runtimeGetVersion() // 1000
+        name = f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}"
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            raise MissingError(f"--device cuda: {_first_line(error)}; {LIBRARIES}") from error
+
     def launch(
         self,
         file: str,
@@ -182,10 +193,14 @@ class Device:
         if shared > FREE_SHARED and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
         function(grid, block, tuple(NULL if each is None else each for each in args), shared_mem=shared)
+        self.account(*args)
+
+    def account(self, *arguments: Any) -> None:
+        """Count a kernel or a product that was launched, or, while capturing, keep the memory that it names."""
         if self._captured is None:
             self.launches += 1
         else:
-            self._captured.append(args)
+            self._captured.append(arguments)
 
     def _load(self, file: str, kernel: str) -> Any:
         self._forbid_while_capturing("a kernel is loaded")

@@ -70,7 +70,7 @@ class CudaKernels:
         self.device.synchronize()
 
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        return Recorded(self.device, self.matmul, work)
+        return Recorded(self.device, work)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""
@@ -87,7 +87,8 @@ class CudaKernels:
         logits = rows * padded_vocab_size * (4 if real == 4 else 4 + real)
         columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
         attended = attention.backward_scratch(B, T, num_heads, C // num_heads)
-        return logits + 4 * columns + 4 * attended + N * C * real + 8 * optimizer.SQUARE_PARTS
+        scratch = logits + 4 * columns + 4 * attended + N * C * real + 8 * optimizer.SQUARE_PARTS
+        return scratch + self.matmul.workspace_bytes
 
     def bound_bytes(self, numbers: int) -> int:
         return 2 * numbers if self.precision == "bf16" else 0

@@ -1,21 +1,26 @@
-"""Matrix products of cuBLAS on NumPy. Column-major, as cuBLAS is; operands by address."""
+"""Matrix products of cuBLAS on NumPy. Column-major, as cuBLAS is; operands by address.
+
+CuPy makes handles. The rest is asked of cuBLAS's own C interface, which ctypes finds under the name of the library that
+CuPy would have loaded: CuPy's functions refuse to be captured, and take the workspace away that captured ones need.
+"""
 
 import ctypes
+import traceback
+from types import SimpleNamespace
 
 import numpy as np
 
-from cupy._status import current, require_device
+from cupy._status import RUNTIME_VERSION, current, require_device
 from cupy.cuda import memory, stream
 from cupy.cuda.runtime import CUDA_R_16BF, CUDA_R_32F, owner_of
 
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
-CUBLAS_DEFAULT_MATH = 0
 CUBLAS_COMPUTE_32F = 68
 CUBLAS_COMPUTE_32F_PEDANTIC = 69
 CUBLAS_COMPUTE_32F_FAST_TF32 = 77
 CUBLAS_GEMM_DEFAULT = -1
 
-TF32_TENSOR_OP_MATH = 3  # CuPy has no name for it
+INVALID_VALUE = 7  # CUBLAS_STATUS_INVALID_VALUE
 DTYPES = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_16BF: np.dtype(np.uint16)}
 
 
@@ -27,8 +32,8 @@ class CUBLASError(RuntimeError):
 class _Handle:
     def __init__(self):
         self.device = current.device
-        self.stream = 0  # the null stream, until setStream
-        self.mode = CUBLAS_DEFAULT_MATH
+        self.stream = 0  # the null stream, until it is set
+        self.workspace = None  # an Allocation
 
 
 _handles = {}
@@ -41,21 +46,6 @@ def create():
     return number
 
 
-def destroy(handle):
-    _find(handle)
-    _handles[handle] = None
-
-
-def setStream(handle, stream):
-    _find(handle).stream = stream
-
-
-def setMathMode(handle, mode):
-    if mode not in (CUBLAS_DEFAULT_MATH, TF32_TENSOR_OP_MATH):
-        raise CUBLASError(f"math mode {mode}")
-    _find(handle).mode = mode
-
-
 def _find(handle):
     found = _handles.get(handle)
     if found is None or found.device != current.device:
@@ -63,56 +53,49 @@ def _find(handle):
     return found
 
 
-def gemmEx(
-    handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo
-):  # fmt: skip
+def set_stream(handle, pointer):
+    """Takes the workspace away, as cuBLAS does."""
+    found = _find(handle)
+    found.stream, found.workspace = pointer or 0, None
+
+
+def set_workspace(handle, address, nbytes):
+    if address is None or address % 256:
+        raise CUBLASError(f"workspace {address!r} is not aligned to 256 bytes")
+    _find(handle).workspace = owner_of(address, nbytes, "workspace")
+
+
+def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
     """C (m,n) = alpha · op(A) (m,k) · op(B) (k,n) + beta · C; alpha and beta by the address of a float32."""
-    gemmStridedBatchedEx(
-        handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B, Btype, ldb, 0, beta, C, Ctype, ldc, 0, 1,
-        computeType, algo,
-    )  # fmt: skip
-
-
-def gemmStridedBatchedEx(
-    handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
-    beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
-):  # fmt: skip
-    """``gemmEx`` ``batchCount`` times, each operand its stride (in elements) further on."""
     found = _find(handle)
     if transa not in (CUBLAS_OP_N, CUBLAS_OP_T) or transb not in (CUBLAS_OP_N, CUBLAS_OP_T):
         raise CUBLASError(f"transa {transa}, transb {transb}")
     if algo != CUBLAS_GEMM_DEFAULT:
         raise CUBLASError(f"algo {algo}")
     _check_types(Atype, Btype, Ctype, computeType)
-    if min(m, n, k, batchCount) < 1:
-        raise CUBLASError(f"m {m}, n {n}, k {k}, batchCount {batchCount}")
+    if min(m, n, k) < 1:
+        raise CUBLASError(f"m {m}, n {n}, k {k}")
     factors = [_scalar(address) for address in (alpha, beta)]
-    a = _Operand("A", A, Atype, (m, k) if transa == CUBLAS_OP_N else (k, m), lda, strideA, batchCount)
-    b = _Operand("B", B, Btype, (k, n) if transb == CUBLAS_OP_N else (n, k), ldb, strideB, batchCount)
-    c = _Operand("C", C, Ctype, (m, n), ldc, strideC, batchCount)
-    interleaved = strideC >= m and ldc >= (batchCount - 1) * strideC + m
-    if batchCount > 1 and strideC < (n - 1) * ldc + m and not interleaved:
-        raise CUBLASError(f"strideC {strideC}: the results of a batch overlap")
-    tf32 = Atype == CUDA_R_32F and (
-        computeType == CUBLAS_COMPUTE_32F_FAST_TF32
-        or (computeType == CUBLAS_COMPUTE_32F and found.mode == TF32_TENSOR_OP_MATH)
-    )
+    a = _Operand("A", A, Atype, (m, k) if transa == CUBLAS_OP_N else (k, m), lda)
+    b = _Operand("B", B, Btype, (k, n) if transb == CUBLAS_OP_N else (n, k), ldb)
+    c = _Operand("C", C, Ctype, (m, n), ldc)
+    tf32 = computeType == CUBLAS_COMPUTE_32F_FAST_TF32
 
     def run():
         left, right = a.values(tf32), b.values(tf32)
-        product = np.matmul(
-            left.swapaxes(1, 2) if transa else left,
-            right.swapaxes(1, 2) if transb else right,
-        )
+        product = np.matmul(left.T if transa else left, right.T if transb else right)
         product *= factors[0]
         if factors[1] != 0:  # cuBLAS does not read C otherwise: NaN there stays without effect
             product += factors[1] * c.values()
         c.store(product)
 
     queue = stream.queue_of(found.stream)
-    if queue.nodes is not None:
-        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")  # as CuPy does
-    queue.add(run, [a.owner, b.owner, c.owner])
+    owners = [a.owner, b.owner, c.owner]
+    if found.workspace is not None:
+        owners.append(found.workspace)
+    elif queue.nodes is not None:
+        raise CUBLASError("captured without a workspace, cuBLAS would allocate one in the graph")
+    queue.add(run, owners)
 
 
 def _check_types(a, b, c, compute):
@@ -133,20 +116,18 @@ def _scalar(address):
 
 
 class _Operand:
-    """A batch of column-major matrices, checked to lie in memory that is alive."""
+    """A column-major matrix, checked to lie in memory that is alive."""
 
-    def __init__(self, name, address, kind, shape, leading, stride, count):
+    def __init__(self, name, address, kind, shape, leading):
         rows, columns = shape
         self.dtype = DTYPES[kind]
         size = self.dtype.itemsize
         if leading < rows:
             raise CUBLASError(f"ld{name.lower()} {leading} is less than {rows} rows")
-        if stride < 0 or address % size:
-            raise CUBLASError(f"{name}: stride {stride}, address {address:#x}")
-        self.elements = (count - 1) * stride + (columns - 1) * leading + rows
-        self.address = address
-        self.shape = (count, rows, columns)
-        self.strides = (stride * size, size, leading * size)
+        if address % size:
+            raise CUBLASError(f"{name}: address {address:#x}")
+        self.elements = (columns - 1) * leading + rows
+        self.address, self.shape, self.strides = address, shape, (size, leading * size)
         self.owner = owner_of(address, self.elements * size, name)
 
     def _array(self):
@@ -155,7 +136,7 @@ class _Operand:
         return np.lib.stride_tricks.as_strided(flat, self.shape, self.strides)
 
     def values(self, tf32=False):
-        """float32 (count, rows, columns)."""
+        """float32 (rows, columns)."""
         found = self._array()
         if self.dtype == np.uint16:
             return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -174,3 +155,36 @@ def _round(values, bits):
     last = (whole >> np.uint32(bits)) & np.uint32(1)
     rounded = (whole + half + last) & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)
     return np.where(np.isnan(values), np.uint32(0x7FC00000), rounded).view(np.float32)
+
+
+def _exported(types, function):
+    """A C function of these arguments, which answers with a status. An error cannot go through it: it is printed."""
+
+    def call(*arguments):
+        try:
+            function(*arguments)
+        except Exception:
+            traceback.print_exc()
+            return INVALID_VALUE
+        return 0
+
+    return ctypes.CFUNCTYPE(ctypes.c_int, *types)(call)
+
+
+POINTER, INT = ctypes.c_void_p, ctypes.c_int
+MATRIX = (POINTER, INT, INT)  # address, type, leading dimension
+library = SimpleNamespace(
+    cublasSetStream_v2=_exported((POINTER, POINTER), set_stream),
+    cublasSetWorkspace_v2=_exported((POINTER, POINTER, ctypes.c_size_t), set_workspace),
+    cublasGemmEx=_exported((POINTER, *[INT] * 5, POINTER, *MATRIX, *MATRIX, POINTER, *MATRIX, INT, INT), gemm),
+)
+
+
+class CDLL(ctypes.CDLL):
+    """What ctypes loads, but that one name is known to it as if the library were loaded."""
+
+    def __new__(cls, name=None, *args, **kwargs):
+        return library if name == f"libcublas.so.{RUNTIME_VERSION // 1000}" else super().__new__(cls)
+
+
+ctypes.CDLL = CDLL

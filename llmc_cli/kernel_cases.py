@@ -93,7 +93,7 @@ def _sizes(letters: str, *rows: tuple[int, ...]) -> tuple[Sizes, ...]:
 # ragged on purpose: around the blocks of 16, 32 and 64 that kernels work in, and single rows and columns
 EMBEDDING = _sizes("V T N C", (5, 3, 7, 1), (11, 8, 16, 66), (50, 40, 333, 96))
 NORM = _sizes("N C", (1, 3), (5, 17), (33, 64), (70, 200))
-LINEAR = _sizes("N I O", (1, 1, 1), (1, 24, 40), (7, 5, 13), (64, 48, 130), (130, 96, 33))
+LINEAR = _sizes("N I O", (1, 1, 1), (1, 24, 40), (7, 5, 13), (64, 48, 130), (130, 96, 33), (6, 96, 35))
 HEAD = _sizes("N C V Vp", (1, 3, 5, 8), (9, 17, 100, 128), (300, 24, 250, 256), (4100, 3, 5, 8))  # the last in turns
 FLAT = _sizes("P", (1,), (1000,), (40_000,), (300_001,))
 ATTENTION = _sizes(

@@ -89,7 +89,7 @@ def test_against_reference(case, bf16):
 
 
 @pytest.mark.parametrize(
-    "case", [(check_bias, LINEARS[5]), (check_gelu, LINEARS[5]), (check_round_weights, {"sizes": (1000,)})], ids=label
+    "case", [(check_bias, LINEARS[6]), (check_gelu, LINEARS[6]), (check_round_weights, {"sizes": (1000,)})], ids=label
 )
 @precisions
 def test_where_vectors_would_fit_but_for_the_address(case, bf16):
@@ -117,7 +117,7 @@ FAULTS = [
           (check_bias, LINEARS[2])),
     Fault("no barrier before stripes are used again", "norm",
           "            out[start + column] = total;\n        }\n        __syncthreads();",
-          "            out[start + column] = total;\n        }", (check_bias, LINEARS[5]), shift=1),
+          "            out[start + column] = total;\n        }", (check_bias, LINEARS[6]), shift=1),
     Fault("gradient of a bias not added", "norm",
           "out[o] = acc ? out[o] + total : total;", "out[o] = total;", (check_bias, {**LINEARS[3], "acc": True})),
     Fault("the last row left out", "elementwise",

@@ -27,11 +27,21 @@ class Position:
     generator: tuple[NDArray[np.uint32], int] | None = None
 
 
+class _Batch:
+    """Memory of one sample, B·T+1 ``tokens``, and views of it."""
+
+    def __init__(self, B: int, T: int) -> None:
+        self.tokens = np.zeros(B * T + 1, np.int32)
+        self.unsigned = self.tokens.view(np.uint32)
+        self.inputs = self.tokens[:-1].reshape(B, T)
+        self.targets = self.tokens[1:].reshape(B, T)
+
+
 class Batches:
     """Samples of B·T+1 tokens from the shards that a glob names, sorted by name; goes round for ever.
 
-    ``next`` fills ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, and allocates nothing but at
-    the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
+    ``next`` gives ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, which stay until it is called
+    again, and allocates nothing but at the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
     permuted at the start and at each epoch, the order of samples in each shard.
     """
 
@@ -52,10 +62,8 @@ class Batches:
                 )
         self.num_tokens = sum(self.sizes)
         self.num_samples = sum(self._samples(size) for size in self.sizes)
-        self._buffer = np.zeros(B * T + 1, np.int32)
-        self._unsigned = self._buffer.view(np.uint32)
-        self.inputs = self._buffer[:-1].reshape(B, T)
-        self.targets = self._buffer[1:].reshape(B, T)
+        self._batch, self._other = _Batch(B, T), _Batch(B, T)
+        self._is_ahead = False  # whether the other one holds the next sample
         self._shard, self._sample = 0, 0
         self._mapped: Shard | None = None
         if shuffle:
@@ -66,23 +74,51 @@ class Batches:
 
     def rewind(self) -> None:
         """Go back to the first sample of data that is read in order."""
-        self._shard, self._sample = 0, 0
+        self._shard, self._sample, self._is_ahead = 0, 0, False
+
+    @property
+    def inputs(self) -> NDArray[np.int32]:
+        return self._batch.inputs
+
+    @property
+    def targets(self) -> NDArray[np.int32]:
+        return self._batch.targets
 
     def next(self) -> None:
         """Put the next sample into ``inputs`` and ``targets``; DataError where a token is none of the vocabulary."""
+        if self._is_ahead:
+            self._batch, self._other = self._other, self._batch
+            self._is_ahead = False
+        else:
+            if self._sample >= self._samples(self.sizes[self._index]):
+                self._advance()
+            self._read(self._batch)
+        self._sample += 1
+
+    def look_ahead(self) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+        """The inputs and targets that ``next`` will give, read already; None where it has to begin a shard for them, or
+        to refuse them. ``inputs``, ``targets`` and ``position`` stay."""
         if self._sample >= self._samples(self.sizes[self._index]):
-            self._advance()
+            return None
+        try:
+            self._read(self._other)
+        except DataError:
+            return None
+        self._is_ahead = True
+        return self._other.inputs, self._other.targets
+
+    def _read(self, batch: "_Batch") -> None:
+        """Fill ``batch`` with the sample at hand."""
         sample = int(self._sample_order[self._sample]) if self.shuffle else self._sample
         start = sample * self.B * self.T
-        np.copyto(self._buffer, self._tokens[start : start + self.B * self.T + 1], casting="same_kind")
-        largest = int(self._unsigned.max())
+        np.copyto(batch.tokens, self._tokens[start : start + batch.tokens.size], casting="same_kind")
+        largest = int(batch.unsigned.max())
         if largest >= self.vocab_size:
-            where = start + int(self._unsigned.argmax())
+            where = start + int(batch.unsigned.argmax())
             raise DataError(
                 f"{self._path}: token {largest} at position {where}, where the model knows 0 to {self.vocab_size - 1}; "
                 "was it made with another tokenizer?"
             )
-        self._sample += 1
 
     def accepts(self, position: Position) -> bool:
         """Whether ``position`` is one in this data."""
@@ -105,7 +141,7 @@ class Batches:
 
     @position.setter
     def position(self, position: Position) -> None:
-        self._shard, self._sample = position.shard, position.sample
+        self._shard, self._sample, self._is_ahead = position.shard, position.sample, False
         if self.shuffle:
             assert position.shard_order is not None and position.sample_order is not None
             assert position.generator is not None

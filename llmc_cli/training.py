@@ -228,7 +228,7 @@ class Training:
         for micro_step in range(self.micro_steps):
             self.train_data.next()
             model.forward(self.train_data.inputs)
-            losses = model.backward(self.train_data.targets, 1 / tokens, acc=micro_step > 0)
+            losses = model.backward(self.train_data.targets, 1 / tokens, micro_step > 0, self._look_ahead)
             loss += float(np.mean(losses, dtype=np.float64)) / self.micro_steps
             self.generator.word()
         loss_z = self.loss_detector.score(loss)
@@ -251,6 +251,12 @@ class Training:
         rate = tokens / elapsed
         mfu = rate * self.plan.flops_per_token / self.plan.peak_flops
         return StepReport(step + 1, self.steps, loss, norm, lr, 1000 * elapsed, rate, mfu, skipped)
+
+    def _look_ahead(self) -> None:
+        """Read and send the next batch."""
+        ahead = self.train_data.look_ahead()
+        if ahead is not None:
+            self.model.send(*ahead)
 
     def _checkpoint(self, folder: RunFolder, step: int) -> CheckpointReport:
         """Write the checkpoint of ``step`` and delete the one that it pushes out."""

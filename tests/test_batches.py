@@ -68,6 +68,57 @@ def test_position_goes_on(two_shards, shuffle, after):
     assert starts(other, 20) == expected
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_looking_ahead_changes_nothing(two_shards, shuffle):
+    expected = starts(Batches(two_shards, 2, 3, 200, shuffle=shuffle), 40)
+    batches, found, seen = Batches(two_shards, 2, 3, 200, shuffle=shuffle), [], 0
+    for turn in range(40):
+        batches.next()
+        inputs, targets, position = batches.inputs, batches.targets, batches.position
+        kept = inputs.tolist(), targets.tolist()
+        ahead = batches.look_ahead() if turn % 3 else None
+        assert (inputs.tolist(), targets.tolist()) == kept
+        assert str(batches.position) == str(position)
+        found.append(kept[0][0][0])
+        if ahead is not None:
+            seen += 1
+            assert int(ahead[0][0, 0]) == expected[(turn + 1) % 40] or turn == 39
+    assert found == expected
+    assert seen >= 15
+
+
+def test_what_was_read_ahead_is_given_as_it_is(two_shards):
+    batches = Batches(two_shards, 2, 3, 200)
+    batches.next()
+    inputs, targets = batches.look_ahead()
+    batches.next()
+    assert batches.inputs is inputs and batches.targets is targets
+    assert (inputs[0, 0], targets[0, 0]) == (6, 7)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_going_elsewhere_after_looking_ahead(two_shards, shuffle):
+    batches = Batches(two_shards, 2, 3, 200, shuffle=shuffle)
+    position = batches.position
+    expected = starts(batches, 3)
+    batches.look_ahead()
+    batches.position = position
+    assert starts(batches, 3) == expected
+    if not shuffle:
+        batches.look_ahead()
+        batches.rewind()
+        assert starts(batches, 3) == expected
+
+
+def test_a_bad_token_ahead_is_refused_in_its_turn(tmp_path):
+    write_shard(tmp_path / "a.bin", np.array([0, 1, 2, 3, 4, 99, 6]))
+    batches = Batches(str(tmp_path / "a.bin"), 1, 3, 50)
+    batches.next()
+    assert batches.look_ahead() is None
+    with pytest.raises(DataError, match="token 99 at position 5"):
+        batches.next()
+
+
 def test_position_of_other_data_is_not_accepted(two_shards):
     position = Batches(two_shards, 2, 3, 200, shuffle=True).position
     assert not Batches(two_shards, 1, 3, 200, shuffle=True).accepts(position)

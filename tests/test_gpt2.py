@@ -67,6 +67,25 @@ def test_gradients_add_up(model, batch):
     np.testing.assert_allclose(model.grads.flat, 2 * once, rtol=1e-12, atol=1e-14)
 
 
+def test_a_batch_that_was_sent(model, batch):
+    """The same results, and nothing is uploaded again; but where other ids came in between."""
+    (ids, targets), other = batch, np.roll(batch, 1, axis=0)
+    model.forward(ids)
+    expected = model.backward(targets, 0.5, acc=False).copy()
+    uploads, upload = [], model.kernels.upload
+    model.kernels.upload = lambda array, values: (uploads.append(1), upload(array, values))
+    for between in (False, True):
+        model.forward(other[0])
+        model.backward(other[1], 0.5, False, lambda: model.send(ids, targets))
+        if between:
+            model.forward(other[0])
+            model.loss(other[1])
+        del uploads[:]
+        model.forward(ids)
+        np.testing.assert_array_equal(model.backward(targets, 0.5, acc=False), expected)
+        assert len(uploads) == (2 if between else 0)
+
+
 def test_what_was_in_the_gradients_is_overwritten(model, batch):
     model.forward(batch[0])
     model.backward(batch[1], 0.5, acc=False)

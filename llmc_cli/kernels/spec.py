@@ -45,6 +45,11 @@ class Kernels(Protocol):
         ``download`` gave, nothing is left to do on a backend whose memory is the host's."""
         ...
 
+    def upload_ahead(self, array: Array, values: "NDArray[Any]") -> None:
+        """As ``upload``, of a few numbers, behind all that has been asked for so far: they may be on their way while
+        that runs."""
+        ...
+
     def download(self, array: Array) -> "NDArray[Any]":
         """The numbers of ``array`` on the host, bfloat16 as float32: the array itself where it lies there, else a
         copy, made after everything that has been asked for is done."""

@@ -100,6 +100,7 @@ class GPT2:
         alloc, dtype, config = self.kernels.alloc, self.kernels.activation_dtype, self.config
         self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
         self._recorded: dict[tuple[object, ...], Callable[[], None]] = {}
+        self._sent: tuple[Tokens, Tokens] | None = None
         self.ids, self.targets, self.positions = (alloc((B * T,), np.int32) for _ in range(3))
         self.kernels.upload(self.positions, np.tile(np.arange(T, dtype=np.int32), B))
         self.acts = Arena(alloc, activation_shapes(config, B, T, recompute), dtype, ALIGN)
@@ -126,9 +127,18 @@ class GPT2:
             self._recorded[key] = self.kernels.recorded(lambda: method(model, *arguments))
         self._recorded[key]()
 
+    def send(self, ids: Tokens, targets: Tokens) -> None:
+        """Let the backend have what ``forward`` and ``backward`` will be given next, these very arrays (B,T), unchanged
+        until then, while it may still be at work on the batch before."""
+        self.kernels.upload_ahead(self.ids, ids.reshape(-1))
+        self.kernels.upload_ahead(self.targets, targets.reshape(-1))
+        self._sent = ids, targets
+
     def forward(self, ids: Tokens) -> None:
         """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T) on the host."""
-        self.kernels.upload(self.ids, ids.reshape(-1))  # read again by backward
+        if self._sent is None or self._sent[0] is not ids:
+            self._sent = None
+            self.kernels.upload(self.ids, ids.reshape(-1))  # read again by backward
         self._run(GPT2._forward)
 
     def _forward(self) -> None:
@@ -175,6 +185,7 @@ class GPT2:
 
     def loss(self, targets: Tokens) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; what the next call may overwrite."""
+        self._sent = None
         self.kernels.upload(self.targets, targets.reshape(-1))
         self._run(GPT2._loss)
         return self.kernels.download(self.stats["losses"])
@@ -185,12 +196,18 @@ class GPT2:
             self.stats["losses"], None, None, self.acts["lnf"], self.head, self.targets, V, 0.0, False
         )
 
-    def backward(self, targets: Tokens, dloss: float, acc: bool) -> NDArray[np.floating]:
+    def backward(
+        self, targets: Tokens, dloss: float, acc: bool, meanwhile: Callable[[], None] | None = None
+    ) -> NDArray[np.floating]:
         """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
         added to what is there with ``acc``. The gradients of ``gelu`` and ``qkv`` take the place of these, so this can
-        be called once after each ``forward``."""
-        self.kernels.upload(self.targets, targets.reshape(-1))
+        be called once after each ``forward``. ``meanwhile`` is called before the wait for the results."""
+        if self._sent is None or self._sent[1] is not targets:
+            self.kernels.upload(self.targets, targets.reshape(-1))
+        self._sent = None
         self._run(GPT2._backward, dloss, acc)
+        if meanwhile:
+            meanwhile()
         return self.kernels.download(self.stats["losses"])
 
     def _backward(self, dloss: float, acc: bool) -> None:

@@ -89,6 +89,9 @@ class CpuKernels:
         if array is not values:
             array[...] = values
 
+    def upload_ahead(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+        self.upload(array, values)
+
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
 

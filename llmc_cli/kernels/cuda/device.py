@@ -37,10 +37,13 @@ STAGED = 1 << 20  # bytes: smaller arrays are uploaded without waiting for them
 
 @dataclass
 class _Staging:
-    """Page-locked memory from which one array is filled, and when it was last read."""
+    """Page-locked memory from which one array is filled, and when it was last read. What is uploaded ahead waits in
+    ``near``, on the device, until its turn; ``taken``: when that was last read."""
 
     memory: NDArray[np.uint8]
-    read: Any  # an event
+    read: Any  # events, both
+    taken: Any
+    near: Array | None = None
 
 
 class Graph:
@@ -70,7 +73,7 @@ class Device:
         self.real: Any = np.uint16 if bf16 else np.float32
         self._device = cupy.cuda.Device(index)
         self._device.use()
-        self.stream = _stream(index)
+        self.stream, self._ahead = _stream(index), _stream(index, "ahead")
         self.stream.use()
         self._options = (*OPTIONS, "-DREAL_BF16") if bf16 else OPTIONS
         self._modules: dict[str, Any] = {}
@@ -107,18 +110,42 @@ class Device:
         if values.nbytes > STAGED:
             array.set(values)
             return
-        runtime = self._cupy.cuda.runtime
+        staging = self._staged(array, values)
+        self._copy_staged(array, staging, values.nbytes, self.stream)
+
+    def upload_ahead(self, array: Array, values: NDArray[Any]) -> None:
+        """As ``upload``, of at most ``STAGED`` bytes. They are carried over to the device at once, on a stream of their
+        own, and put into place behind all that has been launched."""
+        self._forbid_while_capturing("values come from the host")
+        values = np.ascontiguousarray(_converted(values, array.dtype))
+        staging = self._staged(array, values)
+        if staging.near is None:
+            staging.near = self.alloc(array.shape, array.dtype)
+            staging.taken.record(self.stream)  # it has been zeroed there
+        self._ahead.wait_event(staging.taken)
+        self._copy_staged(staging.near, staging, values.nbytes, self._ahead)
+        self.stream.wait_event(staging.read)
+        self.copy(array, staging.near)
+        staging.taken.record(self.stream)
+
+    def _staged(self, array: Array, values: NDArray[Any]) -> _Staging:
+        """What ``array`` is filled from, with ``values`` in it."""
         staging = self._staging.get(array.data.ptr)
         if staging is not None:
             staging.read.synchronize()
         if staging is None or staging.memory.nbytes < values.nbytes:
             pinned = self._cupy.cuda.alloc_pinned_memory(values.nbytes)
-            memory = np.frombuffer(pinned, np.uint8, values.nbytes)
-            staging = self._staging[array.data.ptr] = _Staging(memory, self._cupy.cuda.Event(disable_timing=True))
+            events = (self._cupy.cuda.Event(disable_timing=True) for _ in range(2))
+            staging = _Staging(np.frombuffer(pinned, np.uint8, values.nbytes), *events)
+            self._staging[array.data.ptr] = staging
         staging.memory[: values.nbytes] = values.reshape(-1).view(np.uint8)
-        address, stream = staging.memory.ctypes.data, self.stream.ptr
-        runtime.memcpyAsync(array.data.ptr, address, values.nbytes, runtime.memcpyHostToDevice, stream)
-        staging.read.record(self.stream)
+        return staging
+
+    def _copy_staged(self, target: Array, staging: _Staging, size: int, stream: Any) -> None:
+        runtime = self._cupy.cuda.runtime
+        address = staging.memory.ctypes.data
+        runtime.memcpyAsync(target.data.ptr, address, size, runtime.memcpyHostToDevice, stream.ptr)
+        staging.read.record(stream)
 
     def download(self, array: Array) -> NDArray[Any]:
         """A copy on the host, bfloat16 as float32, after everything that has been launched."""
@@ -214,9 +241,9 @@ class Device:
 
 
 @functools.cache
-def _stream(index: int) -> Any:
-    """The stream of the device in use, which is ``index``: one for all that is opened on it, since CuPy allocates,
-    copies and launches on the one stream that its thread has in use."""
+def _stream(index: int, purpose: str = "all") -> Any:
+    """A stream of the device in use, which is ``index``: one for all that is opened on it, since CuPy allocates, copies
+    and launches on the one stream that its thread has in use; another one for what is uploaded ahead."""
     return _import_cupy().cuda.Stream(non_blocking=True)
 
 

@@ -60,6 +60,9 @@ class CudaKernels:
     def upload(self, array: Array, values: NDArray[Any]) -> None:
         self.device.upload(array, values)
 
+    def upload_ahead(self, array: Array, values: NDArray[Any]) -> None:
+        self.device.upload_ahead(array, values)
+
     def download(self, array: Array) -> NDArray[Any]:
         return self.device.download(array)
 

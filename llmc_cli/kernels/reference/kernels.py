@@ -62,6 +62,9 @@ class ReferenceKernels:
         if array is not values:
             array[...] = values
 
+    def upload_ahead(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+        self.upload(array, values)
+
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
 

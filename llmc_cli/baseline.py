@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from llmc_cli.errors import DataError, UsageError
 from llmc_cli.measuring import Row
 
 SCHEMA = 1
+STDIN = Path("-")
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,18 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """What ``benchmarking.Benchmark.save`` wrote. DataError where the file is something else."""
+    """What ``benchmarking.Benchmark.save`` wrote; "-" is stdin. DataError where the file is something else."""
+    file: str | Path = "stdin" if path == STDIN else path
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(sys.stdin.buffer.read() if path == STDIN else path.read_bytes())
         if content["schema"] != SCHEMA:
-            raise DataError(f"{path}: found schema {content['schema']}, expected {SCHEMA}; measure it anew with --save")
+            raise DataError(f"{file}: found schema {content['schema']}, expected {SCHEMA}; measure it anew with --save")
         seconds = {str(row["name"]): float(row["seconds"]) for row in content["rows"]}
         machine, settings = dict(content["machine"]), dict(content["settings"])
         dict(settings["sections"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: found no saved benchmark ({type(error).__name__}: {error}), expected what --save writes"
+            f"{file}: found no saved benchmark ({type(error).__name__}: {error}), expected what --save writes"
         ) from None
     return Baseline(path, machine, settings, seconds)
 

@@ -35,7 +35,7 @@ Note: TypeAlias = Callable[[str], None]
 @dataclass(frozen=True)
 class Answer:
     """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's
-    so far, on a GPU what it took of the GPU's."""
+    so far, on a GPU what it took of the GPU's for this run or one before."""
 
     seconds: float
     peak_memory: int | None
@@ -79,7 +79,8 @@ class Contestant:
             self._process.stdin.write(json.dumps({"task": task, "untimed": untimed}) + "\n")
             self._process.stdin.flush()
         answer = Answer(**self._receive())
-        self.peak_memory = answer.peak_memory
+        if answer.peak_memory is not None:
+            self.peak_memory = max(answer.peak_memory, self.peak_memory or 0)
         return answer
 
     def close(self) -> None:
@@ -122,7 +123,10 @@ def contest(works: Sequence[Work]) -> Iterator[tuple[list[Contestant], dict[str,
 
 
 def failure(work: Work, error: Unavailable) -> LlmcError:
-    return MissingError(f"bench {work.section}: {work.side} cannot do this: {error}")
+    advice = ""
+    if work.device != "cpu" and "out of memory" in str(error).lower():
+        advice = "; all sides have their weights on the device at once: take a smaller --batch"
+    return MissingError(f"bench {work.section}: {work.side} cannot do this: {error}{advice}")
 
 
 def alternate(
@@ -135,8 +139,8 @@ def alternate(
     budget: float | None = None,
 ) -> dict[str, list[Answer]]:
     """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count; fewer of both where turns are
-    long: see ``LONG_TURN_S`` and ``fitting_runs``. Each run may be preceded by ``untimed`` ones, which bring back the
-    caches that the other side has used."""
+    long: see ``LONG_TURN_S`` and ``fitting_runs``. Each run may be preceded by ``untimed`` ones, which bring back what
+    the other side has used meanwhile, caches or a GPU's memory."""
     for done in range(1, warm_up + 1):
         start = time.monotonic()
         _turn(contestants, task, untimed)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from llmc_cli.errors import LlmcError
 from llmc_cli.process_memory import peak_memory
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from llmc_cli.workloads import Task, Workload
 
 
-Memory = Callable[[], int | None]
-"""Says how many bytes have been held at most so far: of a GPU's memory where that computes, else of the process's."""
+class Memory(NamedTuple):
+    """Of a GPU where that computes, else of this process. ``held``: bytes that are, or were at most; ``release``: let
+    the other sides have what is not in use, as all of them are on one GPU."""
+
+    held: Callable[[], int | None]
+    release: Callable[[], None]
+
+
+OF_THE_PROCESS = Memory(peak_memory, lambda: None)
 
 
 def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
@@ -32,7 +39,7 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
 
     config, B, T = work.config, work.batch, work.seq_len
     if work.section == "prepro":
-        return workloads.PreproWorkload(), {"workers": 1}, peak_memory
+        return workloads.PreproWorkload(), {"workers": 1}, OF_THE_PROCESS
     if work.section == "sample":
         precisions = sampling_precisions(work.device, work.precision)
         opened = {each: open_sampling(work.device, each, work.threads) for each in precisions}
@@ -55,19 +62,21 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
 
 def _memory(kernels: Any) -> Memory:
     device = getattr(kernels, "device", None)
-    return peak_memory if device is None else device.held_bytes
+    return OF_THE_PROCESS if device is None else Memory(device.held_bytes, device.release)
 
 
 def torch_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
-    from llmc_cli.torch_workloads import open_torch, reserved_memory
+    from llmc_cli import torch_workloads as theirs
 
-    return *open_torch(work), reserved_memory if work.device.startswith("cuda") else peak_memory
+    made, configuration = theirs.open_torch(work)
+    on_gpu = theirs.is_cuda(work.device)
+    return made, configuration, Memory(theirs.reserved_memory, theirs.release) if on_gpu else OF_THE_PROCESS
 
 
 class Desk:
     """Takes requests and answers them; keeps the task at hand prepared."""
 
-    def __init__(self, workload: "Workload", memory: Memory = peak_memory) -> None:
+    def __init__(self, workload: "Workload", memory: Memory = OF_THE_PROCESS) -> None:
         self.workload, self.memory = workload, memory
         self.name: str | None = None
         self.task: Task | None = None
@@ -83,8 +92,10 @@ class Desk:
         start = time.perf_counter()
         detail = self.task.run()
         seconds = (time.perf_counter() - start) / self.task.parts
+        held = self.memory.held()
+        self.memory.release()
         return {"seconds": seconds, "flops": self.task.cost.flops, "bytes": self.task.cost.bytes, "detail": detail,
-                "peak_memory": self.memory()}  # fmt: skip
+                "peak_memory": held}  # fmt: skip
 
 
 def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -94,6 +105,7 @@ def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]
     """
     try:
         workload, configuration, memory = (our_side if work.side == "llmc" else torch_side)(work)
+        memory.release()
         answer({"tasks": workload.tasks, "configuration": configuration})
         desk = Desk(workload, memory)
         for line in requests:

@@ -1,9 +1,9 @@
 """The work of ``workloads`` as PyTorch's users would write it; imported in a process of its own only.
 
-The model is an ordinary GPT-2 (Radford et al. 2019): ``nn`` modules, scaled-dot-product attention, the head tied to the
-embedding, fused AdamW, gradients clipped by norm. ``side`` "torch compiled" puts the model through ``torch.compile``.
-With ``precision`` "bf16" the weights stay float32, and forward pass and loss run under ``torch.autocast``. ``device``:
-"cpu", "cuda" or "cuda:N", where everything is made; on CUDA a run ends when the device is done with it.
+The model is an ordinary one: ``nn`` modules, scaled-dot-product attention, the head tied to the embedding; AdamW is
+fused, gradients are clipped by norm. ``MODES`` are the sides that put the model through ``torch.compile``.
+With ``precision`` "bf16" the weights stay float32 in training, and forward pass and loss run under ``torch.autocast``.
+``device``: "cpu", "cuda" or "cuda:N", where everything is made; on CUDA a run ends when the device is done with it.
 """
 
 from collections.abc import Callable
@@ -16,72 +16,12 @@ from torch.nn import functional as F
 from llmc_cli.device import SAMPLING_PRECISIONS
 from llmc_cli.errors import MissingError
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.torch_model import GPT2
 from llmc_cli.work import Work
 from llmc_cli.workloads import LR, SEED, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
 
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the stream x (B,T,C)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        C = config.channels
-        self.num_heads = config.num_heads
-        self.ln1, self.ln2 = nn.LayerNorm(C, config.norm_eps), nn.LayerNorm(C, config.norm_eps)
-        self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """q, k, v (B,NH,T,HS)."""
-        B, T, C = x.shape
-        qkv = self.qkv(self.ln1(x)).split(C, dim=2)
-        return [part.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2) for part in qkv]
-
-    def join(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The stream behind both branches, from the attention's output (B,NH,T,HS)."""
-        x = x + self.attproj(attended.transpose(1, 2).reshape(x.shape))
-        return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)
-        return self.join(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-
-    def extend(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        """One more position (B,1,C), behind those in keys and values (B,NH,Tmax,HS), which take the new one."""
-        q, k, v = self.heads(x)
-        keys.index_copy_(2, position, k)
-        values.index_copy_(2, position, v)
-        return self.join(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
-
-
-class GPT2(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.channels)
-        self.wpe = nn.Embedding(config.max_seq_len, config.channels)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.lnf = nn.LayerNorm(config.channels, config.norm_eps)
-        self.head = nn.Linear(config.channels, config.vocab_size, bias=False)
-        self.head.weight = self.wte.weight
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=STD)
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of targets (B,T)."""
-        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.lnf(x))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
-
-    def extend(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The logits (B,V) behind one more token (B,1); keys, values (L,B,NH,Tmax,HS), position (1,)."""
-        mask = (torch.arange(keys.shape[3], device=keys.device) <= position)[None, None, None]
-        x = self.wte(ids) + self.wpe(position)
-        for layer, block in enumerate(self.blocks):
-            x = block.extend(x, keys[layer], values[layer], position, mask)
-        return self.head(self.lnf(x))[:, -1]
+MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}
+"""What ``torch.compile`` is asked for. The latter makes CUDA graphs, as ours are where tokens are sampled."""
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
@@ -103,7 +43,7 @@ class TrainWorkload:
     tasks: tuple[str, ...] = ("step",)
 
     def __init__(
-        self, config: ModelConfig, B: int, T: int, compiled: bool, precision: str = "fp32", device: str = "cpu"
+        self, config: ModelConfig, B: int, T: int, mode: str | None, precision: str = "fp32", device: str = "cpu"
     ) -> None:
         self.precision, self.device = precision, device
         model = GPT2(config)
@@ -117,7 +57,7 @@ class TrainWorkload:
             eps=1e-8,
             fused=True,
         )
-        self.model: Callable[..., Tensor] = torch.compile(model) if compiled else model
+        self.model: Callable[..., Tensor] = torch.compile(model, mode=mode) if mode else model
         ids = torch.randint(config.vocab_size, (B, T + 1))
         self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -135,25 +75,23 @@ class TrainWorkload:
         return {"loss": loss.item(), "norm": norm.item()}
 
 
-SAMPLING = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
-"""Tasks of ours, beside each of which PyTorch samples in float32."""
+class Sampler:
+    """B sequences that grow behind T positions in the cache, the likeliest token each time."""
 
-
-class SampleWorkload:
-    tasks: tuple[str, ...] = SAMPLING
-
-    def __init__(self, config: ModelConfig, B: int, T: int, compiled: bool, device: str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, B: int, T: int, mode: str | None, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         self.device = device
-        model = GPT2(config).eval()
+        model = GPT2(config).eval().to(dtype)
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
         shape = (config.num_layers, B, config.num_heads, T + self.tokens, config.head_size)
-        self.keys, self.values = torch.randn(shape), torch.randn(shape)
+        self.keys, self.values = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
         self.position = torch.tensor([T])
-        self.extend: Callable[..., Tensor] = torch.compile(model.extend) if compiled else model.extend
+        self.extend: Callable[..., Tensor] = torch.compile(model.extend, mode=mode) if mode else model.extend
+        if mode == MODES["torch graphs"]:
+            for cache in (self.keys, self.values):  # or there would be no graph, as the caches are written to
+                torch._dynamo.mark_static_address(cache)
         self.start = torch.zeros((B, 1), dtype=torch.int64)
-
-    def prepare(self, task: str) -> Task:
-        return Task(self.run, parts=self.tokens)
 
     @torch.inference_mode()
     def run(self) -> Detail:
@@ -166,12 +104,10 @@ class SampleWorkload:
         return None
 
 
-class TransformersWorkload:
-    """The same by transformers' ``generate``, greedy, behind T positions in its cache."""
+class TransformersSampler:
+    """The same by transformers' ``generate``."""
 
-    tasks: tuple[str, ...] = SAMPLING
-
-    def __init__(self, config: ModelConfig, B: int, T: int, device: str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: str = "cpu") -> None:
         import transformers
 
         self.device = device
@@ -181,16 +117,13 @@ class TransformersWorkload:
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         model: Any = transformers.GPT2LMHeadModel(made)
-        self.model = model.eval()
+        self.model = model.eval().to(dtype)
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
         self.cache: Any = transformers.DynamicCache(config=made)
         shape = (B, config.num_heads, T, config.head_size)
         for layer in range(config.num_layers):
-            self.cache.update(torch.randn(shape), torch.randn(shape), layer)
+            self.cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
         self.ids = torch.zeros((B, T + 1), dtype=torch.int64)
-
-    def prepare(self, task: str) -> Task:
-        return Task(self.run, parts=self.tokens)
 
     @torch.inference_mode()
     def run(self) -> Detail:
@@ -203,6 +136,26 @@ class TransformersWorkload:
         assert made.shape[1] == self.ids.shape[1] + self.tokens
         wait_for(self.device)
         return None
+
+
+class SampleWorkload:
+    """Takes part in our tasks, one for each precision of weights: in bfloat16 where that is ours and among
+    ``precisions``, else in float32."""
+
+    tasks: tuple[str, ...] = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
+
+    def __init__(self, make: Callable[[torch.dtype], Sampler | TransformersSampler], precisions: list[str]) -> None:
+        self._make, self._precisions = make, precisions
+        self._made: dict[torch.dtype, Sampler | TransformersSampler] = {}
+
+    def prepare(self, task: str) -> Task:
+        halved = task == "token bf16" and "bf16" in self._precisions
+        dtype = torch.bfloat16 if halved else torch.float32
+        if dtype not in self._made:
+            self._made.clear()  # before another takes its memory
+            self._made[dtype] = self._make(dtype)
+        sampler = self._made[dtype]
+        return Task(sampler.run, parts=sampler.tokens)
 
 
 class KernelsWorkload:
@@ -347,31 +300,24 @@ def reserved_memory() -> int:
     return torch.cuda.max_memory_reserved()
 
 
+def release() -> None:
+    """Give back what PyTorch keeps of the GPU's memory for arrays to come."""
+    torch.cuda.empty_cache()
+
+
 def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
-    """PyTorch's side of ``work``, and how it is set up; compiled here where it is to be compiled. MissingError where it
-    finds no GPU, and that is what works."""
+    """PyTorch's side of ``work``, and how it is set up; what is to be compiled is compiled here. MissingError where a
+    GPU is to compute and PyTorch finds none."""
     device = work.device if is_cuda(work.device) else "cpu"
     if is_cuda(device):
-        if not torch.cuda.is_available():
-            raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device; it may be a build for the CPU only")
-        torch.cuda.set_device(torch.device(device) if ":" in device else 0)
-        torch.set_float32_matmul_precision("high" if work.precision == "tf32" else "highest")
+        _use(device, work.precision)
     torch.manual_seed(SEED)
     if work.threads is not None:
         torch.set_num_threads(work.threads)
-    compiled = work.side == "torch compiled"
-    config, B, T = work.config, work.batch, work.seq_len
-    made: Workload
+    mode = MODES.get(work.side)
     with torch.device(device):
-        if work.section == "train":
-            made = TrainWorkload(config, B, T, compiled, work.precision, device)
-        elif work.section == "kernels":
-            made = KernelsWorkload(config, B, T, work.precision, device)
-        elif work.side == "transformers":
-            made = TransformersWorkload(config, B, T, device)
-        else:
-            made = SampleWorkload(config, B, T, compiled, device)
-    if compiled:
+        made = _workload(work, mode, device)
+    if mode:
         made.prepare(made.tasks[0]).run()
     configuration = {
         "torch": torch.__version__,
@@ -379,9 +325,35 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
         "precision": work.precision,
         "optimizer": "AdamW, fused",
         "attention": "scaled_dot_product_attention",
-        "mode": "torch.compile" if compiled else "generate" if work.side == "transformers" else "eager",
+        "mode": f"torch.compile, {mode}" if mode else "generate" if work.side == "transformers" else "eager",
         "blas": "cuBLAS" if is_cuda(device) else "MKL" if torch.backends.mkl.is_available() else "no MKL",
     }
     if is_cuda(device):
-        configuration["device"] = torch.cuda.get_device_name(device)
+        configuration |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return made, configuration
+
+
+def _use(device: str, precision: str) -> None:
+    """Have the GPU multiply float32 as ours does."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"for CUDA {built}: is the driver older than that?" if built else "and is built without CUDA"
+        raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device {why}")
+    torch.cuda.set_device(torch.device(device) if ":" in device else 0)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def _workload(work: Work, mode: str | None, device: str) -> Workload:
+    config, B, T = work.config, work.batch, work.seq_len
+    if work.section == "train":
+        return TrainWorkload(config, B, T, mode, work.precision, device)
+    if work.section == "kernels":
+        return KernelsWorkload(config, B, T, work.precision, device)
+
+    def make(dtype: torch.dtype) -> Sampler | TransformersSampler:
+        with torch.device(device):
+            if work.side == "transformers":
+                return TransformersSampler(config, B, T, dtype, device)
+            return Sampler(config, B, T, mode, dtype, device)
+
+    return SampleWorkload(make, work.precision.split())

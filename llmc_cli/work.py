@@ -11,8 +11,9 @@ from llmc_cli.models.config import ModelConfig
 class Work:
     """What is to be done, and by whom.
 
-    ``side``: llmc, torch eager or torch compiled; ``section``: kernels, train, sample, prepro or start. B sequences of
-    T positions; ``steps`` tokens at least have room behind them in ``sample``. ``threads`` None: the side's own
+    ``side``: llmc, or a mode of PyTorch that ``measuring`` lists; ``section``: kernels, train, sample, prepro or start.
+    B sequences of T positions; ``steps`` tokens at least have room behind them in ``sample``. ``precision``: of
+    PyTorch's samples those that it has in common with ours, with blanks between. ``threads`` None: the side's own
     default. ``recompute``: our level in ``train`` and ``start``.
     """
 

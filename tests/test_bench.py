@@ -15,9 +15,9 @@ def bench(monkeypatch, tiny_config):
     ceilings = Ceilings("fp32", {"1536 x 1536 x 1536": 300e9}, {"read": 30e9, "copy": 40e9})
     monkeypatch.setattr(benchmarking, "measure_ceilings", lambda backend: ceilings)
 
-    def run(*arguments):
+    def run(*arguments, input=None):
         given = ["bench", *map(str, arguments), "--model", tiny_config, "-t", 8, "--steps", 2, "--threads", 1]
-        return CliRunner().invoke(app, list(map(str, given)))
+        return CliRunner().invoke(app, list(map(str, given)), input=input)
 
     return run
 
@@ -92,6 +92,20 @@ def test_a_baseline_is_kept_and_held_against(bench, tmp_path):
     other = bench("sample", "--baseline", path, "-b", 3)
     assert other.exit_code == 2
     assert "sample: batch was 1, is 3" in other.stderr
+
+
+def test_a_dash_is_stdout_and_stdin(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = bench("sample", "--save", "-", "--quiet")
+    assert saved.exit_code == 0, saved.output
+    assert json.loads(saved.stdout)["rows"]
+    again = bench("sample", "--baseline", "-", "--tolerance", 1e9, "--quiet", input=saved.stdout)
+    assert again.exit_code == 0, again.output
+    assert "row\tbefore, ms\tnow, ms\tchange" in again.stdout
+    other = bench("sample", "--baseline", "-", input="x")
+    assert other.exit_code == 3
+    assert other.stderr.startswith("llmc: stdin: found no saved benchmark")
+    assert list(tmp_path.glob("-")) == []
 
 
 def test_a_picture(bench, tmp_path):

@@ -1,15 +1,19 @@
 """Processes that take turns."""
 
+import io
 import os
+from types import SimpleNamespace
 
 import pytest
 from benchmark_inputs import quiet, work
 
 from llmc_cli import contest
+from llmc_cli.contestant import Desk, Memory
 from llmc_cli.errors import MissingError
 from llmc_cli.process_memory import peak_memory
 from llmc_cli.waiting import PASSIVE, users_environment, wait_passively
 from llmc_cli.work import Work
+from llmc_cli.workloads import Task
 
 
 def test_work_survives_the_command_line():
@@ -111,3 +115,46 @@ def test_a_process_that_dies_is_told_of():
         contestants[0]._process.kill()
         with pytest.raises(MissingError, match="bench prepro: llmc cannot do this: the process ended with status"):
             contest.alternate(contestants, "files", 1, 0, 0, quiet)
+
+
+def test_memory_is_given_back_between_turns():
+    """After the time and what was held are taken, so that it is neither."""
+    order = []
+
+    class Workload:
+        tasks = ("step",)
+
+        def prepare(self, task):
+            return Task(lambda: order.append("run"))
+
+    def held():
+        order.append("held")
+        return 5
+
+    desk = Desk(Workload(), Memory(held, lambda: order.append("release")))
+    assert desk.answer("step", 1)["peak_memory"] == 5
+    assert desk.answer("step", 0)["peak_memory"] == 5
+    assert order == ["run", "run", "held", "release", "run", "held", "release"]
+
+
+def test_the_most_that_was_held_counts(monkeypatch):
+    side = object.__new__(contest.Contestant)
+    side.peak_memory = None
+    side._process = SimpleNamespace(stdin=io.StringIO())
+    for held, most in ((None, None), (3, 3), (7, 7), (2, 7)):
+        monkeypatch.setattr(side, "_receive", lambda held=held: {"seconds": 1.0, "peak_memory": held})
+        side.ask("step")
+        assert side.peak_memory == most
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "advice"),
+    [
+        ("cuda:0", "OutOfMemoryError: CUDA out of memory.", True),
+        ("cuda:0", "ValueError: no", False),
+        ("cpu", "MemoryError: out of memory", False),
+    ],
+)
+def test_too_large_a_batch_for_a_device(device, said, advice):
+    error = contest.failure(work("train", device=device), contest.Unavailable(said))
+    assert ("take a smaller --batch" in str(error)) == advice

@@ -103,15 +103,25 @@ def test_the_start(tiny_config, tiny_data, monkeypatch):
     assert 0 < starting.first_step(work, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
 
 
+def test_pytorch_that_cannot_is_an_error(tiny_config, tmp_path):
+    """Nothing is measured beside a PyTorch that does not load, or on another device."""
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
+    path = os.pathsep.join((str(FOLDER), str(tmp_path)))
+    result = bench("train", tiny_config, "--against", "torch", "--quiet", PYTHONPATH=path)
+    assert (result.returncode, result.stdout) == (4, "")
+    assert result.stderr == "llmc: --against torch: train: ImportError: broken on purpose\n"
+
+
 @pytest.mark.witness
-def test_pytorch_without_cuda_says_so(monkeypatch):
-    import torch
+def test_pytorch_without_a_card_is_an_error(tiny_config):
+    result = bench("sample", tiny_config, "--against", "torch", "--quiet", CUDA_VISIBLE_DEVICES="-1")
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "--against torch: sample: PyTorch 2" in result.stderr
+    assert result.stderr.count("finds no CUDA device") == 1
 
-    from llmc_cli.errors import MissingError
-    from llmc_cli.models.config import ModelConfig
-    from llmc_cli.torch_workloads import open_torch
-    from llmc_cli.work import Work
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingError, match="finds no CUDA device"):
-        open_torch(Work("torch eager", "train", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "bf16"))
+def test_a_device_too_small(tiny_config):
+    result = bench("train", tiny_config, "-b", 100_000, "--quiet", LLMC_EMULATOR_MEMORY=str(40 << 20))
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "llmc cannot do this: OutOfMemoryError" in result.stderr
+    assert "take a smaller --batch" in result.stderr

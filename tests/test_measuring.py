@@ -1,6 +1,8 @@
 """Ceilings, our workloads, and rows made of what they take; never how fast this machine is."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from llmc_cli import measuring
 from llmc_cli.ceilings import matmul_flops, memory_bandwidth
 from llmc_cli.costs import COSTS, Cost
 from llmc_cli.device import open_sampling
+from llmc_cli.errors import MissingError
 from llmc_cli.measuring import measure, model_flops_utilization, share_of_ceiling
 from llmc_cli.models.layout import parameter_count
 from llmc_cli.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
@@ -115,3 +118,43 @@ def test_pytorch_takes_part_in_our_precision_where_it_has_it(monkeypatch, sectio
         measure(work(section, precision=precision), CEILINGS, True, quiet)
     assert started.value.value[0] == precision
     assert set(started.value.value[1:]) == {theirs}
+
+
+def test_on_a_gpu_pytorch_may_make_graphs_and_samples_in_our_precisions(monkeypatch):
+    def contest(works):
+        raise StopIteration(works)
+
+    monkeypatch.setattr(measuring, "contest", contest)
+    monkeypatch.setattr(measuring, "sampling_precisions", lambda device, precision: ("fp32", "bf16"))
+    with pytest.raises(StopIteration) as started:
+        measure(work("sample", device="cuda:0", precision="auto"), CEILINGS, True, quiet)
+    assert {each.side: each.precision for each in started.value.value} == {
+        "llmc": "auto",
+        **dict.fromkeys(("torch eager", "torch compiled", "transformers", "torch graphs"), "fp32 bf16"),
+    }
+
+
+def test_without_pytorch_nothing_is_measured(monkeypatch):
+    absent = {"torch eager": "too old", "torch compiled": "too old", "transformers": "not there"}
+
+    @contextlib.contextmanager
+    def contest(works):
+        yield [SimpleNamespace(tasks=())], absent
+
+    monkeypatch.setattr(measuring, "contest", contest)
+    with pytest.raises(MissingError, match=r"^--against torch: sample: too old; not there$"):
+        measure(work("sample"), CEILINGS, True, quiet)
+
+
+@pytest.mark.parametrize(
+    ("section", "device", "runs"),
+    [
+        ("train", "cpu", 0),
+        ("kernels", "cpu", 1),
+        ("train", "cuda:0", 1),
+        ("kernels", "cuda:0", 1),
+        ("prepro", "cuda:0", 0),
+    ],
+)
+def test_runs_that_bring_back_what_others_have_used(section, device, runs):
+    assert measuring._untimed(work(section, device=device)) == runs

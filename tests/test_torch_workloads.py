@@ -1,10 +1,14 @@
 """Live PyTorch at the same work."""
 
+import contextlib
+import re
+
 import numpy as np
 import pytest
 from benchmark_inputs import CEILINGS, CONFIG, quiet, work
 
 from llmc_cli import contest, measuring
+from llmc_cli.errors import MissingError
 from llmc_cli.measuring import measure
 from llmc_cli.models.layout import parameter_count
 
@@ -37,6 +41,36 @@ def test_torch_takes_turns(monkeypatch, section):
     assert all(side.peak_memory for side in measured.sides)
 
 
+@pytest.mark.parametrize(
+    ("built", "why"), [(None, "and is built without CUDA"), ("13.0", "for CUDA 13.0: is the driver older than that?")]
+)
+def test_without_a_card_it_says_so(monkeypatch, built, why):
+    import torch
+
+    from llmc_cli.torch_workloads import open_torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(MissingError, match=rf"^PyTorch {re.escape(torch.__version__)} finds no CUDA device {why}"):
+        open_torch(work("train", side="torch eager", device="cuda:0", precision="bf16"))
+
+
+def test_samples_in_common_are_of_the_same_precision(monkeypatch):
+    import torch
+
+    from llmc_cli.torch_workloads import open_torch
+
+    for precision, halved in (("fp32", False), ("fp32 bf16", True)):
+        made, _ = open_torch(work("sample", side="torch eager", precision=precision))
+        kept = {}
+        for name in made.tasks:
+            task = made.prepare(name)
+            task.run()
+            kept[name] = task.run.__self__.keys.dtype
+        bf16 = torch.bfloat16 if halved else torch.float32
+        assert kept == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
+
+
 @pytest.mark.parametrize("section", ["kernels", "train"])
 def test_torch_in_bf16_runs_under_autocast(section):
     import torch
@@ -57,12 +91,13 @@ def test_torch_in_bf16_runs_under_autocast(section):
 def test_torchs_model_is_the_same_model():
     import torch
 
-    from llmc_cli.torch_workloads import GPT2, TrainWorkload
+    from llmc_cli.torch_model import GPT2
+    from llmc_cli.torch_workloads import TrainWorkload
 
     torch.manual_seed(0)
     padding = (CONFIG.padded_vocab_size - CONFIG.vocab_size) * CONFIG.channels
     assert sum(p.numel() for p in GPT2(CONFIG).parameters()) == parameter_count(CONFIG) - padding
-    workload = TrainWorkload(CONFIG, 2, 8, compiled=False)
+    workload = TrainWorkload(CONFIG, 2, 8, mode=None)
     losses = [workload.step()["loss"] for _ in range(4)]
     assert losses[0] == pytest.approx(np.log(67), rel=0.05)
     assert losses[-1] < losses[0]
@@ -71,7 +106,7 @@ def test_torchs_model_is_the_same_model():
 def test_torchs_cached_step_agrees_with_its_whole_pass():
     import torch
 
-    from llmc_cli.torch_workloads import GPT2
+    from llmc_cli.torch_model import GPT2
 
     torch.manual_seed(0)
     model, T = GPT2(CONFIG).eval(), 6
@@ -84,3 +119,88 @@ def test_torchs_cached_step_agrees_with_its_whole_pass():
             logits = model.extend(ids[:, t : t + 1], keys, values, torch.tensor([t]))
             total += torch.nn.functional.cross_entropy(logits, ids[:, t + 1]).item()
         assert total / (T - 1) == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5)
+
+
+CARD = "meta"
+"""In the place of a card: PyTorch's device for shapes alone, whose operations have no numbers, and so no times."""
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """What PyTorch is asked for there: contexts of autocast, and how often it was waited for. Fused AdamW and numbers
+    for the host are what the device lacks."""
+    import torch
+
+    from llmc_cli import torch_workloads
+
+    asked = {"autocast": set(), "waits": 0}
+
+    def autocast(kind, dtype, enabled):
+        asked["autocast"].add((kind, dtype, enabled))
+        return contextlib.nullcontext()
+
+    def wait(device):
+        assert device == CARD
+        asked["waits"] += 1
+
+    made = torch.optim.AdamW
+
+    def adamw(*arguments, fused, **options):
+        assert fused
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(torch_workloads, "is_cuda", lambda device: device == CARD)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    before = torch.get_float32_matmul_precision()
+    yield asked
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("section", "precision", "products"),
+    [
+        ("kernels", "bf16", "highest"),
+        ("train", "fp32", "highest"),
+        ("train", "tf32", "high"),
+        ("train", "bf16", "highest"),
+        ("sample", "fp32 bf16", "highest"),
+    ],
+)
+def test_all_of_it_is_on_the_card(card, section, precision, products):
+    """Every array of every operation, and each run ends when the card is done with it."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from llmc_cli.torch_workloads import open_torch
+
+    dtypes = set()
+
+    class OnTheCard(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for each in tree_leaves((args, kwargs, out)):
+                if isinstance(each, torch.Tensor) and each.dim():  # numbers may be the host's
+                    assert each.device.type == CARD, function
+                    dtypes.add(each.dtype)
+            return out
+
+    with OnTheCard():
+        made, configuration = open_torch(work(section, side="torch eager", device=CARD, precision=precision))
+        assert card["waits"] == 0
+        for count, name in enumerate(made.tasks):
+            made.prepare(name).run()
+            assert card["waits"] == count + 1
+    assert torch.get_float32_matmul_precision() == products
+    assert configuration["precision"] == precision
+    assert configuration["blas"] == "cuBLAS"
+    halved = precision != "fp32" and precision != "tf32"
+    if section != "sample":
+        assert card["autocast"] == {(CARD, torch.bfloat16, halved)}
+    assert (torch.bfloat16 in dtypes) == (halved and section != "train")  # there it is autocast that makes them

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -114,6 +115,7 @@ def open_streams() -> None:
 
 def main() -> None:
     open_streams()
+    warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
     wait_passively()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
     try:

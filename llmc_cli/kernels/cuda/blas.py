@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc_cli.kernels.cuda.device import Device
+from llmc_cli.kernels.cuda.device import CublasError, Device
 from llmc_cli.kernels.spec import Array
 
 COMPUTE = {"fp32": "CUBLAS_COMPUTE_32F_PEDANTIC", "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32", "bf16": "CUBLAS_COMPUTE_32F"}
@@ -60,7 +60,7 @@ class Blas:
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(self._handle, *arguments)
         if status:
-            raise RuntimeError(f"{name}: cuBLAS answers with status {status}")
+            raise CublasError(f"{name}: cuBLAS answers with status {status}")
 
     def __call__(self, out: Array, a: Array, b: Array, turn_a: bool, turn_b: bool, acc: bool = False) -> None:
         """out (M,N) = a (M,K) · b (K,N), added to with ``acc``; ``turn_a``: a is given as (K,M), ``turn_b``: b as

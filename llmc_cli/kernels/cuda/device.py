@@ -35,6 +35,14 @@ FREE_SHARED = 48 << 10  # bytes of shared memory that need not be opted in to
 STAGED = 1 << 20  # bytes: smaller arrays are uploaded without waiting for them
 
 
+class CublasError(RuntimeError):
+    """cuBLAS has answered with an error."""
+
+
+class CaptureError(RuntimeError):
+    """Launches could not be made a graph; nothing has been launched."""
+
+
 @dataclass
 class _Staging:
     """Page-locked memory from which one array is filled, and when it was last read. What is uploaded ahead waits in
@@ -168,19 +176,24 @@ class Device:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """What ``work`` launches, without launching it now. It may launch kernels that have been launched before, and
-        copy from array to array: all else would be done once, or not at all, where it is meant to be done each time."""
+        copy from array to array: all else would be done once, or not at all, where it is meant to be done each time.
+        CaptureError where CUDA or cuBLAS will not have it so."""
         memory: list[Any] = []
-        self.stream.begin_capture()
-        self._captured = memory
+        failure = self._cupy.cuda.runtime.CUDARuntimeError
         try:
-            work()
-        except BaseException:
-            with contextlib.suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # that it failed is known
-                self.stream.end_capture()
-            raise
-        finally:
-            self._captured = None
-        return Graph(self, self.stream.end_capture(), memory)
+            self.stream.begin_capture()
+            self._captured = memory
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(failure):  # that it failed is known
+                    self.stream.end_capture()
+                raise
+            finally:
+                self._captured = None
+            return Graph(self, self.stream.end_capture(), memory)
+        except (failure, CublasError) as error:
+            raise CaptureError(_first_line(error)) from error
 
     def _forbid_while_capturing(self, what: str) -> None:
         if self._captured is not None:

@@ -23,12 +23,19 @@ wait_passively()  # before numba and scipy load, as the program does
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, name), handler)
+os.environ["LLMC_DEVICE"] = "cpu"  # what "auto" is, whatever card there may be; on one runs what asks for it
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, available_cores())))  # one core runs two threads too
 
 
 @pytest.fixture(scope="session")
 def backend():
     return open_kernels("cpu", "fp32", 1)  # tiny models gain nothing by threads, and lose on a busy machine
+
+
+@pytest.fixture
+def no_cupy(monkeypatch):
+    """CuPy, if it is installed, is not found in this process."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
 
 
 @pytest.fixture(scope="session")

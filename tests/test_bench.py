@@ -135,7 +135,7 @@ def test_the_start_has_rows_and_no_processes(bench, monkeypatch):
         (("train", "--device", "cuda"), 4, "CuPy"),
     ],
 )
-def test_refusals(bench, arguments, status, message):
+def test_refusals(no_cupy, bench, arguments, status, message):
     result = bench(*arguments)
     assert result.exit_code == status
     assert message in result.stderr

@@ -97,8 +97,8 @@ def test_a_side_that_cannot_is_an_error_for_us_and_an_absence_for_others(monkeyp
         assert [contestant.side for contestant in contestants] == ["llmc"]
     assert absent == {"torch eager": "ImportError: broken on purpose"}
     with (
-        pytest.raises(MissingError, match=r"bench sample: llmc cannot do this: --device cuda: "),
-        contest.contest([work("sample", device="cuda")]),
+        pytest.raises(MissingError, match=r"bench sample: llmc cannot do this: --device cuda"),
+        contest.contest([work("sample", device="cuda:99")]),
     ):
         pass
 

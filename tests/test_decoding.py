@@ -251,7 +251,7 @@ def test_sees_bad_weights(opened):
             list(generate(model, [1], GREEDY))
 
 
-def test_what_sampling_is_opened_with():
+def test_what_sampling_is_opened_with(no_cupy):
     backend = open_sampling("auto", "auto", 1)
     assert (backend.precision, backend.threads, backend.kernels.form) == ("fp32", 1, "fp32")
     assert "fp32: the model as it is" in backend.why

@@ -11,7 +11,7 @@ from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.cpu import amx, cache
 
 
-def test_cpu_backend_says_what_it_is():
+def test_cpu_backend_says_what_it_is(no_cupy):
     backend = device.open_kernels("auto", "auto", 1)
     assert (backend.device, backend.precision, backend.threads) == ("cpu", "fp32", 1)
     assert backend.kernels.name == "cpu"
@@ -34,7 +34,7 @@ def test_cpu_backend_says_what_it_is():
         (("auto", "tf32", None), MissingError, "--precision tf32: a precision of GPUs"),
     ],
 )
-def test_what_cannot_be_had_is_an_error(args, error, message):
+def test_what_cannot_be_had_is_an_error(no_cupy, args, error, message):
     with pytest.raises(error, match=message):
         device.open_kernels(*args)
 

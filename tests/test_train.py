@@ -119,7 +119,7 @@ def test_without_data_it_says_how_to_make_them(tmp_path):
         (["-pn", "2"], 4, "several processes"),
         (["-z", "2"], 4, "--zero 2"),
         (["-f", "1"], 4, "tf32"),
-        (["--device", "cuda"], 4, "CuPy"),
+        (["--device", "cuda:99"], 4, "--device cuda"),
         (["--precision", "tf32"], 4, "tf32"),
         (["-b", "0"], 2, "--batch"),
         (["-d", "65"], 2, "--total-batch 65"),

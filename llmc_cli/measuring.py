@@ -117,7 +117,7 @@ def _others(work: Work) -> list[Work]:
 
 def _untimed(work: Work) -> int:
     """Runs that go before each timed one: on a GPU a side gives back what it does not use while others work there."""
-    return max(UNTIMED.get(work.section, 0), _on_gpu(work))
+    return max(UNTIMED.get(work.section, 0), int(_on_gpu(work)))
 
 
 def _on_gpu(work: Work) -> bool:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from llmc_cli.arena import arena_bytes
 from llmc_cli.errors import DataError, UsageError
+from llmc_cli.models.cache import Cache, cache_shapes
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, Cache, cache_shapes
+from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.random import Xorshift
 from llmc_cli.stop_texts import StopWatch
 from llmc_cli.tokenizer import Tokenizer

@@ -19,8 +19,9 @@ from llmc_cli.evaluation import mean_loss
 from llmc_cli.formats.train_state import load_moments, read_train_state
 from llmc_cli.logs import RunLog
 from llmc_cli.models import huggingface
+from llmc_cli.models.cache import Cache
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, Cache, initialize
+from llmc_cli.models.gpt2 import GPT2, initialize
 from llmc_cli.models.presets import preset
 from llmc_cli.optimizer import AdamW
 from llmc_cli.plan import Plan, TrainOptions, accumulation, check_memory, memory_by_use

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from llmc_cli.costs import NO_COST, Cost, TimedKernels, cost, launches, size
 from llmc_cli.kernels.spec import Array, Kernels
+from llmc_cli.models.cache import Cache
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, MATRICES, Cache
+from llmc_cli.models.gpt2 import GPT2, MATRICES
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.optimizer import AdamW
 from llmc_cli.random import Xorshift
@@ -69,7 +70,8 @@ def random_ids(shape: tuple[int, ...], vocab_size: int) -> NDArray[np.int32]:
 
 
 class TrainWorkload:
-    """Whole training steps as the trainer makes them: forward, loss, backward, norm, clipped AdamW."""
+    """Whole training steps as the trainer makes them: forward, loss, backward, while that is under way the next batch
+    sent, norm, clipped AdamW. All batches are the same."""
 
     tasks: tuple[str, ...] = ("step", "split")
 
@@ -89,13 +91,16 @@ class TrainWorkload:
     def step(self) -> Detail:
         launched = launches(self.kernels)
         self.model.forward(self.inputs)
-        losses = self.model.backward(self.targets, 1 / (self.B * self.T), acc=False)
+        losses = self.model.backward(self.targets, 1 / (self.B * self.T), False, self.send)
         loss = float(np.mean(losses, dtype=np.float64))
         norm = self.optimizer.gradient_norm()
         self.done += 1
         self.optimizer.step(LR, self.done)
         self.kernels.synchronize()
         return {"loss": loss, "norm": norm, "launches": launches(self.kernels) - launched}
+
+    def send(self) -> None:
+        self.model.send(self.inputs, self.targets)
 
     def split(self) -> Detail:
         """A step that also says, per operation, how often it was called, for how long, and what it cost."""

@@ -13,7 +13,7 @@ from llmc_cli.kernels.cuda import attention, blas, device, few_rows, recording
 from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
-from llmc_cli.models.gpt2 import Cache
+from llmc_cli.models.cache import Cache
 from llmc_cli.optimizer import AdamW
 from llmc_cli.sampling import Settings, Stepper, generate, sample_tokens
 

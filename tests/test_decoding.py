@@ -18,7 +18,7 @@ from llmc_cli.device import open_kernels, open_sampling
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats import bfloat16
 from llmc_cli.kernel_cases import OPERATIONS, REFERENCE, Case, cases, run
-from llmc_cli.models.gpt2 import Cache
+from llmc_cli.models.cache import Cache
 from llmc_cli.sampling import Settings, Stepper, generate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -6,8 +6,9 @@ import pytest
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models import huggingface
+from llmc_cli.models.cache import Cache
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, Cache, initialize
+from llmc_cli.models.gpt2 import GPT2, initialize
 from llmc_cli.models.layout import flops_per_token, parameter_count
 from llmc_cli.models.presets import PRESETS, preset
 from llmc_cli.random import MersenneTwister

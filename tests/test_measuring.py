@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from benchmark_inputs import CEILINGS, CONFIG, quiet, row, work
+from cuda_notebook import Notebook
 
 from llmc_cli import measuring
 from llmc_cli.ceilings import matmul_flops, memory_bandwidth
 from llmc_cli.costs import COSTS, Cost
 from llmc_cli.device import open_sampling
 from llmc_cli.errors import MissingError
+from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.measuring import measure, model_flops_utilization, share_of_ceiling
 from llmc_cli.models.layout import parameter_count
 from llmc_cli.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
@@ -59,6 +62,16 @@ def test_train_workload_makes_the_trainers_steps(backend):
         assert workload.step()["loss"] < first["loss"]
     assert workload.model.kernels is backend.kernels
     assert step.cost.flops == 16 * (6 * parameter_count(CONFIG) + 6 * 2 * 16 * 8)
+
+
+def test_train_workload_sends_the_next_batch_ahead():
+    """And what was sent is what the next step takes."""
+    device = Notebook(True, 80)
+    workload = TrainWorkload(CudaKernels(device, "bf16"), CONFIG, 2, 8)
+    workload.send()
+    device.copies.clear()
+    workload.step()
+    assert Counter(device.copies) == {"upload": 3, "copy": 2, "download": 2}  # a batch, and the update's numbers
 
 
 def test_sample_workload_counts_the_bytes_that_weights_are_kept_in(backend):
@@ -157,4 +170,5 @@ def test_without_pytorch_nothing_is_measured(monkeypatch):
     ],
 )
 def test_runs_that_bring_back_what_others_have_used(section, device, runs):
-    assert measuring._untimed(work(section, device=device)) == runs
+    found = measuring._untimed(work(section, device=device))
+    assert (found, type(found)) == (runs, int)  # it is sent as JSON

@@ -16,7 +16,7 @@ from llmc_cli import sampling
 from llmc_cli.checkpoints import load_model
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
-from llmc_cli.models.gpt2 import Cache
+from llmc_cli.models.cache import Cache
 from llmc_cli.random import Xorshift
 from llmc_cli.sampling import Settings, Stepper, choose, filtered, fit, generate, generator, pick, sample_tokens
 

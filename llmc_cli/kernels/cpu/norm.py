@@ -7,7 +7,6 @@ from llmc_cli.kernels.cpu.compiling import REORDER, boolean, float1, float2, flo
 
 ROWS = 32  # rows a task of the backward pass: its partial sums of dw and db are a 32nd of the activations
 
-
 FORWARD = (float2, float2, float1, float1, float2, float2, float1, float1, float1, float32, boolean, boolean)
 
 

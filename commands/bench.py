@@ -91,6 +91,7 @@ def bench(
     rows, not the parts of a step. On CUDA memory is the device's, and a step's launches are counted.
     """
     from llmc_cli import benchmarking, chart
+    from llmc_cli.baseline import file_name
 
     if save == Path("-"):
         json, save = True, None
@@ -123,9 +124,9 @@ def bench(
     else:
         show(output, benchmark)
     slower = [change for change in benchmark.changes if change.slowdown > tolerance]
-    if slower:
+    if baseline and slower:
         raise CheckError(
-            f"slower than {baseline} by more than {tolerance:.0%}: "
+            f"slower than {file_name(baseline)} by more than {tolerance:.0%}: "
             + ", ".join(f"{change.name} (+{change.slowdown:.0%})" for change in slower)
         )
 

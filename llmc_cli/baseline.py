@@ -31,9 +31,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Of a saved benchmark what a comparison needs; ``seconds`` by row."""
+    """Of a saved benchmark what a comparison needs; ``seconds`` by row, ``name`` of the file."""
 
-    path: Path
+    name: str
     machine: dict[str, Any]
     settings: dict[str, Any]
     seconds: dict[str, float]
@@ -49,7 +49,7 @@ class Baseline:
             differences.append("it holds none of these sections")
         if differences:
             raise UsageError(
-                f"{self.path}: cannot be compared: {'; '.join(differences)}. Measure a baseline here with --save"
+                f"{self.name}: cannot be compared: {'; '.join(differences)}. Measure a baseline here with --save"
             )
 
     def changes(self, rows: list[Row]) -> list[Change]:
@@ -71,9 +71,14 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(found)
 
 
+def file_name(path: Path) -> str:
+    """As messages have it."""
+    return "stdin" if path == STDIN else str(path)
+
+
 def read_baseline(path: Path) -> Baseline:
     """What ``benchmarking.Benchmark.save`` wrote; "-" is stdin. DataError where the file is something else."""
-    file: str | Path = "stdin" if path == STDIN else path
+    file = file_name(path)
     try:
         content = json.loads(sys.stdin.buffer.read() if path == STDIN else path.read_bytes())
         if content["schema"] != SCHEMA:
@@ -85,7 +90,7 @@ def read_baseline(path: Path) -> Baseline:
         raise DataError(
             f"{file}: found no saved benchmark ({type(error).__name__}: {error}), expected what --save writes"
         ) from None
-    return Baseline(path, machine, settings, seconds)
+    return Baseline(file, machine, settings, seconds)
 
 
 def this_machine() -> dict[str, Any]:

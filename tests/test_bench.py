@@ -102,6 +102,14 @@ def test_a_dash_is_stdout_and_stdin(bench, tmp_path, monkeypatch):
     again = bench("sample", "--baseline", "-", "--tolerance", 1e9, "--quiet", input=saved.stdout)
     assert again.exit_code == 0, again.output
     assert "row\tbefore, ms\tnow, ms\tchange" in again.stdout
+    document = json.loads(saved.stdout)
+    document["rows"][0]["seconds"] = 1e-12
+    slower = bench("sample", "--baseline", "-", input=json.dumps(document))
+    assert slower.exit_code == 1
+    assert "slower than stdin by more than 10%" in slower.stderr
+    elsewhere = bench("sample", "--baseline", "-", "-b", 3, input=saved.stdout)
+    assert elsewhere.exit_code == 2
+    assert "stdin: cannot be compared: sample: batch was 1, is 3" in elsewhere.stderr
     other = bench("sample", "--baseline", "-", input="x")
     assert other.exit_code == 3
     assert other.stderr.startswith("llmc: stdin: found no saved benchmark")

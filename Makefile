@@ -36,8 +36,8 @@ test: $(VENV)/installed-dev
 test-witness: $(VENV)/installed-witness
 	$(VENV)/bin/pytest -m witness
 
-# The CUDA backend against CuPy and NVIDIA's compilers, without a device. They are kept out of the environment, where
-# other tests need CuPy to be missing.
+# The CUDA backend against CuPy and NVIDIA's compilers, without a device. They are kept out of the environment, so that
+# all other tests show that nothing else needs them.
 $(VENV)/installed-cuda: $(VENV)/installed-dev
 	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target $(VENV)/cuda cupy-cuda12x==14.2.0 cuda-pathfinder \
 	  nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvrtc-cu12==12.9.86

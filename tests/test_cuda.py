@@ -35,6 +35,15 @@ def losses(run):
     return [line["loss"] for line in map(json.loads, run.stdout.splitlines()) if "loss" in line]
 
 
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def on(request):
+    """on(settings): the ``emulator`` of a command on the emulator; nothing on a card."""
+    if request.param == "card":
+        return lambda settings: None
+    request.getfixturevalue("compiler")
+    return lambda settings: settings
+
+
 @pytest.fixture
 def training(tiny_config, tiny_data):
     return [
@@ -44,74 +53,68 @@ def training(tiny_config, tiny_data):
     ]  # fmt: skip
 
 
-@emulated
 @pytest.mark.parametrize("recompute", [0, 2])
-def test_the_cpu_s_losses(training, recompute):
+def test_the_cpu_s_losses(training, on, recompute):
     arguments = [*training, "--precision", "fp32", "-r", recompute]
     expected = losses(llmc(*arguments, "--device", "cpu"))
-    found = losses(llmc(*arguments, "--device", "cuda", emulator=CHECKED))
+    found = losses(llmc(*arguments, "--device", "cuda", emulator=on(CHECKED)))
     assert len(found) == 10
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-@emulated
-def test_bf16_losses(training):
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_losses_of_rounded_products(training, on, precision):
     """As far from float32 as a CPU's bf16 may be."""
     from llmc_cli.verification import BOUNDS
 
     expected = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
-    found = losses(llmc(*training, "--device", "cuda", emulator=CHECKED))
+    found = losses(llmc(*training, "--precision", precision, "--device", "cuda", emulator=on(CHECKED)))
     assert found != expected
     np.testing.assert_allclose(found, expected, rtol=BOUNDS["bf16"].tiny_loss, atol=0)
 
 
-@emulated
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
-def test_resumed_on_another_device(training, tmp_path, first, second):
+def test_resumed_on_another_device(training, on, tmp_path, first, second):
     arguments = [*training, "--precision", "fp32", "-n", 5, "-o", tmp_path / "run"]
     whole = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
-    begun = losses(llmc(*arguments, "--device", first, emulator={}))
+    begun = losses(llmc(*arguments, "--device", first, emulator=on({})))
     assert begun == pytest.approx(whole, abs=1e-5)
     for path in (tmp_path / "run").glob("*_00000010*"):
         path.unlink()
-    resumed = losses(llmc(*arguments, "-y", 1, "--device", second, emulator={}))
+    resumed = losses(llmc(*arguments, "-y", 1, "--device", second, emulator=on({})))
     assert resumed == pytest.approx(whole[5:], abs=1e-5)
 
 
-@emulated
-def test_greedy_samples(tmp_path):
+def test_greedy_samples(on):
     arguments = ["sample", SAMPLING_MODEL, "--prompt-ids", "1 2 3", "--temperature", 0, "--max-tokens", 64, "--ids",
                  "--quiet", "--threads", 1]  # fmt: skip
     expected = llmc(*arguments, "--device", "cpu")
     assert expected.returncode == 0, expected.stderr
     for seed in "1", "2":
-        found = llmc(*arguments, "--device", "cuda", emulator={"LLMC_EMULATOR_SEED": seed, "LLMC_EMULATOR_CHECK": "1"})
+        found = llmc(*arguments, "--device", "cuda", emulator=on({**CHECKED, "LLMC_EMULATOR_SEED": seed}))
         assert found.returncode == 0, found.stderr
         assert found.stdout == expected.stdout
 
 
-@emulated
-def test_several_samples():
+def test_several_samples(on):
     arguments = ["sample", SAMPLING_MODEL, "--prompt-ids", "1 2 3", "--num", 3, "--max-tokens", 8, "--ids", "--quiet",
                  "--threads", 1]  # fmt: skip
-    expected, found = llmc(*arguments, "--device", "cpu"), llmc(*arguments, "--device", "cuda", emulator=CHECKED)
+    expected, found = llmc(*arguments, "--device", "cpu"), llmc(*arguments, "--device", "cuda", emulator=on(CHECKED))
     assert found.returncode == 0, found.stderr
     assert found.stdout == expected.stdout
 
 
-@emulated
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
-def test_verify_state(precision):
+def test_verify_state(on, precision):
     run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda",
-               "--precision", precision, emulator={})  # fmt: skip
+               "--precision", precision, emulator=on({}))  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "overall okay: 1" in run.stdout
 
 
-@emulated
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_verify_kernels(precision):
-    run = llmc("verify", "--device", "cuda", "--precision", precision, emulator={"LLMC_EMULATOR_SEED": "3"})
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_verify_kernels(on, precision):
+    run = llmc("verify", "--device", "cuda", "--precision", precision, emulator=on({"LLMC_EMULATOR_SEED": "3"}))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "overall okay: 1" in run.stdout
 
@@ -198,15 +201,3 @@ def test_an_old_device_has_float32_only():
     assert "compute capability 7.5, and that needs 8.0" in " ".join(run.stderr.split())
     run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda", emulator=old)
     assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_on_a_card(precision, training):
-    """What the emulator is asked above, of the card."""
-    for arguments in ([], [GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin"]):
-        run = llmc("verify", *arguments, "--device", "cuda", "--precision", precision)
-        assert run.returncode == 0, run.stdout + run.stderr
-    expected = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
-    found = losses(llmc(*training, "--precision", precision, "--device", "cuda"))
-    np.testing.assert_allclose(found, expected, rtol=1e-5 if precision == "fp32" else 2e-2)

@@ -41,8 +41,8 @@ class Batches:
     """Samples of B·T+1 tokens from the shards that a glob names, sorted by name; goes round for ever.
 
     ``next`` gives ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, which stay until it is called
-    again, and allocates nothing but at the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its shard. Shuffled, the order of shards is
-    permuted at the start and at each epoch, the order of samples in each shard.
+    again, and allocates nothing but at the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its
+    shard. Shuffled, the order of shards is permuted at the start and at each epoch, the order of samples in each shard.
     """
 
     def __init__(

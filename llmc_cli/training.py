@@ -13,7 +13,7 @@ import numpy as np
 from llmc_cli.batches import Batches
 from llmc_cli.ceilings import peak_flops
 from llmc_cli.checkpoints import RunFolder, load_model, position_of, read_config, state_of
-from llmc_cli.device import Backend
+from llmc_cli.device import Backend, available_cores
 from llmc_cli.errors import CheckError, DataError, MissingError, UsageError
 from llmc_cli.evaluation import mean_loss
 from llmc_cli.formats.train_state import load_moments, read_train_state
@@ -255,7 +255,7 @@ class Training:
 
     def _look_ahead(self) -> None:
         """Read and send the next batch."""
-        ahead = self.train_data.look_ahead()
+        ahead = None if self.options.overfit else self.train_data.look_ahead()  # that goes back to the first
         if ahead is not None:
             self.model.send(*ahead)
 
@@ -377,7 +377,8 @@ class Training:
             self.model = load_model(options.model, kernels)
         else:
             self.model = GPT2(self.config, kernels)
-            initialize(self.model, options.seed, self.backend.threads)
+            threads = self.backend.threads if self.backend.device == "cpu" else available_cores()
+            initialize(self.model, options.seed, threads)
         self.model.prepare(options.batch, options.seq_len, recompute=options.recompute)
         self.optimizer = AdamW(
             self.model, options.beta1, options.beta2, options.eps, options.weight_decay, options.clip

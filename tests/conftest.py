@@ -55,6 +55,20 @@ def nothing_waits():
 
 
 @pytest.fixture
+def played(monkeypatch, nothing_waits):
+    """The stand-in is the CuPy of this process."""
+    from cuda_stand_in import cupy
+
+    from llmc_cli.kernels.cuda import device
+
+    monkeypatch.setattr(device, "_import_cupy", lambda: cupy)
+    device._stream.cache_clear()
+    yield
+    device._stream.cache_clear()
+    cupy.cuda.Stream.null.use()
+
+
+@pytest.fixture
 def double(monkeypatch):
     """double(array), of the stand-in for CuPy: a kernel that doubles it."""
     from cuda_stand_in import without_a_compiler

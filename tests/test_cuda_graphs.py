@@ -1,6 +1,7 @@
 """Tokens and training steps as graphs, on the stand-in for CuPy: the same bits as without, whatever happens in between;
 what cannot be captured is refused; and faults of the host that only a graph brings out are noticed."""
 
+import contextlib
 import gc
 from pathlib import Path
 
@@ -20,18 +21,12 @@ from llmc_cli.sampling import Settings, Stepper, generate, sample_tokens
 MODEL = Path(__file__).parent.parent / "fixtures" / "sampling_model.bin"
 TOKENS = [4, 8, 15, 16, 23, 42, 7, 7]
 
-pytestmark = pytest.mark.usefixtures("compiler")
-
 
 @pytest.fixture
-def opened(monkeypatch, nothing_waits):
+def opened(monkeypatch, compiler, played):
     """Kernels of a precision on the stand-in, within this process."""
-    monkeypatch.setattr(device, "_import_cupy", lambda: cupy)
     monkeypatch.setenv("LLMC_EMULATOR_CHECK", "1")
-    device._stream.cache_clear()
-    yield lambda precision="fp32": CudaKernels(Device(0, precision == "bf16"), precision)
-    device._stream.cache_clear()
-    cupy.cuda.Stream.null.use()
+    return lambda precision="fp32": CudaKernels(Device(0, precision == "bf16"), precision)
 
 
 def plain(monkeypatch):
@@ -271,17 +266,34 @@ def test_what_cannot_be_captured_is_an_error(opened, refused, words):
         gradient.check(recorded)
 
 
-def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch):
+def capture_is_not_allowed(monkeypatch):
+    def refuse(stream):
+        raise cupy.cuda.runtime.CUDARuntimeError(900)
+
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", refuse)
+
+
+def capture_is_spoiled(monkeypatch):
+    """By something that does not say so: the next kernel does, by an error of the driver's."""
+    original = cupy.cuda.Stream.begin_capture
+
+    def spoil(stream):
+        original(stream)
+        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+            stream.synchronize()
+
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", spoil)
+
+
+@pytest.mark.parametrize("refuse", [capture_is_not_allowed, capture_is_spoiled])
+def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
     """Said once, and the results are the same."""
     kernels = opened()
     gradient = NormGradient(kernels)
     recorded = kernels.recorded(gradient.work)
     gradient.check(recorded)
 
-    def refuse(stream):
-        raise cupy.cuda.runtime.CUDARuntimeError(900)
-
-    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", refuse)
+    refuse(monkeypatch)
     with pytest.warns(UserWarning, match="one by one, since no graph can be made"):
         gradient.check(recorded)
     for _ in range(2):
@@ -386,10 +398,11 @@ def test_and_only_by_graphs(opened, monkeypatch, fault):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_on_a_card(monkeypatch, precision):
+@pytest.mark.parametrize("S", [1, few_rows.MOST + 1], ids=["few rows", "cuBLAS"])
+def test_on_a_card(monkeypatch, precision, S):
     model = load_model(MODEL, CudaKernels(Device(0, precision == "bf16"), precision))
-    stepper = new_stepper(model)
+    stepper = new_stepper(model, S)
     assert launches_of(stepper)[1:] == [1] * (len(TOKENS) - 1)
     found = logits_of(stepper)
     plain(monkeypatch)
-    assert found.tobytes() == logits_of(new_stepper(model)).tobytes()
+    assert found.tobytes() == logits_of(new_stepper(model, S)).tobytes()

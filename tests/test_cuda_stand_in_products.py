@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from cuda_stand_in import cublas, cupy, on_device, runtime
 
-from llmc_cli.kernels.cuda.blas import INTERFACE
+from llmc_cli.kernels.cuda.blas import INTERFACE, Blas
+from llmc_cli.kernels.cuda.device import Device
 
 pytestmark = pytest.mark.usefixtures("nothing_waits")
 
@@ -32,7 +33,10 @@ ONE, ZERO = scalar(1), scalar(0)
 
 @pytest.fixture
 def handle():
-    return cublas.create()
+    """That rounds no parts of a sum."""
+    made = cublas.create()
+    cublas.set_math_mode(made, 16)
+    return made
 
 
 def product(handle, out, a, b, turn_a=False, turn_b=False, alpha=ONE, beta=ZERO, compute=68):
@@ -115,6 +119,24 @@ def test_products_that_are_refused(handle, change, said):
         call[name] = a.data.ptr if value is None else call[name] + value if name in ("A", "C") else value
     with pytest.raises((cublas.CUBLASError, runtime.CUDARuntimeError), match=said):
         cublas.gemm(**call)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(0, 3.0), (16, 3.015625)])
+def test_parts_of_bf16_sums(handle, mode, expected):
+    """They may be rounded, unless the mode forbids it: 1.0049 to 1.0078, 2.0049 to 2."""
+    left, right = np.array([[1, 0.0048828125, 2, 0.0048828125]]), np.ones((4, 1))
+    cublas.set_math_mode(handle, mode)
+    out = cupy.empty((1, 1), np.uint16)
+    product(handle, out, on_device(bits(left)), on_device(bits(right)))
+    assert floats(out.get()) == expected
+
+
+def test_our_products_have_no_rounded_parts(played):
+    multiply = Blas(Device(0, True), "bf16")
+    left, right = np.array([[1, 0.0048828125, 2, 0.0048828125]]), np.ones((4, 1))
+    out = cupy.empty((1, 1), np.uint16)
+    multiply(out, on_device(bits(left)), on_device(bits(right)), False, False)
+    assert floats(out.get()) == 3.015625
 
 
 def test_the_c_interface(handle, capfd):

@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 from cuda_stand_in import cupy
 
-from llmc_cli.kernels.cuda import device
 from llmc_cli.kernels.cuda.device import Device
 
 VALUES = [np.arange(k, k + 50, dtype=np.int32) for k in range(1, 7)]
 
 
 @pytest.fixture(params=[None, 1, 2], ids=["late", "random-1", "random-2"])
-def opened(request, monkeypatch, nothing_waits):
+def opened(request, monkeypatch, played):
     """A device whose streams do their work as late as they may, or at random moments."""
-    monkeypatch.setattr(device, "_import_cupy", lambda: cupy)
     if request.param is not None:
         monkeypatch.setenv("LLMC_EMULATOR_SEED", str(request.param))
-    device._stream.cache_clear()
-    yield Device(0, False)
-    device._stream.cache_clear()
-    cupy.cuda.Stream.null.use()
+    return Device(0, False)
 
 
 def seen(opened):
@@ -62,6 +57,20 @@ def test_a_wait_that_is_left_out_shows(opened, monkeypatch, left_out):
 
     monkeypatch.setattr(cupy.cuda.Stream, "wait_event", sometimes)
     assert seen(opened) != [values.tolist() for values in VALUES]
+
+
+@pytest.mark.parametrize("sizes", [(50, 20), (20, 50)])
+def test_the_address_of_an_array_that_is_gone(opened, sizes):
+    """What was kept for that one does not do for the next."""
+    first, second = (np.arange(size, dtype=np.int32) for size in sizes)
+    array = opened.alloc((50,), np.int32)
+    there = array[: sizes[0]], array[: sizes[1]]
+    opened.upload(array, np.full(50, 7))
+    opened.upload_ahead(there[0], first)
+    opened.upload(array, np.full(50, 7))
+    opened.upload_ahead(there[1], second)
+    expected = [*second, *[7] * (50 - sizes[1])]
+    assert opened.download(array).tolist() == expected
 
 
 def test_carried_over_before_its_turn(opened):

@@ -20,7 +20,7 @@ Int32 = NDArray[np.int32]
 
 SUM_PIECES = 1024
 ALIGNMENT = 64  # bytes
-LARGE = 1 << 25  # bytes: what is as large is cleared at once, by all threads
+LARGE = 1 << 25  # bytes: what is larger is cleared at once, by all threads
 
 
 class CpuKernels:
@@ -77,7 +77,7 @@ class CpuKernels:
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
-        if size < LARGE:
+        if size <= LARGE:
             raw = np.zeros(size + ALIGNMENT, np.uint8)
         else:
             raw = np.empty(size + ALIGNMENT, np.uint8)

@@ -13,8 +13,10 @@ from llmc_cli.kernels.cuda.device import CublasError, Device
 from llmc_cli.kernels.spec import Array
 
 COMPUTE = {"fp32": "CUBLAS_COMPUTE_32F_PEDANTIC", "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32", "bf16": "CUBLAS_COMPUTE_32F"}
-"""By precision, all with sums in float32 (of a product divided along K, cuBLAS may add the parts in that of ``out``);
-PEDANTIC lets nothing be rounded before it is multiplied."""
+"""By precision, all with sums in float32; PEDANTIC lets nothing be rounded before it is multiplied."""
+
+WHOLE_SUMS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: of a product divided along K, the parts are float32, too."""
 
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.uint16): 14}
 """cudaDataType: CUDA_R_32F; and CUDA_R_16BF, whose bits NumPy can only keep as uint16."""
@@ -24,6 +26,7 @@ SCALARS = np.array([0.0, 1.0], np.float32)  # beta and alpha, read by address wh
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 INTERFACE = {
     "cublasSetStream_v2": (POINTER, POINTER),  # handle, stream
+    "cublasSetMathMode": (POINTER, INT),  # handle, mode
     "cublasSetWorkspace_v2": (POINTER, POINTER, ctypes.c_size_t),  # handle, memory, bytes
     "cublasGemmEx": (
         *(POINTER, INT, INT, INT, INT, INT),  # handle, transa, transb, m, n, k
@@ -54,6 +57,7 @@ class Blas:
 
     def _begin(self) -> None:
         self._workspace = self._device.alloc((self.workspace_bytes,), np.uint8)
+        self._call("cublasSetMathMode", WHOLE_SUMS)
         self._call("cublasSetStream_v2", self._device.stream.ptr)  # before the workspace, which it takes away
         self._call("cublasSetWorkspace_v2", self._workspace.data.ptr, self.workspace_bytes)
 

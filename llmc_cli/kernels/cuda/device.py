@@ -122,12 +122,12 @@ class Device:
         self._copy_staged(array, staging, values.nbytes, self.stream)
 
     def upload_ahead(self, array: Array, values: NDArray[Any]) -> None:
-        """As ``upload``, of at most ``STAGED`` bytes. They are carried over to the device at once, on a stream of their
-        own, and put into place behind all that has been launched."""
+        """As ``upload``. The values are carried over to the device at once, on a stream of their own, and put in place
+        behind all that has been launched."""
         self._forbid_while_capturing("values come from the host")
         values = np.ascontiguousarray(_converted(values, array.dtype))
         staging = self._staged(array, values)
-        if staging.near is None:
+        if staging.near is None or staging.near.nbytes != array.nbytes:  # of an array that had this address before
             staging.near = self.alloc(array.shape, array.dtype)
             staging.taken.record(self.stream)  # it has been zeroed there
         self._ahead.wait_event(staging.taken)
@@ -179,20 +179,20 @@ class Device:
         copy from array to array: all else would be done once, or not at all, where it is meant to be done each time.
         CaptureError where CUDA or cuBLAS will not have it so."""
         memory: list[Any] = []
-        failure = self._cupy.cuda.runtime.CUDARuntimeError
+        failures = self._cupy.cuda.runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError
         try:
             self.stream.begin_capture()
             self._captured = memory
             try:
                 work()
             except BaseException:
-                with contextlib.suppress(failure):  # that it failed is known
+                with contextlib.suppress(*failures):  # that it failed is known
                     self.stream.end_capture()
                 raise
             finally:
                 self._captured = None
             return Graph(self, self.stream.end_capture(), memory)
-        except (failure, CublasError) as error:
+        except (*failures, CublasError) as error:
             raise CaptureError(_first_line(error)) from error
 
     def _forbid_while_capturing(self, what: str) -> None:

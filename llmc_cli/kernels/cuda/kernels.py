@@ -40,7 +40,8 @@ class CudaKernels:
     """``precision``: fp32, tf32 or bf16. In bf16 activations are kept and multiplied in that, with sums in float32;
     parameters, their gradients, statistics and logits stay float32.
 
-    Everything runs on one stream, in order. Scratch arrays are named, grow to the largest call and stay.
+    Everything runs on one stream, in order, but for what is carried over ahead. Scratch arrays are named, grow to the
+    largest call and stay.
     """
 
     name: str = "cuda"

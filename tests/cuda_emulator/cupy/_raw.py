@@ -83,7 +83,12 @@ class RawKernel:
             _schedule()
             program.launch(name, grid, block, tuple(values), shared=shared_mem)
 
-        queue.add(run, owners)
+        try:
+            queue.add(run, owners)
+        except CUDARuntimeError as error:
+            if error.status == 901:
+                raise CUDADriverError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: operation failed") from error
+            raise
 
     def _dimensions(self, given, largest, what):
         if not isinstance(given, tuple) or not 1 <= len(given) <= 3:

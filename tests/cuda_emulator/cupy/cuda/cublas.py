@@ -19,6 +19,7 @@ CUBLAS_COMPUTE_32F = 68
 CUBLAS_COMPUTE_32F_PEDANTIC = 69
 CUBLAS_COMPUTE_32F_FAST_TF32 = 77
 CUBLAS_GEMM_DEFAULT = -1
+CUBLAS_DEFAULT_MATH, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 0, 16
 
 INVALID_VALUE = 7  # CUBLAS_STATUS_INVALID_VALUE
 DTYPES = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_16BF: np.dtype(np.uint16)}
@@ -34,6 +35,7 @@ class _Handle:
         self.device = current.device
         self.stream = 0  # the null stream, until it is set
         self.workspace = None  # an Allocation
+        self.whole_sums = False  # whether the parts of a product divided along K are added in float32
 
 
 _handles = {}
@@ -59,6 +61,12 @@ def set_stream(handle, pointer):
     found.stream, found.workspace = pointer or 0, None
 
 
+def set_math_mode(handle, mode):
+    if mode not in (CUBLAS_DEFAULT_MATH, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION):
+        raise CUBLASError(f"mode {mode}")
+    _find(handle).whole_sums = mode == CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+
+
 def set_workspace(handle, address, nbytes):
     if address is None or address % 256:
         raise CUBLASError(f"workspace {address!r} is not aligned to 256 bytes")
@@ -80,10 +88,12 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
     b = _Operand("B", B, Btype, (k, n) if transb == CUBLAS_OP_N else (n, k), ldb)
     c = _Operand("C", C, Ctype, (m, n), ldc)
     tf32 = computeType == CUBLAS_COMPUTE_32F_FAST_TF32
+    whole = found.whole_sums
 
     def run():
         left, right = a.values(tf32), b.values(tf32)
-        product = np.matmul(left.T if transa else left, right.T if transb else right)
+        left, right = left.T if transa else left, right.T if transb else right
+        product = np.matmul(left, right) if whole or c.dtype == np.float32 else _in_parts(left, right)
         product *= factors[0]
         if factors[1] != 0:  # cuBLAS does not read C otherwise: NaN there stays without effect
             product += factors[1] * c.values()
@@ -96,6 +106,12 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
     elif queue.nodes is not None:
         raise CUBLASError("captured without a workspace, cuBLAS would allocate one in the graph")
     queue.add(run, owners)
+
+
+def _in_parts(left, right):
+    """The product divided along K, as cuBLAS may divide it, each part rounded to bfloat16 before they are added."""
+    middle = left.shape[1] // 2
+    return _round(left[:, :middle] @ right[:middle], 16) + _round(left[:, middle:] @ right[middle:], 16)
 
 
 def _check_types(a, b, c, compute):
@@ -175,6 +191,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int
 MATRIX = (POINTER, INT, INT)  # address, type, leading dimension
 library = SimpleNamespace(
     cublasSetStream_v2=_exported((POINTER, POINTER), set_stream),
+    cublasSetMathMode=_exported((POINTER, INT), set_math_mode),
     cublasSetWorkspace_v2=_exported((POINTER, POINTER, ctypes.c_size_t), set_workspace),
     cublasGemmEx=_exported((POINTER, *[INT] * 5, POINTER, *MATRIX, *MATRIX, POINTER, *MATRIX, INT, INT), gemm),
 )

@@ -30,8 +30,14 @@ def llmc(*arguments, emulator=None, cwd=None, **environment):
 CHECKED = {"LLMC_EMULATOR_CHECK": "1", "LLMC_EMULATOR_SEED": "7"}
 
 
+def check(run):
+    """That it ended well, and that no graph was refused, which is a warning only."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no graph can be made" not in " ".join(run.stderr.split())
+
+
 def losses(run):
-    assert run.returncode == 0, run.stderr
+    check(run)
     return [line["loss"] for line in map(json.loads, run.stdout.splitlines()) if "loss" in line]
 
 
@@ -92,7 +98,7 @@ def test_greedy_samples(on):
     assert expected.returncode == 0, expected.stderr
     for seed in "1", "2":
         found = llmc(*arguments, "--device", "cuda", emulator=on({**CHECKED, "LLMC_EMULATOR_SEED": seed}))
-        assert found.returncode == 0, found.stderr
+        check(found)
         assert found.stdout == expected.stdout
 
 
@@ -100,7 +106,7 @@ def test_several_samples(on):
     arguments = ["sample", SAMPLING_MODEL, "--prompt-ids", "1 2 3", "--num", 3, "--max-tokens", 8, "--ids", "--quiet",
                  "--threads", 1]  # fmt: skip
     expected, found = llmc(*arguments, "--device", "cpu"), llmc(*arguments, "--device", "cuda", emulator=on(CHECKED))
-    assert found.returncode == 0, found.stderr
+    check(found)
     assert found.stdout == expected.stdout
 
 

@@ -35,13 +35,14 @@ Note: TypeAlias = Callable[[str], None]
 @dataclass(frozen=True)
 class Answer:
     """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's
-    so far, on a GPU what it took of the GPU's for this run or one before."""
+    so far, on a GPU what it took of the GPU's since the run before. ``warnings``: given meanwhile."""
 
     seconds: float
     peak_memory: int | None
     flops: int = 0
     bytes: int = 0
     detail: Any = None
+    warnings: Sequence[str] = ()
 
 
 class Unavailable(Exception):
@@ -64,6 +65,7 @@ class Contestant:
             env=dict(os.environ) if work.side == "llmc" else users_environment(),
         )
         self.peak_memory: int | None = None
+        self.warnings: list[str] = []
         try:
             ready = self._receive()
         except BaseException:
@@ -81,6 +83,7 @@ class Contestant:
         answer = Answer(**self._receive())
         if answer.peak_memory is not None:
             self.peak_memory = max(answer.peak_memory, self.peak_memory or 0)
+        self.warnings += [text for text in answer.warnings if text not in self.warnings]
         return answer
 
     def close(self) -> None:

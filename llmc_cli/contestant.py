@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -82,20 +83,22 @@ class Desk:
         self.task: Task | None = None
 
     def answer(self, name: str, untimed: int) -> dict[str, Any]:
-        """Run a task ``untimed`` times and once more, timed."""
-        if name != self.name or self.task is None:
-            self.task = self.name = None  # frees its memory before the next task takes its own
-            self.task = self.workload.prepare(name)
-            self.name = name
-        for _ in range(untimed):
-            self.task.run()
-        start = time.perf_counter()
-        detail = self.task.run()
-        seconds = (time.perf_counter() - start) / self.task.parts
+        """Run a task ``untimed`` times and once more, timed. Warnings are part of the answer: stderr is read only where
+        the process fails."""
+        with warnings.catch_warnings(record=True) as heard:
+            if name != self.name or self.task is None:
+                self.task = self.name = None  # frees its memory before the next task takes its own
+                self.task = self.workload.prepare(name)
+                self.name = name
+            for _ in range(untimed):
+                self.task.run()
+            start = time.perf_counter()
+            detail = self.task.run()
+            seconds = (time.perf_counter() - start) / self.task.parts
         held = self.memory.held()
         self.memory.release()
         return {"seconds": seconds, "flops": self.task.cost.flops, "bytes": self.task.cost.bytes, "detail": detail,
-                "peak_memory": held}  # fmt: skip
+                "peak_memory": held, "warnings": [first_line(each.message) for each in heard]}  # fmt: skip
 
 
 def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -114,8 +117,12 @@ def serve(work: Work, requests: TextIO, answer: Callable[[dict[str, Any]], None]
     except LlmcError as error:
         answer({"error": str(error)})
     except Exception as error:
-        first, *_ = str(error).strip().splitlines() or [""]
-        answer({"error": f"{type(error).__name__}: {first}"})
+        answer({"error": f"{type(error).__name__}: {first_line(error)}"})
+
+
+def first_line(message: Exception | str) -> str:
+    first, *_ = str(message).strip().splitlines() or [""]
+    return first
 
 
 def main() -> None:

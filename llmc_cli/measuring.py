@@ -97,6 +97,11 @@ def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: flo
             rows.append(_row(work, task, answers, ceilings))
         if section == "prepro":
             rows = _against_tokenizer(rows)
+        for each in contestants:
+            for text in each.warnings:
+                note(f"{section}: {each.side} warns: {text}")
+            if each.warnings:
+                each.configuration["warnings"] = "; ".join(each.warnings)
         # what the split itself holds must not count, so memory is read before it
         sides = [Side(section, each.side, each.configuration, each.peak_memory) for each in contestants]
         if "split" in ours.tasks:

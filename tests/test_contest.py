@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -137,9 +138,30 @@ def test_memory_is_given_back_between_turns():
     assert order == ["run", "run", "held", "release", "run", "held", "release"]
 
 
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_answered(monkeypatch):
+    """By their first lines, each told once."""
+
+    class Workload:
+        tasks = ("step",)
+
+        def prepare(self, task):
+            return Task(lambda: warnings.warn("slow\nas can be", stacklevel=1))
+
+    answer = Desk(Workload()).answer("step", 0)
+    assert answer["warnings"] == ["slow"]
+    side = object.__new__(contest.Contestant)
+    side.peak_memory, side.warnings = None, []
+    side._process = SimpleNamespace(stdin=io.StringIO())
+    monkeypatch.setattr(side, "_receive", lambda: answer)
+    for _ in range(2):
+        side.ask("step")
+    assert side.warnings == ["slow"]
+
+
 def test_the_most_that_was_held_counts(monkeypatch):
     side = object.__new__(contest.Contestant)
-    side.peak_memory = None
+    side.peak_memory, side.warnings = None, []
     side._process = SimpleNamespace(stdin=io.StringIO())
     for held, most in ((None, None), (3, 3), (7, 7), (2, 7)):
         monkeypatch.setattr(side, "_receive", lambda held=held: {"seconds": 1.0, "peak_memory": held})

@@ -20,6 +20,16 @@ main()
 """
 """The program, with ceilings that an emulator can measure."""
 
+REFUSING = """
+import cupy
+
+def refuse(stream):
+    raise cupy.cuda.runtime.CUDARuntimeError(900)
+
+cupy.cuda.Stream.begin_capture = refuse
+"""
+"""What Python runs at its start, where nothing may be captured."""
+
 
 def bench(section, config, *arguments, **environment):
     given = ["bench", section, "--model", config, "-b", 2, "-t", 8, "--steps", 1, "--device", "cuda", *arguments]
@@ -63,6 +73,18 @@ def test_training_in_words(tiny_config):
     step = next(line.split("\t") for line in lines if line.startswith("train/step\t"))
     assert step[-1] == "MFU"
     assert any(line.startswith("train/step: ") and " launches, of kernels" in line for line in lines)
+
+
+def test_a_graph_that_is_refused_is_told_of(tiny_config, tmp_path):
+    """By the process that computes, to whom it may concern."""
+    (tmp_path / "sitecustomize.py").write_text(REFUSING)
+    path = os.pathsep.join((str(tmp_path), str(FOLDER)))
+    result = bench("train", tiny_config, "--json", PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    told = "--device cuda: launched one by one, since no graph can be made: "
+    assert f"train: llmc warns: {told}" in " ".join(result.stderr.split())
+    (side,) = json.loads(result.stdout)["sides"]
+    assert side["configuration"]["warnings"].startswith(told)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -63,9 +63,10 @@ class GPT2(nn.Module):
         logits = self.head(self.lnf(x))
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    def extend(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The logits (B,V) behind one more token (B,1); keys, values (L,B,NH,Tmax,HS), position (1,)."""
-        mask = (torch.arange(keys.shape[3], device=keys.device) <= position)[None, None, None]
+    def extend(self, ids: Tensor, keys: list[Tensor], values: list[Tensor], position: Tensor) -> Tensor:
+        """The logits (B,V) behind one more token (B,1); position (1,); keys, values of each layer (B,NH,Tmax,HS): of
+        views into one array of all layers the compiler would copy everything for each token."""
+        mask = (torch.arange(keys[0].shape[2], device=ids.device) <= position)[None, None, None]
         x = self.wte(ids) + self.wpe(position)
         for layer, block in enumerate(self.blocks):
             x = block.extend(x, keys[layer], values[layer], position, mask)

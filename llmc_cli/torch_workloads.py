@@ -84,12 +84,12 @@ class Sampler:
         self.device = device
         model = GPT2(config).eval().to(dtype)
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
-        shape = (config.num_layers, B, config.num_heads, T + self.tokens, config.head_size)
-        self.keys, self.values = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+        shape = (B, config.num_heads, T + self.tokens, config.head_size)
+        self.keys, self.values = ([torch.randn(shape, dtype=dtype) for _ in range(config.num_layers)] for _ in range(2))
         self.position = torch.tensor([T])
         self.extend: Callable[..., Tensor] = torch.compile(model.extend, mode=mode) if mode else model.extend
         if mode == MODES["torch graphs"]:
-            for cache in (self.keys, self.values):  # or there would be no graph, as the caches are written to
+            for cache in (*self.keys, *self.values):  # or there would be no graph, as the caches are written to
                 torch._dynamo.mark_static_address(cache)
         self.start = torch.zeros((B, 1), dtype=torch.int64)
 
@@ -296,18 +296,20 @@ class KernelsWorkload:
 
 
 def reserved_memory() -> int:
-    """Bytes of the GPU's memory that PyTorch has taken at most so far."""
+    """Bytes of the GPU's memory that PyTorch has taken at most since it last gave some back."""
     return torch.cuda.max_memory_reserved()
 
 
 def release() -> None:
     """Give back what PyTorch keeps of the GPU's memory for arrays to come."""
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
-    """PyTorch's side of ``work``, and how it is set up; what is to be compiled is compiled here. MissingError where a
-    GPU is to compute and PyTorch finds none."""
+    """PyTorch's side of ``work``, and how it is set up. What is to be compiled is compiled here, for the first of the
+    precisions that it is asked for; for another when that is prepared and first run. MissingError where a GPU is to
+    compute and PyTorch finds none."""
     device = work.device if is_cuda(work.device) else "cpu"
     if is_cuda(device):
         _use(device, work.precision)
@@ -318,7 +320,8 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
     with torch.device(device):
         made = _workload(work, mode, device)
     if mode:
-        made.prepare(made.tasks[0]).run()
+        first = f"token {work.precision.split()[0]}" if work.section == "sample" else made.tasks[0]
+        made.prepare(first).run()
     configuration = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -66,7 +66,7 @@ def test_samples_in_common_are_of_the_same_precision(monkeypatch):
         for name in made.tasks:
             task = made.prepare(name)
             task.run()
-            kept[name] = task.run.__self__.keys.dtype
+            kept[name] = task.run.__self__.keys[0].dtype
         bf16 = torch.bfloat16 if halved else torch.float32
         assert kept == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
 
@@ -103,6 +103,58 @@ def test_torchs_model_is_the_same_model():
     assert losses[-1] < losses[0]
 
 
+def caches(B, T):
+    import torch
+
+    shape = (B, CONFIG.num_heads, T, CONFIG.head_size)
+    return ([torch.zeros(shape) for _ in range(CONFIG.num_layers)] for _ in range(2))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's, of its own
+def test_torchs_compiled_step_copies_no_cache():
+    """The compiled code makes no array of a cache's shape."""
+    import torch
+    from torch._inductor.utils import run_and_get_code
+
+    from llmc_cli.torch_model import GPT2
+
+    model, (keys, values) = GPT2(CONFIG).eval(), caches(1, 13)
+    ids, position = torch.zeros((1, 1), dtype=torch.int64), torch.tensor([5])
+    with torch.inference_mode():
+        _, (code,) = run_and_get_code(torch.compile(model.extend), ids, keys, values, position)
+    made = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
+    assert made
+    assert not {"1, 2, 13, 8", "2, 1, 2, 13, 8"} & set(made)
+    for layer in (*keys, *values):
+        assert layer[:, :, 5].any()
+        assert not layer[:, :, 6:].any()
+
+
+def test_what_is_asked_for_is_compiled_first(monkeypatch):
+    """And no other precision."""
+    import torch
+
+    from llmc_cli.torch_workloads import open_torch
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32 bf16", torch.float32)):
+        made, _ = open_torch(work("sample", side="torch compiled", precision=precision))
+        assert list(made._made) == [dtype]
+
+
+def test_memory_that_is_given_back_no_longer_counts(monkeypatch):
+    import torch
+
+    from llmc_cli import torch_workloads
+
+    order = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    torch_workloads.release()
+    assert order == ["empty_cache", "reset_peak_memory_stats"]
+
+
 def test_torchs_cached_step_agrees_with_its_whole_pass():
     import torch
 
@@ -111,8 +163,7 @@ def test_torchs_cached_step_agrees_with_its_whole_pass():
     torch.manual_seed(0)
     model, T = GPT2(CONFIG).eval(), 6
     ids = torch.randint(CONFIG.vocab_size, (2, T))
-    shape = (CONFIG.num_layers, 2, CONFIG.num_heads, 9, CONFIG.head_size)
-    keys, values = torch.zeros(shape), torch.zeros(shape)
+    keys, values = caches(2, 9)
     with torch.inference_mode():
         total = 0.0
         for t in range(T - 1):

@@ -8,7 +8,7 @@ import pytest
 from llmc_cli.costs import COSTS, Cost, TimedKernels
 from llmc_cli.kernels.spec import Kernels
 
-NOT_TIMED = ("alloc", "upload", "download", "copy", "synchronize", "recorded", "workspace_bytes", "bound_bytes", "bind",
+NOT_TIMED = ("alloc", "upload", "upload_ahead", "download", "copy", "synchronize", "recorded", "workspace_bytes", "bound_bytes", "bind",
              "publish")  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import pytest
 from llmc_cli.costs import COSTS, Cost, TimedKernels
 from llmc_cli.kernels.spec import Kernels
 
-NOT_TIMED = ("alloc", "upload", "upload_ahead", "download", "copy", "synchronize", "recorded", "workspace_bytes", "bound_bytes", "bind",
-             "publish")  # fmt: skip
+NOT_TIMED = ("alloc", "upload", "upload_ahead", "download", "copy", "synchronize", "recorded", "workspace_bytes",
+             "bound_bytes", "bind", "publish")  # fmt: skip
 
 
 def test_every_operation_has_a_cost_with_the_same_arguments():

@@ -107,7 +107,7 @@ class Batches:
         self._is_ahead = True
         return self._other.inputs, self._other.targets
 
-    def _read(self, batch: "_Batch") -> None:
+    def _read(self, batch: _Batch) -> None:
         """Fill ``batch`` with the sample at hand."""
         sample = int(self._sample_order[self._sample]) if self.shuffle else self._sample
         start = sample * self.B * self.T

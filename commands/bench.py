@@ -9,8 +9,8 @@ from llmc_cli.commands import options, render
 from llmc_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from llmc_cli.benchmarking import Benchmark
-    from llmc_cli.measuring import Row
+    from llmc_cli.benchmark.benchmark import Benchmark
+    from llmc_cli.benchmark.sections import Row
 
 
 def bench(
@@ -90,8 +90,8 @@ def bench(
     the start of its process to its first step, with compiled kernels in the cache and without. --baseline judges whole
     rows, not the parts of a step. On CUDA memory is the device's, and a step's launches are counted.
     """
-    from llmc_cli import benchmarking, chart
-    from llmc_cli.baseline import file_name
+    from llmc_cli.benchmark import benchmark, chart
+    from llmc_cli.benchmark.baseline import file_name
 
     if save == Path("-"):
         json, save = True, None
@@ -100,8 +100,8 @@ def bench(
         chart.require_chart(plot)
         if section == "start":
             raise UsageError("--plot: start has no shares of a ceiling to draw")
-    asked = benchmarking.BenchOptions(
-        sections=(section,) if section else benchmarking.SECTIONS,
+    asked = benchmark.BenchOptions(
+        sections=(section,) if section else benchmark.SECTIONS,
         model=model,
         batch=batch,
         seq_len=seq_len,
@@ -114,7 +114,7 @@ def bench(
         recompute=recompute,
         peak_tflops=peak_tflops,
     )
-    benchmark = benchmarking.run(asked, output.note)
+    benchmark = benchmark.run(asked, output.note)
     if save:
         benchmark.save(save)
     if plot:

@@ -12,8 +12,8 @@ from llmc_cli.commands import options
 from llmc_cli.commands.render import Output, seconds, size
 
 if TYPE_CHECKING:
-    from llmc_cli.conversion import Conversion, Written
-    from llmc_cli.sources import OnProgress
+    from llmc_cli.conversion.conversion import Conversion, Written
+    from llmc_cli.conversion.sources import OnProgress
 
 
 def convert(
@@ -84,7 +84,7 @@ def convert(
 
     A debug state is computed in float64, and takes about 30 bytes of memory a parameter.
     """
-    from llmc_cli.conversion import Request, plan
+    from llmc_cli.conversion.conversion import Request, plan
 
     output = Output(json, quiet)
     start = time.monotonic()

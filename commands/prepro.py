@@ -15,9 +15,9 @@ from llmc_cli.errors import MissingError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmc_cli.documents import Piece
-    from llmc_cli.shards import ShardPlan, TokenFiles
-    from llmc_cli.tokenizer import Tokenizer
+    from llmc_cli.data.documents import Piece
+    from llmc_cli.data.shards import ShardPlan, TokenFiles
+    from llmc_cli.tokenizer.tokenizer import Tokenizer
 
 FILE_NAMES = {"tinyshakespeare": "tiny_shakespeare", "text": "text"}
 LATER = ("tinystories", "fineweb", "fineweb-edu", "hellaswag", "mmlu")
@@ -80,9 +80,9 @@ def prepro(
     one file, text_val_000000.bin, text_train_000001.bin and on. A .txt file is one document, or several where lines
     that hold only <|endoftext|> separate them; each line of a .jsonl file is one, the string under "text".
     """
-    from llmc_cli.device import available_cores
-    from llmc_cli.shards import ShardPlan, write_token_files
-    from llmc_cli.tokenizer import load_tokenizer
+    from llmc_cli.data.shards import ShardPlan, write_token_files
+    from llmc_cli.kernels.backend import available_cores
+    from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     files = files or []
     output = Output(json, quiet)
@@ -107,7 +107,7 @@ def prepro(
         origin, pieces = shakespeare(output, source)
         result = write_token_files(pieces, encoder, plan)
     else:
-        from llmc_cli.documents import input_bytes, read_documents
+        from llmc_cli.data.documents import input_bytes, read_documents
 
         origin = " ".join(files)
         with output.progress("encoding", input_bytes(files), size) as tell:
@@ -128,7 +128,7 @@ def check(dataset: str, files: list[str], source: str) -> None:
             with Path(source).open("rb"):
                 pass
         return
-    from llmc_cli.documents import check_files
+    from llmc_cli.data.documents import check_files
 
     if source != "auto":
         raise UsageError("text takes its files as arguments; --source is for tinyshakespeare")
@@ -139,7 +139,7 @@ def check(dataset: str, files: list[str], source: str) -> None:
 
 def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
     """Where the text came from, and its sections."""
-    from llmc_cli.documents import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
+    from llmc_cli.data.documents import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
 
     with output.progress("downloading", TINY_SHAKESPEARE_BYTES, size) as tell:
         text = shakespeare_text(source, lambda done, total: tell(done))
@@ -178,7 +178,7 @@ def show_plan(
     output: Output, dataset: str, files: list[str], source: str, tokenizer: "Tokenizer", plan: "ShardPlan"
 ) -> None:
     """What would be done. Tokens are not counted: that is the work itself."""
-    from llmc_cli.shards import shard_kind
+    from llmc_cli.data.shards import shard_kind
 
     splits = ("val", "train") if plan.val_tokens != 0 else ("train",)
     paths = [str(plan.folder / f"{plan.name}_{split}.bin") for split in splits]

@@ -12,7 +12,7 @@ from llmc_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmc_cli.models.config import ModelConfig
-    from llmc_cli.tokenizer import Tokenizer
+    from llmc_cli.tokenizer.tokenizer import Tokenizer
 
 
 def sample(
@@ -76,10 +76,10 @@ def sample(
     import sys
     import time
 
-    from llmc_cli.checkpoints import load_model, read_config
-    from llmc_cli.device import open_sampling
-    from llmc_cli.sampling import Settings, fit, generate
-    from llmc_cli.waiting import spin_between_calls
+    from llmc_cli.kernels.backend import open_sampling
+    from llmc_cli.machine.idle_threads import spin_between_calls
+    from llmc_cli.sampling.generation import Settings, fit, generate
+    from llmc_cli.training.checkpoints import load_model, read_config
 
     output = render.Output(json, quiet)
     settings = Settings(temperature, top_k, top_p, min_p, seed)
@@ -129,7 +129,7 @@ def refuse_broken_text(*texts: str | None) -> None:
 def find_tokenizer(config: "ModelConfig", name: str | None) -> "Tokenizer | None":
     """The tokenizer asked for, else GPT-2's where the vocabulary has its size, else none."""
     from llmc_cli.models.presets import GPT2_VOCAB_SIZE
-    from llmc_cli.tokenizer import load_tokenizer
+    from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     if name is None and config.vocab_size != GPT2_VOCAB_SIZE:
         return None
@@ -200,7 +200,7 @@ class TextVoice:
     """Text, a character as soon as its bytes are there."""
 
     def __init__(self, prompt: list[int], tokenizer: "Tokenizer") -> None:
-        from llmc_cli.tokenizer import TextStream
+        from llmc_cli.tokenizer.tokenizer import TextStream
 
         self.prompt, self.stream = prompt, TextStream(tokenizer)
 

@@ -10,10 +10,10 @@ from llmc_cli.commands import options, render
 from llmc_cli.errors import MissingError
 
 if TYPE_CHECKING:
-    from llmc_cli.device import Backend
-    from llmc_cli.plan import Plan
-    from llmc_cli.tokenizer import Tokenizer
-    from llmc_cli.training import Report, StepReport, Training
+    from llmc_cli.kernels.backend import Backend
+    from llmc_cli.tokenizer.tokenizer import Tokenizer
+    from llmc_cli.training.plan import Plan
+    from llmc_cli.training.trainer import Report, StepReport, Training
 
 DATA = "data/tinyshakespeare/tiny_shakespeare_{}.bin"
 
@@ -146,9 +146,9 @@ def train(
     if tf32 == 1 and precision in ("auto", "fp32"):
         precision = "tf32"
 
-    from llmc_cli.device import open_kernels
-    from llmc_cli.plan import TrainOptions
-    from llmc_cli.training import Training
+    from llmc_cli.kernels.backend import open_kernels
+    from llmc_cli.training.plan import TrainOptions
+    from llmc_cli.training.trainer import Training
 
     output = render.Output(json, quiet)
     backend = open_kernels(device, precision, threads, output.note, training=True)
@@ -215,7 +215,7 @@ def follow(output: render.Output, training: "Training") -> None:
     """Run the training and tell what happens; SIGINT, SIGTERM and SIGHUP end it after the step at hand."""
     import sys
 
-    from llmc_cli.training import StepReport
+    from llmc_cli.training.trainer import StepReport
 
     received: list[int] = []
 
@@ -269,7 +269,7 @@ class Printer:
         self.headed = False
 
     def show(self, report: "Report") -> None:
-        from llmc_cli.training import CheckpointReport, SampleReport, StepReport, ValidationReport
+        from llmc_cli.training.trainer import CheckpointReport, SampleReport, StepReport, ValidationReport
 
         if self.output.json:
             self.output.document(report.metrics())
@@ -302,7 +302,7 @@ class Printer:
         if self.training.config.vocab_size != GPT2_VOCAB_SIZE:
             return "generating:\n---\n" + " ".join(map(str, ids)) + "\n---"
         if self.tokenizer is None:
-            from llmc_cli.tokenizer import load_tokenizer
+            from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
             self.tokenizer = load_tokenizer("gpt2")
         return "generating:\n---\n" + self.tokenizer.decode_bytes(ids).decode("utf-8", "replace") + "\n---"

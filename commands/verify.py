@@ -11,8 +11,8 @@ from llmc_cli.errors import CheckError, DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmc_cli.comparison import Check
-    from llmc_cli.device import Backend
+    from llmc_cli.kernels.backend import Backend
+    from llmc_cli.verification.comparison import Check
 
 CHECK_COLUMNS = "name", "what", "largest", "max error", "mean error", "bound", "ok"
 FILE_COLUMNS = "file", "kind", "version", "content", "ok"
@@ -66,8 +66,8 @@ def verify(
 
 
 def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) -> None:
-    from llmc_cli.device import open_kernels
-    from llmc_cli.verification import check_kernels, kernel_check_count
+    from llmc_cli.kernels.backend import open_kernels
+    from llmc_cli.verification.model_checks import check_kernels, kernel_check_count
 
     backend = open_kernels(*where, output.note)
     show_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
@@ -83,8 +83,8 @@ def verify_state(
 ) -> None:
     import sys
 
-    from llmc_cli.device import open_kernels
-    from llmc_cli.verification import check_state, parse_losses, state_check_count
+    from llmc_cli.kernels.backend import open_kernels
+    from llmc_cli.verification.model_checks import check_state, parse_losses, state_check_count
 
     expected = None
     if losses is not None:
@@ -101,7 +101,7 @@ def show_checks(
     """Run the checks, tell them with what they ran on, and raise CheckError where one failed."""
     import dataclasses
 
-    from llmc_cli.verification import versions
+    from llmc_cli.verification.model_checks import versions
 
     machine = {
         **subject,
@@ -139,7 +139,7 @@ def check_row(check: "Check") -> list[str]:
 def verify_files(output: render.Output, paths: list[Path]) -> None:
     import dataclasses
 
-    from llmc_cli.file_checks import check_files
+    from llmc_cli.verification.file_checks import check_files
 
     reports = []
     with output.progress("verifying", None, lambda count: f"{count:.0f} files", terminal_only=True) as tell:

@@ -17,7 +17,7 @@ import typer
 from llmc_cli.commands import bench, convert, decode, prepro, sample, train, verify
 from llmc_cli.errors import LlmcError
 from llmc_cli.formats.errors import FormatError
-from llmc_cli.waiting import wait_passively
+from llmc_cli.machine.idle_threads import wait_passively
 
 COMMANDS = (prepro.prepro, convert.convert, train.train, sample.sample, decode.decode, verify.verify, bench.bench)
 

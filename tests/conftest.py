@@ -7,15 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-from converting import TINY
+from support.converting import TINY
 
-from llmc_cli.device import available_cores, open_kernels
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.shard import write_shard
-from llmc_cli.models import huggingface
+from llmc_cli.kernels.backend import available_cores, open_kernels
+from llmc_cli.machine.idle_threads import wait_passively
+from llmc_cli.models import huggingface_config
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.plan import TrainOptions
-from llmc_cli.waiting import wait_passively
+from llmc_cli.training.plan import TrainOptions
 
 wait_passively()  # before numba and scipy load, as the program does
 
@@ -48,7 +48,7 @@ def compiler():
 @pytest.fixture
 def nothing_waits():
     """What a test left undone in the streams of the stand-in for CuPy is forgotten."""
-    from cuda_stand_in import cupy
+    from support.cuda_stand_in import cupy
 
     yield
     cupy.cuda.stream.abandon()
@@ -57,7 +57,7 @@ def nothing_waits():
 @pytest.fixture
 def played(monkeypatch, nothing_waits):
     """The stand-in is the CuPy of this process."""
-    from cuda_stand_in import cupy
+    from support.cuda_stand_in import cupy
 
     from llmc_cli.kernels.cuda import device
 
@@ -71,7 +71,7 @@ def played(monkeypatch, nothing_waits):
 @pytest.fixture
 def double(monkeypatch):
     """double(array), of the stand-in for CuPy: a kernel that doubles it."""
-    from cuda_stand_in import without_a_compiler
+    from support.cuda_stand_in import without_a_compiler
 
     kernel = without_a_compiler(monkeypatch)
     return lambda x, **options: kernel((1,), (32,), (x, np.int32(x.size), np.int64(0), np.float32(0)), **options)
@@ -81,7 +81,7 @@ def double(monkeypatch):
 def tiny_config(tmp_path):
     """A config file of a model that trains in milliseconds."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(huggingface.config_values(ModelConfig(32, 67, 2, 2, 16))))
+    path.write_text(json.dumps(huggingface_config.config_values(ModelConfig(32, 67, 2, 2, 16))))
     return path
 
 

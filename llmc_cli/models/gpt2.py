@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc_cli.arena import Arena
 from llmc_cli.kernels.spec import Array, Kernels, Weight
+from llmc_cli.models.arena import Arena
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_shapes
-from llmc_cli.random import MersenneTwister
+from llmc_cli.rng import MersenneTwister
 
 if TYPE_CHECKING:
-    from llmc_cli.models.cache import Cache
+    from llmc_cli.models.kv_cache import Cache
 
 ALIGN = 16  # elements: 64 bytes of float32, a cache line
 

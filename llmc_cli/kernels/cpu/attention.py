@@ -19,8 +19,8 @@ from llmc_cli.kernels.cpu.attention_head import (
 )
 from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ZERO
+from llmc_cli.kernels.cpu.register_tiles import COLUMNS, multiply
 from llmc_cli.kernels.cpu.softmax import dot, mask, softmax_block_backward
-from llmc_cli.kernels.cpu.tiles import COLUMNS, multiply
 
 
 @kernel(float1, float1, float1, float2, int64, int64, int64, int64, fastmath=CONTRACT)

@@ -11,8 +11,8 @@ import numpy as np
 
 from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
 from llmc_cli.kernels.cpu.exponential import ONE, ZERO
+from llmc_cli.kernels.cpu.register_tiles import COLUMNS, multiply
 from llmc_cli.kernels.cpu.softmax import MASKED, mask, softmax_block
-from llmc_cli.kernels.cpu.tiles import COLUMNS, multiply
 
 QUERIES = 32  # a block; multiples of tiles.COLUMNS, tiles.ROWS and 4
 KEYS = 64

@@ -1,0 +1,362 @@
+"""The work of ``workloads`` as PyTorch's users would write it; imported in a process of its own only.
+
+The model is an ordinary one: ``nn`` modules, scaled-dot-product attention, the head tied to the embedding; AdamW is
+fused, gradients are clipped by norm. ``MODES`` are the sides that put the model through ``torch.compile``.
+With ``precision`` "bf16" the weights stay float32 in training, and forward pass and loss run under ``torch.autocast``.
+``device``: "cpu", "cuda" or "cuda:N", where everything is made; on CUDA a run ends when the device is done with it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmc_cli.benchmark.job import Work
+from llmc_cli.benchmark.torch_gpt2 import GPT2
+from llmc_cli.benchmark.workloads import LR, SEED, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
+from llmc_cli.errors import MissingError
+from llmc_cli.kernels.backend import SAMPLING_PRECISIONS
+from llmc_cli.models.config import ModelConfig
+
+MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}
+"""What ``torch.compile`` is asked for. The latter makes CUDA graphs, as ours are where tokens are sampled."""
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context in which PyTorch multiplies in ``precision``."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def wait_for(device: str) -> None:
+    """Until the device is done with what it has been asked for."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+class TrainWorkload:
+    tasks: tuple[str, ...] = ("step",)
+
+    def __init__(
+        self, config: ModelConfig, B: int, T: int, mode: str | None, precision: str = "fp32", device: str = "cpu"
+    ) -> None:
+        self.precision, self.device = precision, device
+        model = GPT2(config)
+        self.parameters = list(model.parameters())
+        matrices = [parameter for parameter in self.parameters if parameter.dim() == 2]
+        vectors = [parameter for parameter in self.parameters if parameter.dim() == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
+            lr=LR,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            fused=True,
+        )
+        self.model: Callable[..., Tensor] = torch.compile(model, mode=mode) if mode else model
+        ids = torch.randint(config.vocab_size, (B, T + 1))
+        self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def prepare(self, task: str) -> Task:
+        return Task(self.step)
+
+    def step(self) -> Detail:
+        with autocast(self.precision, self.device):
+            loss = self.model(self.inputs, self.targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        wait_for(self.device)
+        return {"loss": loss.item(), "norm": norm.item()}
+
+
+class Sampler:
+    """B sequences that grow behind T positions in the cache, the likeliest token each time."""
+
+    def __init__(
+        self, config: ModelConfig, B: int, T: int, mode: str | None, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.device = device
+        model = GPT2(config).eval().to(dtype)
+        self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
+        shape = (B, config.num_heads, T + self.tokens, config.head_size)
+        self.keys, self.values = ([torch.randn(shape, dtype=dtype) for _ in range(config.num_layers)] for _ in range(2))
+        self.position = torch.tensor([T])
+        self.extend: Callable[..., Tensor] = torch.compile(model.extend, mode=mode) if mode else model.extend
+        if mode == MODES["torch graphs"]:
+            for cache in (*self.keys, *self.values):  # or there would be no graph, as the caches are written to
+                torch._dynamo.mark_static_address(cache)
+        self.start = torch.zeros((B, 1), dtype=torch.int64)
+
+    @torch.inference_mode()
+    def run(self) -> Detail:
+        self.position[0] = self.T
+        tokens = self.start
+        for _ in range(self.tokens):
+            tokens = self.extend(tokens, self.keys, self.values, self.position).argmax(-1, keepdim=True)
+            self.position += 1
+        wait_for(self.device)
+        return None
+
+
+class TransformersSampler:
+    """The same by transformers' ``generate``."""
+
+    def __init__(self, config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        import transformers
+
+        self.device = device
+        made = transformers.GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.channels,
+            n_layer=config.num_layers, n_head=config.num_heads, layer_norm_epsilon=config.norm_eps,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model: Any = transformers.GPT2LMHeadModel(made)
+        self.model = model.eval().to(dtype)
+        self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
+        self.cache: Any = transformers.DynamicCache(config=made)
+        shape = (B, config.num_heads, T, config.head_size)
+        for layer in range(config.num_layers):
+            self.cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
+        self.ids = torch.zeros((B, T + 1), dtype=torch.int64)
+
+    @torch.inference_mode()
+    def run(self) -> Detail:
+        if fed := self.cache.get_seq_length() - self.T:  # by the run before
+            self.cache.crop(-fed)
+        made = self.model.generate(
+            self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, pad_token_id=0,
+            do_sample=False, min_new_tokens=self.tokens, max_new_tokens=self.tokens,
+        )  # fmt: skip
+        assert made.shape[1] == self.ids.shape[1] + self.tokens
+        wait_for(self.device)
+        return None
+
+
+class SampleWorkload:
+    """Takes part in our tasks, one for each precision of weights: in bfloat16 where that is ours and among
+    ``precisions``, else in float32."""
+
+    tasks: tuple[str, ...] = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
+
+    def __init__(self, make: Callable[[torch.dtype], Sampler | TransformersSampler], precisions: list[str]) -> None:
+        self._make, self._precisions = make, precisions
+        self._made: dict[torch.dtype, Sampler | TransformersSampler] = {}
+
+    def prepare(self, task: str) -> Task:
+        halved = task == "token bf16" and "bf16" in self._precisions
+        dtype = torch.bfloat16 if halved else torch.float32
+        if dtype not in self._made:
+            self._made.clear()  # before another takes its memory
+            self._made[dtype] = self._make(dtype)
+        sampler = self._made[dtype]
+        return Task(sampler.run, parts=sampler.tokens)
+
+
+class KernelsWorkload:
+    """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass.
+
+    Two have no like: the embedding's backward pass, which makes a whole table of gradients where ours adds to the one
+    that the head has made, and attention through a cache, which is part of ``sample``. A bias is added with the product
+    before it, where ours leaves that to the norm behind it. In bf16 an operation gets
+    float32 or bfloat16 as it does within a step under autocast, and casts its weight as it does there.
+    """
+
+    def __init__(self, config: ModelConfig, B: int, T: int, precision: str = "fp32", device: str = "cpu") -> None:
+        self.B, self.T, self.config, self.precision, self.device = B, T, config, precision, device
+        self.handed_on = torch.bfloat16 if precision == "bf16" else torch.float32  # what linear layers put out
+        C, F4 = config.channels, 4 * config.channels
+        self._made: dict[str, Callable[[], Callable[[], Any]]] = {
+            "embedding_forward": lambda: self._forward(*self._embedding()),
+            "residual_norm_forward": lambda: self._forward(*self._norm()),
+            "residual_norm_backward": lambda: self._backward(*self._norm()),
+            "linear_forward qkv": lambda: self._forward(*self._linear(C, 3 * C)),
+            "linear_forward attproj": lambda: self._forward(*self._linear(C, C, self.handed_on)),
+            "linear_forward fcproj": lambda: self._forward(*self._linear(F4, C, self.handed_on)),
+            "linear_backward qkv": lambda: self._backward(*self._linear(C, 3 * C)),
+            "linear_backward attproj": lambda: self._backward(*self._linear(C, C, self.handed_on)),
+            "linear_backward fc": lambda: self._backward(*self._linear(C, F4)),
+            "linear_gelu_forward fc": lambda: self._forward(*self._linear_gelu()),
+            "gelu_forward": lambda: self._forward(*self._gelu()),
+            "gelu_linear_backward fcproj": lambda: self._backward(*self._gelu_linear()),
+            "attention_forward": lambda: self._forward(*self._attention()),
+            "attention_backward": lambda: self._backward(*self._attention()),
+            "head_loss": lambda: self._forward(*self._head()),
+            "head_loss gradient": self._loss_and_gradient,
+            "head_logits": self._head_logits,
+            "sum_squares": self._norm_of_gradients,
+            "adamw": self._adamw,
+        }
+        self.tasks = tuple(self._made)
+
+    def prepare(self, task: str) -> Task:
+        with torch.device(self.device):
+            run = self._made[task]()
+
+        def once() -> Detail:
+            run()
+            wait_for(self.device)
+            return None
+
+        return Task(once)
+
+    def _forward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:  # with a graph, as in training
+            with autocast(self.precision, self.device):
+                return function()
+
+        return run
+
+    def _backward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        output = self._forward(function, inputs)()
+        upstream = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+
+    @staticmethod
+    def _leaf(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape) * std).to(dtype).requires_grad_()
+
+    def _embedding(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C, V = self.config.channels, self.config.vocab_size
+        wte, wpe = self._leaf(V, C), self._leaf(self.config.max_seq_len, C)
+        ids, positions = torch.randint(V, (self.B, self.T)), torch.arange(self.T)
+        return lambda: F.embedding(ids, wte) + F.embedding(positions, wpe), [wte, wpe]
+
+    def _norm(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C = self.config.channels
+        x, delta = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C, dtype=self.handed_on)
+        w, b = self._leaf(C), self._leaf(C)
+        return lambda: F.layer_norm(x + delta, (C,), w, b, self.config.norm_eps), [x, delta, w, b]
+
+    def _linear(
+        self,
+        I: int,  # noqa: E741
+        O: int,  # noqa: E741
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        x, w, b = self._leaf(self.B * self.T, I, dtype=dtype), self._leaf(O, I, std=STD), self._leaf(O)
+        return lambda: F.linear(x, w, b), [x, w, b]
+
+    def _linear_gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        linear, inputs = self._linear(self.config.channels, 4 * self.config.channels)
+        return lambda: F.gelu(linear(), approximate="tanh"), inputs
+
+    def _gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        pre = self._leaf(self.B * self.T, 4 * self.config.channels, dtype=self.handed_on)
+        return lambda: F.gelu(pre, approximate="tanh"), [pre]
+
+    def _gelu_linear(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        C = self.config.channels
+        pre = self._leaf(self.B * self.T, 4 * C, dtype=self.handed_on)
+        w, b = self._leaf(C, 4 * C, std=STD), self._leaf(C)
+        return lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b]
+
+    def _attention(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        B, T, C, NH = self.B, self.T, self.config.channels, self.config.num_heads
+        qkv = self._leaf(B, T, 3 * C, dtype=self.handed_on)
+
+        def attend() -> Tensor:
+            q, k, v = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=2))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+
+        return attend, [qkv]
+
+    def _head(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        N, C, V = self.B * self.T, self.config.channels, self.config.vocab_size
+        x, w, targets = self._leaf(N, C), self._leaf(V, C, std=STD), torch.randint(V, (N,))
+        return lambda: F.cross_entropy(F.linear(x, w), targets), [x, w]
+
+    def _loss_and_gradient(self) -> Callable[[], Any]:
+        head, inputs = self._head()
+        loss = self._forward(head, inputs)
+        return lambda: torch.autograd.grad(loss(), inputs)
+
+    def _head_logits(self) -> Callable[[], Any]:
+        x = torch.randn(self.B, self.config.channels).to(self.handed_on)
+        w = (torch.randn(self.config.vocab_size, self.config.channels) * STD).to(self.handed_on)
+        return torch.inference_mode()(lambda: F.linear(x, w))
+
+    def _parameters(self) -> list[Tensor]:
+        parameters = list(GPT2(self.config).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter) * STD
+        return [*parameters]
+
+    def _norm_of_gradients(self) -> Callable[[], Any]:
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        return lambda: torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+
+    def _adamw(self) -> Callable[[], Any]:
+        return torch.optim.AdamW(self._parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
+
+
+def reserved_memory() -> int:
+    """Bytes of the GPU's memory that PyTorch has taken at most since it last gave some back."""
+    return torch.cuda.max_memory_reserved()
+
+
+def release() -> None:
+    """Give back what PyTorch keeps of the GPU's memory for arrays to come."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
+    """PyTorch's side of ``work``, and how it is set up. What is to be compiled is compiled here, for the first of the
+    precisions that it is asked for; for another when that is prepared and first run. MissingError where a GPU is to
+    compute and PyTorch finds none."""
+    device = work.device if is_cuda(work.device) else "cpu"
+    if is_cuda(device):
+        _use(device, work.precision)
+    torch.manual_seed(SEED)
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+    mode = MODES.get(work.side)
+    with torch.device(device):
+        made = _workload(work, mode, device)
+    if mode:
+        first = f"token {work.precision.split()[0]}" if work.section == "sample" else made.tasks[0]
+        made.prepare(first).run()
+    configuration = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "precision": work.precision,
+        "optimizer": "AdamW, fused",
+        "attention": "scaled_dot_product_attention",
+        "mode": f"torch.compile, {mode}" if mode else "generate" if work.side == "transformers" else "eager",
+        "blas": "cuBLAS" if is_cuda(device) else "MKL" if torch.backends.mkl.is_available() else "no MKL",
+    }
+    if is_cuda(device):
+        configuration |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return made, configuration
+
+
+def _use(device: str, precision: str) -> None:
+    """Have the GPU multiply float32 as ours does."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"for CUDA {built}: is the driver older than that?" if built else "and is built without CUDA"
+        raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device {why}")
+    torch.cuda.set_device(torch.device(device) if ":" in device else 0)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def _workload(work: Work, mode: str | None, device: str) -> Workload:
+    config, B, T = work.config, work.batch, work.seq_len
+    if work.section == "train":
+        return TrainWorkload(config, B, T, mode, work.precision, device)
+    if work.section == "kernels":
+        return KernelsWorkload(config, B, T, work.precision, device)
+
+    def make(dtype: torch.dtype) -> Sampler | TransformersSampler:
+        with torch.device(device):
+            if work.side == "transformers":
+                return TransformersSampler(config, B, T, dtype, device)
+            return Sampler(config, B, T, mode, dtype, device)
+
+    return SampleWorkload(make, work.precision.split())

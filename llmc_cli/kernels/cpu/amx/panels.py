@@ -1,0 +1,72 @@
+"""Panels of float32 matrices of any size for AMX tiles (see intrinsics.py), and what else is done by addresses."""
+
+import numpy as np
+from numba import carray  # type: ignore[attr-defined]
+
+from llmc_cli.kernels.cpu.amx import intrinsics
+from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
+
+SIDE = intrinsics.SIDE
+BLOCK = SIDE * SIDE * 4  # bytes of 32 x 32 float32
+ROW = SIDE * 4
+EDGE = 2048  # bytes: a tile in float32
+
+
+@helper(CONTRACT)
+def matrix(address, rows, columns):
+    return carray(intrinsics.pointer(address), (rows, columns), np.float32)
+
+
+@helper(CONTRACT)
+def vector(address, size):
+    return carray(intrinsics.pointer(address), (size,), np.float32)
+
+
+@helper(CONTRACT, inline=False)
+def copy(to, to_stride, source, stride, rows, columns):
+    """``rows`` rows of ``columns`` floats."""
+    for i in range(rows):
+        for j in range(columns):
+            intrinsics.store_float(to + i * to_stride + j * 4, intrinsics.load_float(source + i * stride + j * 4))
+
+
+@helper(CONTRACT, inline=False)
+def copy_block(to, to_stride, source, stride, rows, columns):
+    """The part (rows,columns) of a block, fast where it is all of it."""
+    if rows == SIDE and columns == SIDE:
+        intrinsics.put_block(to, to_stride, 0, 0, source, stride, False)
+    else:
+        copy(to, to_stride, source, stride, rows, columns)
+
+
+@helper(CONTRACT, inline=False)
+def pack(to, panel, steps, source, stride, along, is_b, outer, depth, first, last, edge, parts):
+    """Panels ``panel`` bytes apart from floats: those of ``outer`` rows or columns and ``depth`` k, padded with zeros.
+
+    ``along``: k lies along the source's rows. Of all the pairs of a panel and one of ``steps`` steps those from
+    ``first`` up to ``last`` are made, counted as they lie in the source. ``edge`` is scratch for a tile.
+    """
+    panels = (outer + SIDE - 1) // SIDE
+    for n in range(first, last):
+        p, s = (n // steps, n % steps) if along else (n % panels, n // panels)
+        k = min(SIDE, depth - s * SIDE)
+        for half in range(2):
+            line = p * SIDE + half * 16
+            lines = max(0, min(16, outer - line))
+            at, distance = source + (line * stride + s * ROW if along else s * SIDE * stride + line * 4), stride
+            if lines < 16 or k < SIDE:
+                for i in range(0, EDGE, 4):
+                    intrinsics.store_float(edge + i, np.float32(0.0))
+                distance = 128 if along else 64
+                copy(edge, distance, at, stride, lines if along else k, k if along else lines)
+                at = edge
+            target = to + p * panel + s * 2 * intrinsics.TILE * len(parts) + half * intrinsics.TILE
+            if is_b:
+                if along:
+                    intrinsics.pack_b_along(target, at, distance, parts)
+                else:
+                    intrinsics.pack_b_across(target, at, distance, parts)
+            elif along:
+                intrinsics.pack_a_along(target, at, distance, parts)
+            else:
+                intrinsics.pack_a_across(target, at, distance, parts)

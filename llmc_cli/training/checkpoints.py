@@ -1,0 +1,155 @@
+"""Models and training runs on disk; a run's folder holds whole checkpoints or none.
+
+A checkpoint of step N is ``model_N.bin``, ``state_N_rank.bin`` and an empty ``DONE_N`` (the C trainer's names and
+formats), written in this order: without its DONE file it does not exist. ``run.json`` beside them keeps what those
+files have no room for: the arguments, and per checkpoint the detectors' windows.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from llmc_cli.data.batches import Position
+from llmc_cli.errors import DataError, UsageError
+from llmc_cli.formats import weights
+from llmc_cli.formats.atomic import atomic_write
+from llmc_cli.formats.train_state import MERSENNE_WORDS as WORDS
+from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_train_state
+from llmc_cli.kernels.spec import Kernels
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.training.optimizer import AdamW
+
+SCHEMA = 1
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape of a model file. FormatError where it is none."""
+    header = weights.read_header(path)
+    return ModelConfig(
+        header.max_seq_len,
+        header.vocab_size,
+        header.num_layers,
+        header.num_heads,
+        header.channels,
+        header.padded_vocab_size,
+    )
+
+
+def load_model(path: str | Path, kernels: Kernels) -> GPT2:
+    """The model in a file, in the backend's own precision. FormatError where the file is damaged."""
+    model = GPT2(read_config(Path(path)), kernels)
+    with model.fill() as params:
+        weights.load_weights(path, params)
+    return model
+
+
+def save_model(path: str | Path, model: GPT2, version: int = 3) -> None:
+    """Write the model file (version 1 or 3: float32, 5: bfloat16), whole or not at all."""
+    c = model.config
+    header = weights.GPT2Header(
+        weights.MAGIC, version, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
+    )
+    weights.save_weights(path, header, model.host_params())
+
+
+class RunFolder:
+    """The folder of one training run; ``lock`` it while training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lock(self) -> filelock.BaseFileLock:
+        """Take the folder (made where missing) for this process; UsageError where another one has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UsageError(f"{self.path}: another run is using this folder; give each its own --out") from None
+        for unfinished in self.path.glob(".*.part"):  # left by a process that was killed while it wrote
+            unfinished.unlink()
+        return lock
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, in order."""
+        if not self.path.is_dir():
+            return []
+        matches = (re.fullmatch(r"DONE_(\d{8})", entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def model_path(self, step: int) -> Path:
+        return self.path / f"model_{step:08d}.bin"
+
+    def state_path(self, step: int, rank: int = 0) -> Path:
+        return self.path / f"state_{step:08d}_{rank:05d}.bin"
+
+    def done_path(self, step: int) -> Path:
+        return self.path / f"DONE_{step:08d}"
+
+    def write(self, step: int, model: GPT2, optimizer: AdamW, state: TrainState, record: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step``; ``record`` is what run.json keeps for it."""
+        save_model(self.model_path(step), model)
+        master = model.host_params().flat if state.has_master else None
+        m, v = (model.kernels.download(moment) for moment in (optimizer.m, optimizer.v))
+        write_train_state(self.state_path(step), state, m, v, master)
+        run = self.read_record()
+        kept = {str(old): run["checkpoints"][str(old)] for old in self.steps() if str(old) in run["checkpoints"]}
+        self.write_record({**run, "checkpoints": {**kept, str(step): record}})
+        with atomic_write(self.done_path(step)):
+            pass
+
+    def delete(self, step: int) -> None:
+        """Remove the checkpoint of ``step`` where there is one, its DONE file first."""
+        paths = self.done_path(step), self.state_path(step), self.model_path(step)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def read_record(self) -> dict[str, Any]:
+        """What run.json holds; without one, the record of a run that the C trainer began. DataError for another's."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return {"schema": SCHEMA, "checkpoints": {}}
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            if record["schema"] == SCHEMA and isinstance(record["checkpoints"], dict):
+                return record
+            found = f"schema {record['schema']}"
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"something else ({type(error).__name__}: {error})"
+        raise DataError(f"{path}: found {found}, expected what a run keeps of itself, schema {SCHEMA}; move it away")
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        with atomic_write(self.path / "run.json") as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
+
+
+def state_of(
+    step: int, position: Position, rng_state: int, rng_state_before_update: int, seed: int, has_master: bool = False
+) -> TrainState:
+    """The training state of one process that is to go on from ``position`` after ``step`` updates."""
+    shuffle = None
+    if position.generator is not None:
+        assert position.shard_order is not None and position.sample_order is not None
+        words, drawn = position.generator
+        mersenne = Mersenne(seed, WORDS + 1 - drawn if drawn else 1, drawn, words)
+        shuffle = Shuffle(position.shard_order, position.sample_order, mersenne)
+    at = position.shard, position.sample
+    return TrainState(1, 0, step, rng_state, rng_state_before_update, *at, shuffle, has_master)
+
+
+def position_of(state: TrainState) -> Position:
+    """Where the data stood."""
+    if state.shuffle is None:
+        return Position(state.current_shard, state.current_sample)
+    mersenne = state.shuffle.mersenne
+    return Position(
+        state.current_shard,
+        state.current_sample,
+        state.shuffle.shard_order,
+        state.shuffle.sample_order,
+        (mersenne.words, mersenne.next),
+    )

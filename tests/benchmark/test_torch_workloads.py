@@ -1,0 +1,257 @@
+"""Live PyTorch at the same work."""
+
+import contextlib
+import re
+
+import numpy as np
+import pytest
+from support.benchmark_inputs import CEILINGS, CONFIG, quiet, work
+
+from llmc_cli.benchmark import interleave, sections
+from llmc_cli.benchmark.sections import measure
+from llmc_cli.errors import MissingError
+from llmc_cli.models.layout import parameter_count
+
+pytestmark = pytest.mark.witness
+
+
+def test_torch_takes_turns_at_the_same_operations(monkeypatch):
+    monkeypatch.setattr(interleave, "SETTLE_S", 0)
+    measured = measure(work("kernels"), CEILINGS, True, quiet)
+    alone = {row.name for row in measured.rows if not row.torch}
+    assert alone == {"kernels/attention_cached", "kernels/embedding_backward"}
+    assert measured.absent == {}
+
+
+@pytest.mark.parametrize("section", ["train", "sample"])
+def test_torch_takes_turns(monkeypatch, section):
+    """Compiled as well, where there is a compiler; where there is none, that is said."""
+    monkeypatch.setitem(sections.WARM_UP, section, 1)
+    measured = measure(work(section), CEILINGS, True, quiet)
+    first = measured.rows[0]
+    assert "torch eager" in first.torch
+    modes = set(sections.TORCH_MODES[section])
+    assert modes == set(first.torch) | set(measured.absent)
+    assert set(measured.absent) <= {"torch compiled"}
+    assert first.ratios[first.best_mode] == min(first.torch.values()) / first.seconds
+    configuration = measured.sides[1].configuration
+    assert configuration["threads"] == 1
+    assert configuration["precision"] == "fp32"
+    assert configuration["optimizer"] == "AdamW, fused"
+    assert all(side.peak_memory for side in measured.sides)
+
+
+@pytest.mark.parametrize(
+    ("built", "why"), [(None, "and is built without CUDA"), ("13.0", "for CUDA 13.0: is the driver older than that?")]
+)
+def test_without_a_card_it_says_so(monkeypatch, built, why):
+    import torch
+
+    from llmc_cli.benchmark.torch_workloads import open_torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(MissingError, match=rf"^PyTorch {re.escape(torch.__version__)} finds no CUDA device {why}"):
+        open_torch(work("train", side="torch eager", device="cuda:0", precision="bf16"))
+
+
+def test_samples_in_common_are_of_the_same_precision(monkeypatch):
+    import torch
+
+    from llmc_cli.benchmark.torch_workloads import open_torch
+
+    for precision, halved in (("fp32", False), ("fp32 bf16", True)):
+        made, _ = open_torch(work("sample", side="torch eager", precision=precision))
+        kept = {}
+        for name in made.tasks:
+            task = made.prepare(name)
+            task.run()
+            kept[name] = task.run.__self__.keys[0].dtype
+        bf16 = torch.bfloat16 if halved else torch.float32
+        assert kept == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
+
+
+@pytest.mark.parametrize("section", ["kernels", "train"])
+def test_torch_in_bf16_runs_under_autocast(section):
+    import torch
+
+    from llmc_cli.benchmark.torch_workloads import KernelsWorkload, open_torch
+
+    made, configuration = open_torch(work(section, side="torch eager", precision="bf16"))
+    assert configuration["precision"] == "bf16"
+    for name in made.tasks:
+        made.prepare(name).run()
+    if section == "train":
+        assert all(parameter.dtype == torch.float32 for parameter in made.parameters)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        workload = KernelsWorkload(CONFIG, 2, 8, precision)
+        assert workload._forward(*workload._linear(16, 16))().dtype == dtype
+
+
+def test_torchs_model_is_the_same_model():
+    import torch
+
+    from llmc_cli.benchmark.torch_gpt2 import GPT2
+    from llmc_cli.benchmark.torch_workloads import TrainWorkload
+
+    torch.manual_seed(0)
+    padding = (CONFIG.padded_vocab_size - CONFIG.vocab_size) * CONFIG.channels
+    assert sum(p.numel() for p in GPT2(CONFIG).parameters()) == parameter_count(CONFIG) - padding
+    workload = TrainWorkload(CONFIG, 2, 8, mode=None)
+    losses = [workload.step()["loss"] for _ in range(4)]
+    assert losses[0] == pytest.approx(np.log(67), rel=0.05)
+    assert losses[-1] < losses[0]
+
+
+def caches(B, T):
+    import torch
+
+    shape = (B, CONFIG.num_heads, T, CONFIG.head_size)
+    return ([torch.zeros(shape) for _ in range(CONFIG.num_layers)] for _ in range(2))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's, of its own
+def test_torchs_compiled_step_copies_no_cache():
+    """The compiled code makes no array of a cache's shape."""
+    import torch
+    from torch._inductor.utils import run_and_get_code
+
+    from llmc_cli.benchmark.torch_gpt2 import GPT2
+
+    model, (keys, values) = GPT2(CONFIG).eval(), caches(1, 13)
+    ids, position = torch.zeros((1, 1), dtype=torch.int64), torch.tensor([5])
+    with torch.inference_mode():
+        _, (code,) = run_and_get_code(torch.compile(model.extend), ids, keys, values, position)
+    made = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
+    assert made
+    assert not {"1, 2, 13, 8", "2, 1, 2, 13, 8"} & set(made)
+    for layer in (*keys, *values):
+        assert layer[:, :, 5].any()
+        assert not layer[:, :, 6:].any()
+
+
+def test_what_is_asked_for_is_compiled_first(monkeypatch):
+    """And no other precision."""
+    import torch
+
+    from llmc_cli.benchmark.torch_workloads import open_torch
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32 bf16", torch.float32)):
+        made, _ = open_torch(work("sample", side="torch compiled", precision=precision))
+        assert list(made._made) == [dtype]
+
+
+def test_memory_that_is_given_back_no_longer_counts(monkeypatch):
+    import torch
+
+    from llmc_cli.benchmark import torch_workloads
+
+    order = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    torch_workloads.release()
+    assert order == ["empty_cache", "reset_peak_memory_stats"]
+
+
+def test_torchs_cached_step_agrees_with_its_whole_pass():
+    import torch
+
+    from llmc_cli.benchmark.torch_gpt2 import GPT2
+
+    torch.manual_seed(0)
+    model, T = GPT2(CONFIG).eval(), 6
+    ids = torch.randint(CONFIG.vocab_size, (2, T))
+    keys, values = caches(2, 9)
+    with torch.inference_mode():
+        total = 0.0
+        for t in range(T - 1):
+            logits = model.extend(ids[:, t : t + 1], keys, values, torch.tensor([t]))
+            total += torch.nn.functional.cross_entropy(logits, ids[:, t + 1]).item()
+        assert total / (T - 1) == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5)
+
+
+CARD = "meta"
+"""In the place of a card: PyTorch's device for shapes alone, whose operations have no numbers, and so no times."""
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """What PyTorch is asked for there: contexts of autocast, and how often it was waited for. Fused AdamW and numbers
+    for the host are what the device lacks."""
+    import torch
+
+    from llmc_cli.benchmark import torch_workloads
+
+    asked = {"autocast": set(), "waits": 0}
+
+    def autocast(kind, dtype, enabled):
+        asked["autocast"].add((kind, dtype, enabled))
+        return contextlib.nullcontext()
+
+    def wait(device):
+        assert device == CARD
+        asked["waits"] += 1
+
+    made = torch.optim.AdamW
+
+    def adamw(*arguments, fused, **options):
+        assert fused
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(torch_workloads, "is_cuda", lambda device: device == CARD)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    before = torch.get_float32_matmul_precision()
+    yield asked
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("section", "precision", "products"),
+    [
+        ("kernels", "bf16", "highest"),
+        ("train", "fp32", "highest"),
+        ("train", "tf32", "high"),
+        ("train", "bf16", "highest"),
+        ("sample", "fp32 bf16", "highest"),
+    ],
+)
+def test_all_of_it_is_on_the_card(card, section, precision, products):
+    """Every array of every operation, and each run ends when the card is done with it."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from llmc_cli.benchmark.torch_workloads import open_torch
+
+    dtypes = set()
+
+    class OnTheCard(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for each in tree_leaves((args, kwargs, out)):
+                if isinstance(each, torch.Tensor) and each.dim():  # numbers may be the host's
+                    assert each.device.type == CARD, function
+                    dtypes.add(each.dtype)
+            return out
+
+    with OnTheCard():
+        made, configuration = open_torch(work(section, side="torch eager", device=CARD, precision=precision))
+        assert card["waits"] == 0
+        for count, name in enumerate(made.tasks):
+            made.prepare(name).run()
+            assert card["waits"] == count + 1
+    assert torch.get_float32_matmul_precision() == products
+    assert configuration["precision"] == precision
+    assert configuration["blas"] == "cuBLAS"
+    halved = precision != "fp32" and precision != "tf32"
+    if section != "sample":
+        assert card["autocast"] == {(CARD, torch.bfloat16, halved)}
+    assert (torch.bfloat16 in dtypes) == (halved and section != "train")  # there it is autocast that makes them

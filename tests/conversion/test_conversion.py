@@ -1,0 +1,181 @@
+"""Models from one form into another."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.converting import BF16, MODEL, TINY, convert, model_of_transformers, tensors_of
+
+from llmc_cli.conversion import conversion
+from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
+from llmc_cli.formats.weights import NORMS_LAST, TENSORS, read_header
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pytorch"])
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", MODEL), ("bf16", BF16)])
+def test_a_folder_becomes_the_golden_file(tmp_path, form, dtype, expected):
+    written = convert(TINY / form, tmp_path / "tiny.bin", dtype=dtype)
+    assert (tmp_path / "tiny.bin").read_bytes() == expected.read_bytes()
+    assert [(file.path, file.bytes) for file in written] == [(tmp_path / "tiny.bin", expected.stat().st_size)]
+
+
+@pytest.mark.parametrize(("dtype", "golden"), [("fp32", MODEL), ("bf16", BF16)])
+def test_a_file_comes_back_from_a_folder(tmp_path, dtype, golden):
+    written = convert(golden, tmp_path / "folder", dtype=dtype)
+    assert {file.path.name for file in written} == {"config.json", "model.safetensors"}
+    tensors = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
+    assert {info.dtype for info in tensors.info.values()} == {conversion.STORED[dtype]}
+    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["torch_dtype"] == conversion.STORED[dtype]
+    convert(tmp_path / "folder", tmp_path / "back.bin", dtype=dtype)
+    assert (tmp_path / "back.bin").read_bytes() == golden.read_bytes()
+
+
+def test_a_folder_holds_what_transformers_saves(tmp_path):
+    convert(MODEL, tmp_path / "folder")
+    ours = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
+    theirs = SafetensorsFile(TINY / "safetensors" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    config = json.loads((TINY / "safetensors" / "config.json").read_bytes())
+    for name, value in json.loads((tmp_path / "folder" / "config.json").read_bytes()).items():
+        assert config.get(name, value) == value, name
+
+
+@pytest.mark.parametrize(("golden", "version"), [(MODEL, 1), (MODEL, 3), (BF16, 5)])
+def test_versions_come_back(tmp_path, golden, version):
+    convert(golden, tmp_path / "there.bin", version=version)
+    assert read_header(tmp_path / "there.bin").version == version
+    convert(tmp_path / "there.bin", tmp_path / "again.bin", version=version)
+    assert (tmp_path / "there.bin").read_bytes() == (tmp_path / "again.bin").read_bytes()
+    convert(tmp_path / "again.bin", tmp_path / "back.bin", version=read_header(golden).version)
+    assert (tmp_path / "back.bin").read_bytes() == golden.read_bytes()
+
+
+@pytest.mark.parametrize(("version", "order"), [(4, TENSORS), (2, TENSORS), (2, NORMS_LAST)])
+@pytest.mark.parametrize("forced", [False, True])
+def test_older_versions_are_read(tmp_path, version, order, forced):
+    """Matrices in bfloat16, layernorms in float32."""
+    header, tensors = read_header(BF16), tensors_of(BF16)
+    tensors |= {name: values for name, values in tensors_of(MODEL).items() if name.startswith("ln")}
+    with (tmp_path / "old.bin").open("wb") as file:
+        file.write(np.array([20240326, version, *header[2:7], 128 if version == 4 else 0] + [0] * 248, "<i4"))
+        for name in order:
+            values = tensors[name][:97] if name == "wte" and version == 2 else tensors[name]
+            if not name.startswith("ln"):
+                values = values.copy().view("<u2")[..., 1::2].copy()
+            file.write(values.tobytes())
+    force = ("layers" if order is TENSORS else "norms last") if forced and version == 2 else None
+    convert(tmp_path / "old.bin", tmp_path / "new.bin", order=force)
+    for name, values in tensors_of(tmp_path / "new.bin").items():
+        np.testing.assert_array_equal(values, tensors[name])
+
+
+def test_names_without_prefix_masks_and_a_tied_head(tmp_path, rewrite):
+    def older(tensors):
+        tensors = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+        masks = {
+            f"h.{layer}.attn.{name}": np.ones((1, 1, 24, 24), np.float32) for layer in (0, 1) for name in ("bias",)
+        }
+        return {**tensors, **masks, "h.0.attn.masked_bias": np.float32([-1e4]), "lm_head.weight": tensors["wte.weight"]}
+
+    convert(rewrite(older), tmp_path / "tiny.bin")
+    assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
+
+
+def test_parts_with_an_index(tmp_path, tiny_folder):
+    whole = SafetensorsFile(tiny_folder / "model.safetensors")
+    names = list(whole)
+    for number, half in enumerate((names[::2], names[1::2])):
+        write_safetensors(tiny_folder / f"part-{number}.safetensors", {name: whole[name] for name in half})
+    weight_map = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(names)}
+    (tiny_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tiny_folder / "model.safetensors").unlink()
+    convert(tiny_folder, tmp_path / "tiny.bin")
+    assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
+
+
+def test_bfloat16_and_float16_weights(tmp_path, rewrite):
+    folder = rewrite(lambda tensors: None, "bfloat16")
+    convert(folder, tmp_path / "tiny.bin", dtype="bf16")
+    assert (tmp_path / "tiny.bin").read_bytes() == BF16.read_bytes()
+    path = folder / "model.safetensors"
+    half = {name: values.astype(np.float16) for name, values in SafetensorsFile(path).items()}
+    write_float16(path, half)
+    convert(folder, tmp_path / "half.bin")
+    found = tensors_of(tmp_path / "half.bin")
+    np.testing.assert_array_equal(found["wpe"], half["transformer.wpe.weight"].astype(np.float32))
+    np.testing.assert_array_equal(found["fcw"][1], half["transformer.h.1.mlp.c_fc.weight"].T.astype(np.float32))
+
+
+def write_float16(path, tensors):
+    header, end = {}, 0
+    for name, values in tensors.items():
+        header[name] = {"dtype": "F16", "shape": values.shape, "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(values.tobytes() for values in tensors.values()))
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    dest = tmp_path / "folder"
+    convert(MODEL, dest)
+    (dest / "vocab.json").write_text("{}")
+    before = (dest / "model.safetensors").read_bytes()
+
+    def fail(path, tensors, dtype):
+        path.parent.mkdir()
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(conversion, "write_safetensors", fail)
+        convert(BF16, dest)
+    assert (dest / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    convert(BF16, dest)
+    assert (dest / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in dest.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_interrupt_while_a_folder_is_replaced(tmp_path, monkeypatch):
+    dest = tmp_path / "folder"
+    convert(MODEL, dest)
+    before = (dest / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        convert(BF16, dest)
+    assert (dest / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.witness
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_transformers_loads_what_it_saved(tmp_path, form):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = model_of_transformers(seed=7).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    if form == "pickle":
+        (tmp_path / "theirs" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
+    convert(tmp_path / "theirs", tmp_path / "model.bin")
+    convert(tmp_path / "model.bin", tmp_path / "ours")
+    convert(tmp_path / "model.bin", tmp_path / "ours16", dtype="bf16")
+    ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()(ids).logits
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "ours16", dtype="auto").eval()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}

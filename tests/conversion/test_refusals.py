@@ -1,0 +1,180 @@
+"""What is no model, or cannot be made one, and where nothing can be written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.converting import MODEL, TINY, convert
+
+from llmc_cli.errors import DataError, MissingError, UsageError
+from llmc_cli.formats.errors import FormatError, NonFiniteError
+
+
+def test_a_wrong_order_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="version 3"):
+        convert(MODEL, tmp_path / "new.bin", order="layers")
+    with pytest.raises(UsageError, match="--order"):
+        convert(TINY / "safetensors", tmp_path / "new.bin", order="layers")
+
+
+def with_(**changed):
+    return lambda tensors: tensors | {f"transformer.{name.replace('__', '.')}": v for name, v in changed.items()}
+
+
+BAD_FOLDERS = {
+    "another head": (lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}, "only a tied head"),
+    "unknown": (with_(h__0__attn__extra=np.zeros(3, np.float32)), r"transformer\.h\.0\.attn\.extra, which a GPT-2"),
+    "one layer too many": (with_(h__2__ln_1__bias=np.zeros(16, np.float32)), r"found transformer\.h\.2\.ln_1\.bias"),
+    "missing": (lambda t: {name: v for name, v in t.items() if ".h.1." not in name}, "lack h.1.*and 9 more"),
+    "both names": (lambda t: {**t, "wpe.weight": t["transformer.wpe.weight"]}, "found both wpe.weight"),
+    "shape": (with_(wpe__weight=np.zeros((23, 16), np.float32)), r"wpe.weight is \(23, 16\).*\(24, 16\)"),
+    "not transposed": (
+        lambda t: {name: v.T if "c_fc.weight" in name else v for name, v in t.items()},
+        r"c_fc.weight is \(64, 16\).*\(16, 64\)",
+    ),
+    "head's shape": (lambda t: {**t, "lm_head.weight": np.zeros((96, 16), np.float32)}, "lm_head.weight is"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_tensors_that_do_not_fit(tmp_path, rewrite, case):
+    change, message = BAD_FOLDERS[case]
+    with pytest.raises(DataError, match=message):
+        convert(rewrite(change), tmp_path / "tiny.bin")
+    assert not (tmp_path / "tiny.bin").exists()
+
+
+def test_an_absurd_config_costs_nothing(tmp_path, tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_bytes())
+    for change, message in (({"n_layer": 10**9}, "cannot be 1,000,000,000 layers"), ({"n_positions": 10**12}, "wpe")):
+        (tiny_folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(DataError, match=message):
+            convert(tiny_folder, tmp_path / "tiny.bin")
+
+
+def test_integers_are_no_weights(tmp_path, tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    content = path.read_bytes()
+    at = content.index(b'"F32"', content.index(b"transformer.wpe.weight"))
+    path.write_bytes(content[:at] + b'"I32"' + content[at + 5 :])
+    with pytest.raises(DataError, match=r"wpe.weight is int32"):
+        convert(tiny_folder, tmp_path / "tiny.bin")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(tmp_path, rewrite, value):
+    def change(tensors):
+        tensors["transformer.h.1.mlp.c_proj.weight"][5, 3] = value
+
+    with pytest.raises(NonFiniteError, match=r"h\.1\.mlp\.c_proj\.weight\[5, 3\]"):
+        convert(rewrite(change), tmp_path / "tiny.bin")
+
+
+def test_folders_that_are_no_model(tmp_path, tiny_folder):
+    with pytest.raises(DataError, match=r"config\.json"):
+        convert(tmp_path, tmp_path / "tiny.bin")
+    config = json.loads((tiny_folder / "config.json").read_bytes())
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(MissingError, match="llama: not yet"):
+        convert(tiny_folder, tmp_path / "tiny.bin")
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(DataError, match="relu"):
+        convert(tiny_folder, tmp_path / "tiny.bin")
+    (tiny_folder / "config.json").write_text("[]")
+    with pytest.raises(DataError):
+        convert(tiny_folder, tmp_path / "tiny.bin")
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    (tiny_folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        convert(tiny_folder, tmp_path / "tiny.bin")
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        (b"GGUF\3\0\0\0", MissingError, "GGUF file: not yet"),
+        (np.array([20240803, 3], "<i4").tobytes(), MissingError, "Llama 3 model: not yet"),
+        (np.array([0x616B3432, 1], "<i4").tobytes(), MissingError, "llama2.c model: not yet"),
+        (np.array([20240520, 1], "<i4").tobytes(), DataError, "GPT-2 token shard, expected a GPT-2 model"),
+        (b"hello, world", FormatError, "a file of a known kind"),
+    ],
+)
+def test_files_that_are_no_gpt2(tmp_path, start, error, message):
+    path = tmp_path / "other.bin"
+    path.write_bytes(start + bytes(2048))
+    with pytest.raises(error, match=message):
+        convert(path, tmp_path / "tiny.bin")
+
+
+def test_weights_alone_are_no_model(tmp_path):
+    for path in (TINY / "safetensors" / "model.safetensors", TINY / "pytorch" / "pytorch_model.bin"):
+        with pytest.raises(DataError, match="give the folder"):
+            convert(path, tmp_path / "tiny.bin")
+
+
+@pytest.mark.parametrize("name", ["missing.bin", "missing.gguf", "./missing", "a/b/c", "no such name"])
+def test_a_name_of_nothing(tmp_path, name):
+    with pytest.raises(DataError, match="no such file or folder"):
+        convert(name, tmp_path / "tiny.bin")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": 5, "dtype": "fp32"}, "holds bf16"),
+        ({"version": 3, "dtype": "bf16"}, "holds fp32"),
+        ({"version": 2}, "not written"),
+        ({"version": 4, "dtype": "bf16"}, "not written"),
+        ({"batch": 4}, "--batch"),
+        ({"seq_len": 8}, "--seq-len"),
+        ({"data": Path("x.bin")}, "--data"),
+        ({"reference": "numpy"}, "--reference"),
+    ],
+)
+def test_options_that_contradict(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        convert(MODEL, tmp_path / "tiny.bin", **options)
+
+
+def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copy.bin"
+    shutil.copy(MODEL, copy)
+    (tmp_path / "plain").write_text("x")
+    (tmp_path / "taken.bin").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    cases = [
+        (copy, None, {}, "give a DEST"),
+        (copy, None, {"dtype": "bf16"}, "give a DEST"),
+        (copy, copy, {}, "what is read"),
+        (copy, Path("copy.bin"), {}, "what is read"),
+        (tiny_folder, tiny_folder, {}, "what is read"),
+        (TINY / "pytorch", TINY / "pytorch" / "pytorch_model.bin", {}, "what is read"),
+        (copy, Path("new.bin"), {"tokenizer": tmp_path / "new.bin"}, "twice"),
+        (copy, Path("new.gguf"), {}, r"\.bin"),
+        (copy, Path("plain"), {}, r"\.bin"),
+        (copy, Path(), {}, "name of a folder"),
+        (copy, Path(".."), {}, "name of a folder"),
+        (copy, Path("taken.bin"), {}, "folder"),
+        (copy, Path("full"), {}, r"thesis\.tex"),
+        (copy, Path("new"), {"version": 3}, "--version"),
+        (copy, Path("-"), {}, "files only"),
+        ("-", Path("new.bin"), {}, "files only"),
+    ]
+    for source, dest, options, message in cases:
+        with pytest.raises(UsageError, match=message):
+            convert(source, dest, **options)
+    assert copy.read_bytes() == MODEL.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.bin", "full", "plain", "source", "taken.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_pipe_or_device_is_no_destination(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"\.bin"):
+        convert(MODEL, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()

@@ -1,0 +1,122 @@
+"""The tokenizer that comes with a conversion, as a table or as files."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from support.converting import MODEL, convert
+
+from llmc_cli.conversion.conversion import Request, plan
+from llmc_cli.data.documents import shakespeare_text
+from llmc_cli.errors import DataError
+from llmc_cli.formats.debug_state import read_debug_state
+from llmc_cli.formats.safetensors import write_safetensors
+from llmc_cli.formats.vocabulary import read_vocabulary
+from llmc_cli.formats.weights import read_header
+from llmc_cli.models import huggingface_config, huggingface_weights
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.layout import parameter_shapes
+from llmc_cli.tokenizer.huggingface import merges, spell
+from llmc_cli.tokenizer.tokenizer import GPT2_SHA256, load_tokenizer
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A folder with a model that has GPT-2's vocabulary, and little else."""
+    config = ModelConfig(64, 50257, 1, 1, 2)
+    generator = np.random.default_rng(5)
+    params = {name: generator.standard_normal(shape, np.float32) for name, shape in parameter_shapes(config).items()}
+    write_safetensors(tmp_path / "wide" / "model.safetensors", huggingface_weights.export(config, params))
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(huggingface_config.config_values(config)))
+    return tmp_path / "wide"
+
+
+def test_gpt2_gives_four_files(tmp_path, wide, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmc_cli.downloads.hub.fetch_model", lambda repository, tokenizer, on_bytes: wide)
+    shortfalls = []
+    conversion = plan(Request("gpt2", reference="numpy"), on_shortfall=shortfalls.append)
+    files = list(conversion.run(lambda what, done, total: None))
+    assert [str(file.path) for file in files] == [
+        "gpt2_124M.bin",
+        "gpt2_124M_bf16.bin",
+        "gpt2_124M_debug_state.bin",
+        "gpt2_tokenizer.bin",
+    ]
+    assert [read_header(file.path).version for file in files[:2]] == [3, 5]
+    state = read_debug_state(files[2].path, read_header(files[0].path))
+    assert state.x.shape == (4, 64)
+    assert state.x[0, 0] == 50256  # a document begins
+    assert "bundled text" in shortfalls[0]
+    assert files[3].bytes == 372_108
+
+
+def test_the_tokenizer_table_is_exact(tmp_path, wide):
+    convert(wide, tokenizer=tmp_path / "table.bin")
+    assert hashlib.sha256((tmp_path / "table.bin").read_bytes()).hexdigest() == GPT2_SHA256
+
+
+def test_a_folder_with_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, wide):
+    convert(wide, tmp_path / "model.bin")
+    convert(tmp_path / "model.bin", tmp_path / "folder")
+    ours, theirs = load_tokenizer("gpt2"), load_tokenizer(str(tmp_path / "folder"))
+    assert theirs.tokens == ours.tokens
+    assert theirs.end_of_text == ours.end_of_text == 50256
+    text = shakespeare_text("bundled").text[:20_000] + " \n\n\t 'twas naïve, 日本語 🙂 x1234y <|endoftext|> "
+    np.testing.assert_array_equal(theirs.encode(text), ours.encode(text))
+    convert(tmp_path / "folder", tokenizer=tmp_path / "table.bin")
+    assert hashlib.sha256((tmp_path / "table.bin").read_bytes()).hexdigest() == GPT2_SHA256
+
+
+def test_merges_are_those_of_openai():
+    """The file that OpenAI published lists them, a line each."""
+    lines = [f"{spell(left)} {spell(right)}\n" for left, right in merges(load_tokenizer("gpt2"))]
+    text = "".join(["#version: 0.2\n", *lines])
+    found = hashlib.sha256(text.encode()).hexdigest()
+    assert found == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+@pytest.fixture
+def letters(tiny_folder):
+    """The tiny model's folder with a tokenizer of its own, of single bytes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:90]
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={char: id for id, char in enumerate(alphabet)}, merges=[]))
+    rust.decoder = tokenizers.decoders.ByteLevel()
+    rust.add_special_tokens(["<|endoftext|>"])
+    rust.save(str(tiny_folder / "tokenizer.json"))
+    return tiny_folder
+
+
+def test_a_tokenizer_of_its_own_comes_along(tmp_path, letters):
+    convert(letters, tmp_path / "folder", tokenizer=tmp_path / "table.bin")
+    assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == (letters / "tokenizer.json").read_bytes()
+    table = read_vocabulary(tmp_path / "table.bin")
+    assert (len(table.tokens), table.end_of_text) == (91, 90)
+
+
+def test_tokenizers_that_cannot_be(tmp_path, letters):
+    with pytest.raises(DataError, match="no tokenizer is known for a vocabulary of 97"):
+        convert(MODEL, tokenizer=tmp_path / "table.bin")
+    config = json.loads((letters / "config.json").read_bytes())
+    (letters / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(DataError, match="91 tokens, expected at most the 90"):
+        convert(letters, tokenizer=tmp_path / "table.bin")
+    (letters / "tokenizer.json").rename(letters / "vocab.json")
+    with pytest.raises(DataError, match=r"vocab\.json only"):
+        convert(letters, tokenizer=tmp_path / "table.bin")
+    assert not (tmp_path / "table.bin").exists()
+
+
+@pytest.mark.witness
+def test_transformers_takes_the_tokenizer(tmp_path, wide):
+    from transformers import AutoTokenizer
+
+    convert(wide, tmp_path / "model.bin")
+    convert(tmp_path / "model.bin", tmp_path / "folder")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "folder"), load_tokenizer("gpt2")
+    text = shakespeare_text("bundled").text[:200] + " \n\n\t 'twas naïve, 日本語 🙂 x1234y"
+    assert theirs.encode(text) == ours.encode(text).tolist()
+    assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+    assert theirs.eos_token_id == 50256

@@ -1,0 +1,165 @@
+"""Products on tiles, real ones where there are any, and emulated ones, against float64."""
+
+import importlib
+import itertools
+import sys
+
+import numba
+import numpy as np
+import pytest
+from support.emulated_tiles import emulated
+
+from llmc_cli.errors import MissingError
+from llmc_cli.kernels.cpu import compile_cache
+from llmc_cli.kernels.cpu.amx import intrinsics
+from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
+
+BOUNDS = {1: 2.0**-7, 2: 2.0**-14, 3: 1e-6}
+"""On the error relative to |a|·|b|, by parts; float32's own sums are in it."""
+
+# around tiles, blocks, pieces of k, and the number of rows from which on these are divided
+SIZES = [
+    (1, 1, 1), (2, 3, 5), (16, 32, 32), (31, 33, 100), (33, 31, 31), (257, 100, 33), (100, 257, 1030), (513, 40, 65),
+    (64, 700, 800),
+]  # fmt: skip
+EMULATED_SIZES = [(1, 1, 1), (33, 31, 100), (34, 97, 40), (97, 34, 1030)]
+
+
+@pytest.fixture(scope="module", params=(1, 2, 3))
+def tiles(request):
+    if not intrinsics.available():
+        pytest.skip("needs AMX tiles; the emulated ones are tested everywhere")
+    compile_cache.load_kernels()
+    return compile_cache.load_tiles(request.param)
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    compile_cache.load_kernels()  # before the products, which import some of them
+    return emulated()["matmul"]
+
+
+def matrix(rng, rows, columns, extra, offset):
+    """Random numbers in rows that are ``extra`` further apart, from an address that is no multiple of 64."""
+    flat = rng.standard_normal(offset + rows * (columns + extra), np.float32)
+    return flat[offset:].reshape(rows, columns + extra)[:, :columns]
+
+
+def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
+    rng = np.random.default_rng([M, N, K])
+    a, b = (
+        matrix(rng, *(shape[::-1] if turned else shape), extra, offset)
+        for shape, turned, extra, offset in (((M, K), transpose_a, 3, 1), ((K, N), transpose_b, 0, 0))
+    )
+    surrounding = matrix(rng, M, N + 5, 0, 0)
+    c, bias = surrounding[:, :N], rng.standard_normal(N, np.float32) if mode == "bias" else None
+    kept, before = surrounding[:, N:].copy(), c.astype(np.float64)
+    if mode != "acc":
+        c[...] = np.nan
+    act = matrix(rng, M, N, 2, 1) if mode == "gelu" else None
+    pre = matrix(rng, M, N, 2, 1) if mode == "gelu backward" else None
+    multiply(c, a, b, transpose_a, transpose_b, mode == "acc", bias, act, pre)
+    left, right = (x.T if turned else x for x, turned in ((a, transpose_a), (b, transpose_b)))
+    start = before if mode == "acc" else np.zeros(N) if bias is None else bias.astype(np.float64)
+    expected = left.astype(np.float64) @ right.astype(np.float64) + start
+    scale = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64) + np.abs(start)
+    if act is not None:
+        assert np.abs(act - gelu(c.astype(np.float64))).max() <= 1e-6 * np.abs(c).max()
+    if pre is not None:
+        derivative = gelu_derivative(pre.astype(np.float64))
+        # the derivative's own error counts where it is nearly 0
+        expected, scale = expected * derivative, scale * (np.abs(derivative) + 1e-6 / bound)
+    assert (np.abs(c - expected) / scale).max() <= bound
+    assert np.array_equal(surrounding[:, N:], kept)
+    return c
+
+
+MODES = ("overwrite", "acc", "bias", "gelu", "gelu backward")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("M", "N", "K"), SIZES)
+def test_against_float64(tiles, M, N, K, mode):
+    for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
+        check(tiles, M, N, K, transpose_a, transpose_b, mode, BOUNDS[len(tiles.parts)])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_emulated(emulation, parts):
+    multiply = emulation.TileMatmul(parts)
+    modes = itertools.cycle(MODES)
+    for (M, N, K), turns in itertools.product(EMULATED_SIZES, itertools.product((False, True), repeat=2)):
+        check(multiply, M, N, K, *turns, next(modes), BOUNDS[parts])
+
+
+def test_emulation_does_what_tiles_do(tiles, emulation):
+    """The same parts of the same numbers: only the order of sums differs."""
+    if len(tiles.parts) == 2:
+        return  # compiles for seconds and shows nothing new
+    a, b = (matrix(np.random.default_rng(seed), 40, 40, 0, 0) for seed in (1, 2))
+    found, expected = np.empty((40, 40), np.float32), np.empty((40, 40), np.float32)
+    tiles(found, a, b, False, True, False, None)
+    emulation.TileMatmul(len(tiles.parts))(expected, a, b, False, True, False, None)
+    assert (np.abs(found - expected) <= 1e-6 * (np.abs(a) @ np.abs(b).T)).all()
+
+
+def test_large_results_go_past_the_caches(tiles):
+    """Whole lines of memory only: the bytes around them stay."""
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((300, 40), np.float32), rng.standard_normal((4100, 40), np.float32)
+    raw = np.full(301 * 4112 * 4 + 64, 7, np.uint8)
+    whole = raw[-raw.ctypes.data % 64 :][: 300 * 4112 * 4].view(np.float32).reshape(300, 4112)
+    c = whole[:, :4100]
+    assert c.ctypes.data % 64 == c.strides[0] % 64 == 0
+    assert 4 * c.size >= sys.modules[type(tiles).__module__].STREAMED
+    kept = whole[:, 4100:].copy()
+    tiles(c, a, b, False, True, False, None)
+    error = np.abs(c - a.astype(np.float64) @ b.T.astype(np.float64))
+    assert (error <= BOUNDS[len(tiles.parts)] * (np.abs(a) @ np.abs(b).T)).all()
+    assert np.array_equal(whole[:, 4100:], kept)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(600, 200, 1100), (100, 300, 900)])
+def test_same_bits_with_any_number_of_threads(tiles, M, N, K):
+    results = set()
+    for threads in (1, 2):
+        numba.set_num_threads(threads)
+        results.add(check(tiles, M, N, K, False, True, "bias", BOUNDS[len(tiles.parts)]).tobytes())
+    assert len(results) == 1
+
+
+def test_six_products_are_as_good_as_blas(tiles):
+    if len(tiles.parts) < 3:
+        return
+    from llmc_cli.kernels.cpu import blas  # which has kernels too, so the cache goes first
+
+    rng = np.random.default_rng(4)
+    a, b = rng.standard_normal((64, 3072), np.float32), rng.standard_normal((96, 3072), np.float32)
+    expected = a.astype(np.float64) @ b.T.astype(np.float64)
+    errors = []
+    for multiply in (tiles, blas.matmul):
+        c = np.empty((64, 96), np.float32)
+        multiply(c, a, b, False, True, False, None)
+        errors.append(np.sqrt(np.mean((c - expected) ** 2)))
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_scratch_is_planned(tiles):
+    fresh = type(tiles)(len(tiles.parts))
+    threads = numba.get_num_threads()
+    sizes = [(300, 100, 200), (100, 600, 64)]
+    for M, N, K in sizes:
+        check(fresh, M, N, K, False, False, "overwrite", BOUNDS[len(tiles.parts)])
+        assert 0 < fresh.scratch_bytes() <= fresh.workspace_bytes(sizes, threads)
+    assert fresh.scratch_bytes() == fresh.workspace_bytes(sizes, threads)
+
+
+def test_emulation_stays_apart(emulation):
+    assert sys.modules.get("llmc_cli.kernels.cpu.amx.matmul") is not emulation
+    assert importlib.import_module("llmc_cli.kernels.cpu.amx.panels").intrinsics is intrinsics
+
+
+def test_no_tiles(monkeypatch, emulation):
+    monkeypatch.setattr(emulation.amx, "available", lambda: False)
+    with pytest.raises(MissingError, match="no AMX tiles"):
+        emulation.TileMatmul(1)

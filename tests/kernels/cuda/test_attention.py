@@ -1,0 +1,326 @@
+"""The CUDA kernels of attention on the emulator: against float64, the same bits in any order of blocks and threads, and
+with faults planted in them, each of which must be noticed."""
+
+import functools
+import itertools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from support.cuda_checks import SCHEDULES, EmulatedDevice, as_float
+from support.cuda_emulator import emulator
+from support.cuda_emulator.emulator import EmulatorError
+
+from llmc_cli.kernels.cases import CACHED, OPERATIONS, REFERENCE
+from llmc_cli.kernels.cuda import attention
+from llmc_cli.kernels.cuda.source import source
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+# B, T, NH, HS; two heads at least where there is a choice: one alone would not show whose rows are taken
+MMA = [(1, T, 2, HS) for T, HS in itertools.product((1, 17, 64, 65, 129, 150, 257), (64, 128))] + [(2, 33, 3, 64)]
+TILES = [
+    *((2, 1, 2, 8), (1, 2, 2, 8), (2, 31, 3, 1), (1, 33, 2, 16), (1, 70, 2, 80), (2, 100, 1, 64), (1, 129, 2, 8)),
+    (1, 66, 1, 256),
+]
+LONGER = ({"S": 2, "T": 1, "NH": 2, "HS": 64, "Tmax": 301}, {"S": 2, "T": 1, "NH": 1, "HS": 256, "Tmax": 90})
+"""Cached, beside the cases that all backends run: enough keys for several turns of all warps, and the largest head."""
+
+BF16 = 1e-2
+"""The bound on what is rounded to bf16, and comes of probabilities that are: the root mean square of the errors to that
+of the numbers. One rounding gives 1.7e-3; dq and dk, which are small beside it, come of out as rounded, too."""
+
+
+class AttentionDevice(EmulatedDevice):
+    """Takes down the kernels that are launched. ``fault``: one that some of its kernels have."""
+
+    def __init__(self, bf16, tensor_cores=True, fault=None):
+        super().__init__(bf16)
+        self.tensor_cores, self.fault = tensor_cores, fault
+        self.kernels = []
+
+    def program(self, file, kernel):
+        self.kernels.append(kernel)
+        if self.fault and self.fault.kernel == kernel:
+            return self.compiled(self.fault.planted())
+        return super().program(file)
+
+
+class Result(NamedTuple):
+    name: str
+    found: np.ndarray  # on the device
+    expected: np.ndarray
+    whole: np.ndarray  # what is expected, and more that the error may be compared with
+    bound: float  # in float32, on the largest error to the largest number
+
+    def hold(self):
+        """The error, if it is within the bound."""
+        difference = as_float(self.found) - self.expected
+        if self.found.dtype == np.uint16:
+            error, bound = root_mean_square(difference) / root_mean_square(self.whole), BF16
+        else:
+            error, bound = np.abs(difference).max() / np.abs(self.whole).max(), self.bound
+        assert error <= bound, f"{self.name}: error {error:.3g}, bound {bound:.3g}"
+        return error
+
+
+def root_mean_square(numbers):
+    return np.sqrt(np.square(numbers).mean())
+
+
+def check_training(device, B, T, NH, HS, shift=0, apart=False):
+    """Gradients take the place of qkv, or a place ``apart``."""
+    rng, C = np.random.default_rng(T * 1000 + HS), NH * HS
+    qkv = device.put(rng.standard_normal((B, T, 3 * C)) * 1.5, device.real, shift)
+    dout = device.put(rng.standard_normal((B, T, C)), device.real)
+    out, queries = (device.unwritten(B, T, C, dtype=device.real) for _ in range(2))
+    dqkv = device.unwritten(B, T, 3 * C, dtype=device.real) if apart else qkv
+    lse, scratch = device.unwritten(B, NH, T), device.unwritten(attention.backward_scratch(B, T, NH, HS))
+    attention.attention_forward(device, out, lse, qkv, NH)
+    inputs = as_float(dout), np.empty((B, T, C)), np.empty((B, NH, T)), as_float(qkv)
+    attention.attention_backward(device, dqkv, dout, out, lse, qkv, NH, scratch, queries)
+    expected = np.empty((B, T, 3 * C))
+    REFERENCE.attention_forward(*inputs[1:], NH)
+    REFERENCE.attention_backward(expected, *inputs, NH)
+    bounds = OPERATIONS["attention_forward"].bounds | OPERATIONS["attention_backward"].bounds
+    pairs = (("out", out, inputs[1]), ("lse", lse, inputs[2]))
+    results = [Result(name, found, wanted, wanted, bounds[name]) for name, found, wanted in pairs]
+    for number, name in enumerate(("dq", "dk", "dv")):
+        part = slice(number * C, (number + 1) * C)
+        results.append(Result(name, dqkv[..., part], expected[..., part], expected, bounds["dqkv"]))
+    return results
+
+
+def check_cached(device, S, T, NH, HS, Tmax):
+    rng, C = np.random.default_rng(T * 1000 + HS), NH * HS
+    qkv = device.put(rng.standard_normal((S, T, 3 * C)) * 1.5, device.real)
+    lengths = np.linspace(0, Tmax - T, S).astype(np.int32)
+    cache = np.full((2, S, NH, Tmax, HS), np.nan)  # what is not filled counts for nothing
+    for s, length in enumerate(lengths):
+        cache[:, s, :, :length] = rng.standard_normal((2, NH, length, HS))
+    keys, values = (device.put(each, device.real) for each in cache)
+    out = device.unwritten(S, T, C, dtype=device.real)
+    expected = np.empty((S, T, C)), as_float(keys), as_float(values)
+    attention.attention_cached(device, out, keys, values, qkv, device.put(lengths, np.int32), NH)
+    REFERENCE.attention_cached(*expected, as_float(qkv), lengths, NH)
+    for found, wanted in zip((keys, values), expected[1:], strict=True):
+        assert np.array_equal(as_float(found), wanted, equal_nan=True)
+    return [Result("out", out, expected[0], expected[0], OPERATIONS["attention_cached"].bounds["out"])]
+
+
+def run(check, device, schedules=SCHEDULES, **sizes):
+    """``check`` on a device that ``device`` makes, under all schedules: the kernels launched. AssertionError or
+    EmulatorError where one is wrong."""
+    emulator.counters()  # begin anew
+    bits = set()
+    for seed in schedules:
+        emulator.schedule(seed)
+        with device() as memory:
+            results = check(memory, **sizes)
+            for result in results:
+                result.hold()
+            bits.add(b"".join(result.found.tobytes() for result in results))
+    assert len(bits) == 1, "other bits in another order of blocks and threads"
+    assert emulator.counters()["ldmatrix_conflicts"] == 0
+    return set(memory.kernels)
+
+
+def with_reals(bf16, **options):
+    return functools.partial(AttentionDevice, bf16, **options)
+
+
+@pytest.mark.parametrize("B, T, NH, HS", MMA)
+def test_on_tensor_cores(B, T, NH, HS):
+    kernels = run(check_training, with_reals(True), B=B, T=T, NH=NH, HS=HS)
+    assert kernels == {f"attention_mma_{name}_{HS}" for name in ("forward", "delta", "keys", "queries")}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("B, T, NH, HS", TILES)
+def test_any_head_size(B, T, NH, HS, bf16):
+    kernels = run(check_training, with_reals(bf16, tensor_cores=False), B=B, T=T, NH=NH, HS=HS)
+    assert not any("mma" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize("HS, shift", [(32, 0), (64, 2)])
+def test_what_tensor_cores_do_not_take(HS, shift):
+    """Other head sizes, and addresses that allow no access of 16 bytes."""
+    kernels = run(check_training, with_reals(True), (None,), B=1, T=5, NH=1, HS=HS, shift=shift)
+    assert not any("mma" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_gradients_in_a_place_of_their_own(tensor_cores):
+    run(check_training, with_reals(True, tensor_cores=tensor_cores), (None,), B=1, T=70, NH=2, HS=64, apart=True)
+
+
+def test_head_too_large():
+    with pytest.raises(ValueError, match="heads of up to 256, not of 257"):
+        run(check_training, with_reals(False), B=1, T=1, NH=1, HS=257)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [*CACHED, *LONGER], ids=lambda sizes: "-".join(map(str, sizes.values())))
+def test_cached(sizes, bf16):
+    run(check_cached, with_reals(bf16), **sizes)
+
+
+class Fault(NamedTuple):
+    name: str
+    kernel: str  # that has it, of those that share the text
+    old: str
+    new: str
+
+    @property
+    def file(self):
+        if "mma" in self.kernel:
+            return "attention_mma"
+        return "cached_attention" if self.kernel.startswith(("cache_", "attention_cached")) else "attention"
+
+    def planted(self):
+        """The source with the fault, and without the other kernels, which would only have to be compiled."""
+        text = source(self.file)
+        assert text.count(self.old) == 1, f"{self.name}: {text.count(self.old)} times in {self.file}.cu"
+        kernels = re.findall(r'^extern "C" __global__ (?:.*\n)*?}\n', text, re.MULTILINE)
+        for kernel in kernels:
+            if f" {self.kernel}(" not in kernel:
+                text = text.replace(kernel, "")
+        return text.replace(self.old, self.new)
+
+
+MASKED = "row + m * 16 + g + 8 * (e >> 1)) {"
+COME = "        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more\n"
+EPILOGUE = "    __syncthreads();  // the results pass through the memory of the tiles\n"
+FORWARD_LOOP = "2^(scale2 * x)\n\n    for (int j = 0; j < tiles; j++) {\n"
+KEYS_LOOP = "clear(dv);\n    const float scale2 = scale * LOG2_E;\n\n    for (int j = 0; j < tiles; j++) {\n"
+QUERIES_LOOP = "clear(dq);\n    const float scale2 = scale * LOG2_E;\n\n    for (int j = 0; j < tiles; j++) {\n"
+SCALES = "    float scales[S::PATCHES][2];\n"
+STAGE = "        const unsigned keys = ring + (j & 1) * S::STAGE;\n"
+VALUES = "        const unsigned values = keys + S::TILE;\n        float "
+WAIT = "        copy_async_wait();\n"
+FREE = "        __syncthreads();  // nobody reads the tiles any more\n"
+
+MMA_FAULTS = [
+    *(Fault(f"no wait for tiles, {kernel}", f"attention_mma_{kernel}_64", loop + WAIT, loop)
+      for kernel, loop in (("forward", FORWARD_LOOP), ("keys", KEYS_LOOP), ("queries", QUERIES_LOOP))),
+    *(Fault(f"no barrier for tiles, {kernel}", f"attention_mma_{kernel}_128", loop + WAIT + COME, loop + WAIT)
+      for kernel, loop in (("forward", FORWARD_LOOP), ("keys", KEYS_LOOP), ("queries", QUERIES_LOOP))),
+    Fault("no barrier before results, forward", "attention_mma_forward_64", EPILOGUE + "    float factors",
+          "    float factors"),
+    Fault("no barrier before results, keys", "attention_mma_keys_64", EPILOGUE + SCALES + "    float ones",
+          SCALES + "    float ones"),
+    Fault("no barrier before results, queries", "attention_mma_queries_128", EPILOGUE + SCALES + "#", SCALES + "#"),
+    Fault("tiles in the place of q too early", "attention_mma_forward_128",
+          "        __syncthreads();  // the ring takes the place of q\n    }", "    }"),
+    Fault("tiles in the place of k too early", "attention_mma_keys_64",
+          "        __syncthreads();  // the ring takes the place of k and v\n", ""),
+    Fault("tiles in the place of dout too early", "attention_mma_queries_128",
+          "        __syncthreads();  // the ring takes the place of q and dout\n", ""),
+    Fault("queries read before they are there", "attention_mma_forward_128",
+          "        __syncthreads();\n        keep<S>(kept, own, rows);", "        keep<S>(kept, own, rows);"),
+    Fault("a copy not in a group", "attention_mma_keys_64", "    }\n    copy_async_commit();\n}", "    }\n}"),
+    Fault("no warp barrier where results are stored", "attention_mma_forward_64", "    __syncwarp();\n", ""),
+    Fault("the key behind one's own seen", "attention_mma_forward_64", "if (column > " + MASKED,
+          "if (column > 1 + " + MASKED),
+    Fault("one's own key hidden", "attention_mma_forward_128", "if (column > " + MASKED, "if (column >= " + MASKED),
+    Fault("one's own query hidden", "attention_mma_keys_64", "(e & 1) < " + MASKED, "(e & 1) <= " + MASKED),
+    Fault("the key behind one's own seen, queries", "attention_mma_queries_64", "(e & 1) > " + MASKED,
+          "(e & 1) > 1 + " + MASKED),
+    Fault("a warp leaves before a barrier", "attention_mma_queries_64",
+          f"continue;  // no query of this warp sees the tile\n        }}\n{STAGE}{VALUES}p[",
+          f"break;\n        }}\n{STAGE}{VALUES}p["),
+    Fault("a tile on the diagonal not masked", "attention_mma_forward_64", "if (key + S::STREAMED - 1 > row) {",
+          "if (key > row) {"),
+    Fault("a tile on the diagonal skipped", "attention_mma_keys_64", "if (query + S::STREAMED - 1 < row)",
+          "if (query < row)"),
+    Fault("the first tile skipped", "attention_mma_keys_128", "first / S::STREAMED;", "first / S::STREAMED + 1;"),
+    Fault("the wrong stage read", "attention_mma_forward_64", f"{STAGE}{VALUES}scores",
+          f"        const unsigned keys = ring;\n{VALUES}scores"),
+    Fault("statistics of the wrong stage", "attention_mma_keys_64",
+          "memory + S::RING + (j & 1) * S::STAGE + 2", "memory + S::RING + 2"),
+    Fault("q of the wrong head", "attention_mma_forward_64", "qkv + b * T * 3 * C + (size_t)h * S::HS;",
+          "qkv + b * T * 3 * C;"),
+    Fault("statistics of the wrong head", "attention_mma_keys_64", "2 * ((b * NH + h) * T + (t",
+          "2 * (b * NH * T + (t"),
+    Fault("rows past T read", "attention_mma_forward_64", "row < valid;", "true;"),
+    Fault("rows past T stored", "attention_mma_forward_64", "store_rows<S>(target, C, T - row,",
+          "store_rows<S>(target, C, S::WARP_ROWS,"),
+    Fault("rows past T stored, keys", "attention_mma_keys_128", "store_rows<S>(target + C, 3 * C, T - row,",
+          "store_rows<S>(target + C, 3 * C, S::WARP_ROWS,"),
+    Fault("sums not brought to the new maximum", "attention_mma_forward_64", "total[m][half] * shrink + sum",
+          "total[m][half] + sum"),
+    Fault("the maximum of a lane taken for that of a row", "attention_mma_forward_64",
+          "most = warp_max<QUAD>(most);", ""),
+    Fault("scale dropped, forward", "attention_mma_forward_64", "scale * LOG2_E;  //", "LOG2_E;  //"),
+    Fault("scale dropped, dk", "attention_mma_keys_64", "dk, scales, stage", "dk, ones, stage"),
+    Fault("delta dropped", "attention_mma_queries_64", "(ds[m][n][e] - deltas[m][e >> 1])", "ds[m][n][e]"),
+    Fault("lse to the wrong base", "attention_mma_delta_64", "lse[at] * LOG2_E", "lse[at]"),
+    Fault("delta at the wrong row", "attention_mma_delta_128", "(bt / T * NH + h) * T + bt % T", "row"),
+    Fault("q of other rows set apart", "attention_mma_delta_64", "qkv + skipped + index", "qkv + index"),
+    Fault("swizzle wrong on reading", "attention_mma_forward_64", "(lane >> 3) & 1);", "lane >> 4);"),
+    Fault("no swizzle, so that banks conflict", "attention_mma_forward_64", "((chunk ^ (row & 7)) << 4)",
+          "(chunk << 4)"),
+]  # fmt: skip
+
+TILE_FAULTS = [
+    Fault("tiles filled while they are read", "attention_forward_256", FREE + "        load_tile(a, left",
+          "        load_tile(a, left"),
+    Fault("tiles read before they are filled", "attention_forward_256",
+          "load_tile(b, right, column, HS);\n        __syncthreads();\n", "load_tile(b, right, column, HS);\n"),
+    Fault("weights written while scores are read", "attention_backward_queries_256", FREE + "        if (slab == 0) {",
+          "        if (slab == 0) {"),
+    Fault("values read before they are there", "attention_backward_keys_256",
+          "slab * TILE, HS);\n        __syncthreads();\n", "slab * TILE, HS);\n"),
+    Fault("the key behind one's own seen", "attention_forward_256", "SIDE * j <= last + y", "SIDE * j <= 1 + last + y"),
+    Fault("one's own query hidden", "attention_backward_keys_256", "SIDE * i <= t && t < T", "SIDE * i < t && t < T"),
+    Fault("the last tile of keys left out", "attention_backward_queries_256", "key <= first;", "key < first;"),
+    Fault("lse past T read", "attention_backward_keys_256", "t < T ? lse[t] : 0.0f", "lse[t]"),
+    Fault("rows past T read", "attention_forward_256", "r < rows.valid && column", "column"),
+    Fault("rows past T stored", "attention_forward_256", "row < valid && column < HS", "column < HS"),
+    Fault("columns of the next head stored", "attention_backward_queries_256", "row < valid && column < HS",
+          "row < valid"),
+    Fault("sums not brought to the new maximum", "attention_forward_256", "sums[slab][i][j] *= shrink;", ";"),
+    Fault("half the sum of a row", "attention_forward_256", "warp_sum<SIDE>(sum)", "sum"),
+    Fault("scale dropped, dq", "attention_backward_queries_256", "dq, scales, HS", "dq, row_lse, HS"),
+    Fault("delta at the wrong row", "attention_delta", "(bt / T * NH + h) * T + bt % T", "row"),
+    Fault("q of other rows set apart", "attention_delta", "qkv + row * HS + row / NH * 2 * NH * HS", "qkv + row * HS"),
+]  # fmt: skip
+
+CACHED_FAULTS = [
+    Fault("the cached positions not seen", "attention_prompt_64", "length + first, HS, scale", "first, HS, scale"),
+    Fault("new positions over the old ones", "cache_append", "lengths[s] + row % T", "row % T"),
+    Fault("keys of the wrong sequence", "attention_cached_64", "keys += (s * NH + h)", "keys += h"),
+    Fault("the new key not seen", "attention_cached_64", "lengths[s] + 1;", "lengths[s];"),
+    Fault("keys past the end seen", "attention_cached_64", "first + n < count ? score", "true ? score"),
+    Fault("keys past the end read", "attention_cached_64", "keys + (size_t)min(first + n, count - 1) * HS",
+          "keys + (size_t)(first + n) * HS"),
+    Fault("no barrier before warps are put together", "attention_cached_64",
+          "    __syncthreads();\n    if (threadIdx.x < HS)", "    if (threadIdx.x < HS)"),
+    Fault("warps put together without their weights", "attention_cached_64", "weight * sums", "sums"),
+]  # fmt: skip
+
+
+def caught(fault):
+    """What was wrong, in words; None if nothing was noticed."""
+    device = with_reals("mma" in fault.kernel, fault=fault)
+    try:
+        if fault in MMA_FAULTS:
+            HS = int(fault.kernel.rpartition("_")[2])
+            kernels = run(check_training, device, (1, 2), B=1, T=150, NH=2, HS=HS)
+        elif fault in TILE_FAULTS:
+            kernels = run(check_training, device, (1, 2), B=1, T=100, NH=2, HS=80)
+        else:
+            T = 5 if "prompt" in fault.kernel else 1
+            kernels = run(check_cached, device, (1, 2), S=2, T=T, NH=2, HS=16, Tmax=150 + T)
+    except (AssertionError, EmulatorError) as error:
+        return str(error) or "banks conflict"
+    assert fault.kernel in kernels
+    return None
+
+
+@pytest.mark.parametrize("fault", [*MMA_FAULTS, *TILE_FAULTS, *CACHED_FAULTS], ids=lambda fault: fault.name)
+def test_planted_fault(fault):
+    options = ("-DREAL_BF16",) if "mma" in fault.kernel else ()
+    emulator.Program(fault.planted(), options, check=True)  # a table out of date, or no C++, is no catch
+    assert caught(fault) is not None

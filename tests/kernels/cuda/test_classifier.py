@@ -1,0 +1,107 @@
+"""The CUDA kernel of the classifier, on the emulator: against float64, the same bits in any order of blocks and
+threads, and with faults planted in it, each of which must be noticed."""
+
+import numpy as np
+import pytest
+from support.cuda_checks import (
+    EmulatedDevice,
+    Fault,
+    Result,
+    as_float,
+    bounds,
+    hold,
+    label,
+    notice,
+    precisions,
+    rows_of,
+)
+
+from llmc_cli.kernels.cases import HEAD
+from llmc_cli.kernels.cuda import classifier
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+# the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
+HEADS = [{k: row[k] for k in ("N", "V", "Vp")} for row in HEAD] + rows_of(
+    "N V Vp", (3, 4999, 5003), (3, 5000, 5056), (2, 50257, 50304)
+)
+
+
+def check_softmax_loss(device, rng, N, V, Vp, gradient=True, in_place=False):
+    logits = device.floats(rng.standard_normal((N, Vp)) * 3)
+    targets = device.ints(rng.integers(0, V, N))
+    if N > 1:
+        targets[::4] = -1
+    counted, exact, dloss = targets >= 0, as_float(logits)[:, :V], 1.0 / N
+    logits[:, V:] = np.nan  # padding counts for nothing
+    logits[~counted] = np.nan
+    losses = device.unwritten(N)
+    dlogits = logits if in_place else device.unwritten(N, Vp, dtype=device.real)
+    classifier.softmax_loss(device, dlogits, losses, logits, targets, V, dloss, gradient)
+    exact = exact - exact.max(axis=1, keepdims=True)
+    log_probabilities = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    rows = np.arange(N)
+    losses_bound, bound = bounds("head_loss", "losses", "dx")
+    results = [Result("losses", losses, np.where(counted, -log_probabilities[rows, targets], 0.0), losses_bound)]
+    if not gradient:
+        assert in_place or np.isnan(as_float(dlogits)).all()
+        return results
+    expected = np.zeros((N, Vp))
+    expected[:, :V] = np.exp(log_probabilities)
+    expected[rows, targets] -= 1.0
+    expected *= dloss * counted[:, None]
+    assert not as_float(dlogits)[:, V:].any()
+    return [*results, Result("dlogits", dlogits, expected, bound)]
+
+
+CASES = [
+    *((check_softmax_loss, sizes) for sizes in HEADS),
+    *((check_softmax_loss, {**HEADS[k], "gradient": False}) for k in (1, -2)),
+]
+IN_PLACE = [(check_softmax_loss, {**HEADS[k], "in_place": True}) for k in (1, -3, -2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+@precisions
+def test_against_reference(case, bf16):
+    hold(case, bf16)
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=label)
+def test_gradient_in_place_of_logits(case):
+    hold(case, bf16=False)
+
+
+@pytest.mark.parametrize("case", [(check_softmax_loss, HEADS[1])], ids=label)
+@precisions
+def test_where_vectors_would_fit_but_for_the_address(case, bf16):
+    hold(case, bf16, shift=1)
+
+
+def test_large_logits():
+    """Logits of ±1e4 neither overflow nor lose the loss."""
+    with EmulatedDevice(bf16=False) as device:
+        logits = device.floats([[1e4, 0.0, -1e4, 7.0], [-1e4, 0.0, 1e4, 7.0], [1e4, 0.0, -1e4, 7.0]])
+        losses, targets = device.unwritten(3), device.ints([0, 2, 1])
+        classifier.softmax_loss(device, None, losses, logits, targets, 3, 1.0, False)
+        assert losses.tolist() == [0.0, 0.0, 1e4]
+
+
+FAULTS = [
+    Fault("target -1 not ignored", "classifier",
+          "if (target < 0) {", "if (target < -1) {", (check_softmax_loss, HEADS[1])),
+    Fault("padding in the sum", "classifier",
+          "if (c + k < V) {\n                total +=", "if (c + k < Vp) {\n                total +=",
+          (check_softmax_loss, HEADS[2])),
+    Fault("padding of the gradient left as it comes", "classifier",
+          "c + k < V ? difference * dloss : 0.0f", "difference * dloss", (check_softmax_loss, HEADS[1])),
+    Fault("rows as far apart as they are long", "classifier",
+          "Real* drow = dlogits + n * Vp", "Real* drow = dlogits + n * V", (check_softmax_loss, HEADS[1])),
+    Fault("the target's logit read after it is overwritten", "classifier",
+          "(top - correct)", "(top - logits[target])", IN_PLACE[1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_noticed(fault):
+    notice(fault)

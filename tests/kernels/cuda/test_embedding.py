@@ -1,0 +1,78 @@
+"""The CUDA kernels of embeddings, on the emulator: against float64, the same bits in any order of blocks and threads,
+and with faults planted in them, each of which must be noticed."""
+
+import numpy as np
+import pytest
+from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions, rows_of
+
+from llmc_cli.kernels.cases import EMBEDDING, REFERENCE
+from llmc_cli.kernels.cuda import embedding
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+# the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
+EMBEDDINGS = [*EMBEDDING, *rows_of("V T N C", (40, 30, 300, 64), (9, 6, 20, 768), (4, 3, 2100, 8), (3, 3, 5, 2304))]
+
+
+def check_embedding_forward(device, rng, V, T, N, C):
+    wte, wpe = device.floats(rng.standard_normal((V, C))), device.floats(rng.standard_normal((T, C)))
+    ids, positions = device.ints(rng.integers(0, V, N)), device.ints(rng.integers(0, T, N))
+    x, expected = device.unwritten(N, C, dtype=device.real), np.empty((N, C))
+    embedding.embedding_forward(device, x, wte, wpe, ids, positions)
+    REFERENCE.embedding_forward(expected, as_float(wte), as_float(wpe), ids, positions)
+    return [Result("x", x, expected, *bounds("embedding_forward", "x"))]
+
+
+def check_embedding_backward(device, rng, V, T, N, C, acc=False):
+    dx = device.reals(rng.standard_normal((N, C)))
+    ids, positions = device.ints(rng.integers(0, V, N)), device.ints(rng.integers(0, max(1, T - 1), N))
+    dwte = device.floats(rng.standard_normal((V, C)))
+    dwpe = device.floats(rng.standard_normal((T, C))) if acc else device.unwritten(T, C)
+    expected = as_float(dwte), as_float(dwpe)
+    embedding.embedding_backward(device, dwte, dx, ids)
+    embedding.position_backward(device, dwpe, dx, positions, acc)
+    REFERENCE.embedding_backward(*expected, as_float(dx), ids, positions, acc)
+    dwte_bound, dwpe_bound = bounds("embedding_backward", "dwte", "dwpe")
+    return [Result("dwte", dwte, expected[0], dwte_bound), Result("dwpe", dwpe, expected[1], dwpe_bound)]
+
+
+CASES = [
+    *((check_embedding_forward, sizes) for sizes in EMBEDDINGS),
+    *((check_embedding_backward, {**sizes, "acc": acc}) for sizes in EMBEDDINGS for acc in (False, True)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+@precisions
+def test_against_reference(case, bf16):
+    hold(case, bf16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(check_embedding_forward, EMBEDDINGS[3]), (check_embedding_backward, {**EMBEDDINGS[3], "acc": True})],
+    ids=label,
+)
+@precisions
+def test_where_vectors_would_fit_but_for_the_address(case, bf16):
+    hold(case, bf16, shift=1)
+
+
+FAULTS = [
+    Fault("an element past the end of a row", "embedding",
+          "c < C; c += blockDim.x * W) {\n        float sum[W];",
+          "c <= C; c += blockDim.x * W) {\n        float sum[W];",
+          (check_embedding_forward, EMBEDDINGS[1])),
+    Fault("equal ids added once more for each", "embedding",
+          "if (__syncthreads_or(any)) {\n            return;", "if (__syncthreads_or(any)) {\n            break;",
+          (check_embedding_backward, EMBEDDINGS[2])),
+    Fault("places of matches within their warp only", "embedding",
+          "= count + __popc(", "= __popc(", (check_embedding_backward, EMBEDDINGS[2])),
+    Fault("no barrier before the list of matches is read", "embedding",
+          "    __syncthreads();\n    return count;", "    return count;", (check_embedding_backward, EMBEDDINGS[2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_noticed(fault):
+    notice(fault)

@@ -1,0 +1,141 @@
+"""Products of few rows on the emulator: against float64, the same bits in any order of blocks and threads, and with
+faults planted in them, each of which must be noticed."""
+
+import numpy as np
+import pytest
+from support.cuda_checks import (
+    EmulatedDevice,
+    Fault,
+    Result,
+    as_float,
+    bounds,
+    hold,
+    label,
+    notice,
+    precisions,
+    rows_of,
+)
+from support.cuda_emulator import emulator
+
+from llmc_cli.kernels.cuda import elementwise, few_rows
+from llmc_cli.kernels.reference.kernels import gelu
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def check_linear(device, rng, N, I, O, bias=True, activation=False):  # noqa: E741
+    x, w = device.reals(rng.standard_normal((N, I))), device.reals(rng.standard_normal((O, I)))
+    b = device.floats(rng.standard_normal(O)) if bias else None
+    y = device.unwritten(N, O, dtype=device.real)
+    act = device.unwritten(N, O, dtype=device.real) if activation else None
+    few_rows.linear(device, y, act, x, w, b)
+    expected = as_float(x) @ as_float(w).T + (as_float(b) if bias else 0.0)
+    results = [Result("y", y, expected, *bounds("linear_forward", "y"))]
+    if activation:
+        again = device.unwritten(N, O, dtype=device.real)
+        elementwise.gelu_forward(device, again, y)
+        assert act.tobytes() == again.tobytes()
+        results.append(Result("act", act, gelu(as_float(y)), *bounds("gelu_forward", "act")))
+    return results
+
+
+def check_head(device, rng, N, C, V, Vp):
+    x, w = device.reals(rng.standard_normal((N, C))), device.reals(rng.standard_normal((Vp, C)))
+    logits = device.unwritten(N, V)
+    few_rows.head_logits(device, logits, x, w)
+    return [Result("logits", logits, as_float(x) @ as_float(w)[:V].T, *bounds("head_logits", "logits"))]
+
+
+# one column, ragged ones, one vector and several a thread, all warps and one; rows from one to the most
+LINEARS = rows_of(
+    "N I O", (1, 1, 1), (1, 24, 40), (2, 64, 131), (3, 2056, 6), (4, 257, 9), (7, 5, 13), (8, 768, 9), (1, 3072, 10)
+)
+HEADS = rows_of("N C V Vp", (1, 3, 5, 8), (1, 64, 257, 320), (8, 24, 100, 128), (5, 17, 250, 256))
+CASES = [
+    *((check_linear, each) for each in LINEARS),
+    *((check_linear, {**LINEARS[k], "bias": False}) for k in (1, 6)),
+    *((check_linear, {**LINEARS[k], "activation": True}) for k in (1, 2, 4, 6)),
+    *((check_head, each) for each in HEADS),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+@precisions
+def test_against_reference(case, bf16):
+    hold(case, bf16)
+
+
+@pytest.mark.parametrize("case", [CASES[2], (check_head, HEADS[1])], ids=label)
+@precisions
+def test_where_vectors_would_fit_but_for_the_address(case, bf16):
+    hold(case, bf16, shift=1)
+
+
+@precisions
+def test_a_row_has_the_same_bits_whatever_others_there_are(bf16):
+    """So a sample does not depend on how many there are."""
+    with EmulatedDevice(bf16) as device:
+        rng = np.random.default_rng(0)
+        x, w = device.reals(rng.standard_normal((8, 264))), device.reals(rng.standard_normal((10, 264)))
+        found = []
+        for N in (1, 2, 5, 8):
+            y = device.unwritten(N, 10, dtype=device.real)
+            few_rows.linear(device, y, None, x[:N], w, None)
+            found.append(y[0].tobytes())
+        assert len(set(found)) == 1
+
+
+def test_a_weight_is_read_once():
+    """No block reads what another does, and each reads it once for all rows: the loads of w counted, in a w of its own
+    registration, by the emulator's checks of each access."""
+    with EmulatedDevice(False) as device:
+        rng = np.random.default_rng(0)
+        counts = []
+        for O in (4, 8):  # noqa: E741
+            x, w = device.reals(rng.standard_normal((8, 128))), device.reals(rng.standard_normal((O, 128)))
+            emulator.counters()
+            few_rows.head_logits(device, device.unwritten(8, O), x, w)
+            counts.append(emulator.counters()["accesses"])
+        assert counts[1] == 2 * counts[0]
+
+
+FAULTS = [
+    Fault("no barrier before the warps' sums are read", "few_rows",
+          "    __syncthreads();\n    float total", "    float total", (check_linear, LINEARS[6])),
+    Fault("rows of w beyond the last", "few_rows",
+          "(size_t)min(first + o, O - 1)", "(size_t)(first + o)", (check_linear, LINEARS[4])),
+    Fault("rows of x beyond the last", "few_rows",
+          "(size_t)min(n, N - 1)", "(size_t)n", (check_linear, LINEARS[5])),
+    Fault("columns of y beyond the last", "few_rows",
+          "if (n < N && o < O) {", "if (n < N) {", (check_linear, LINEARS[2])),
+    Fault("logits of the padding", "few_rows",
+          "if (n < N && v < V) {", "if (n < N) {", (check_head, HEADS[3])),
+    Fault("alignment taken for granted", "few_rows",
+          "I % WIDTH == 0 && aligned16(x, w)", "I % WIDTH == 0", (check_linear, LINEARS[2]), shift=1),
+    Fault("a piece of 16 bytes past the end of a row", "few_rows",
+          "I % WIDTH == 0 && aligned16(x, w)", "aligned16(x, w)", (check_linear, LINEARS[4])),
+    Fault("the last warp left out", "few_rows",
+          "warp < blockDim.x / WARP; warp++", "warp + 1 < blockDim.x / WARP; warp++", (check_linear, LINEARS[6])),
+    Fault("lanes keep what they give", "few_rows",
+          "const float kept = upper ? numbers[k + half] : numbers[k];",
+          "const float kept = upper ? numbers[k] : numbers[k + half];", (check_linear, LINEARS[6])),
+    Fault("the rest of a sum left in its lanes", "few_rows",
+          "int left = WARP / K / 2; left > 0", "int left = WARP / K / 4; left > 0", (check_linear, LINEARS[1])),
+    Fault("sums of another row", "few_rows",
+          "sums[n * OUTPUTS + o] += values[k]", "sums[o * ROWS + n] += values[k]", (check_linear, LINEARS[6])),
+    Fault("a thread's first turn only", "few_rows",
+          "i < I; i += blockDim.x * W) {\n        float weights",
+          "i < min(I, (int)blockDim.x * W); i += blockDim.x * W) {\n        float weights",
+          (check_linear, LINEARS[7])),
+    Fault("the bias of the block's first column", "few_rows",
+          "total + b[o] : total", "total + b[blockIdx.x * OUTPUTS] : total", (check_linear, LINEARS[1])),
+    Fault("GELU of what is not yet rounded", "few_rows",
+          "const float stored = as_stored(b ? total + b[o] : total);",
+          "const float stored = b ? total + b[o] : total;",
+          (check_linear, {**LINEARS[6], "activation": True}), bf16=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_noticed(fault):
+    notice(fault)

@@ -1,0 +1,408 @@
+"""Tokens and training steps as graphs, on the stand-in for CuPy: the same bits as without, whatever happens in between;
+what cannot be captured is refused; and faults of the host that only a graph brings out are noticed."""
+
+import contextlib
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.cuda_stand_in import cupy
+
+from llmc_cli.kernels.cuda import attention, blas, device, few_rows, recording
+from llmc_cli.kernels.cuda.device import Device
+from llmc_cli.kernels.cuda.kernels import CudaKernels
+from llmc_cli.kernels.reference.kernels import ReferenceKernels
+from llmc_cli.models.kv_cache import Cache
+from llmc_cli.sampling.generation import Settings, Stepper, generate, sample_tokens
+from llmc_cli.training.checkpoints import load_model
+from llmc_cli.training.optimizer import AdamW
+
+MODEL = Path(__file__).parents[3] / "fixtures" / "sampling_model.bin"
+TOKENS = [4, 8, 15, 16, 23, 42, 7, 7]
+
+
+@pytest.fixture
+def opened(monkeypatch, compiler, played):
+    """Kernels of a precision on the stand-in, within this process."""
+    monkeypatch.setenv("LLMC_EMULATOR_CHECK", "1")
+    return lambda precision="fp32": CudaKernels(Device(0, precision == "bf16"), precision)
+
+
+def plain(monkeypatch):
+    """Nothing is captured from now on."""
+    monkeypatch.setattr(CudaKernels, "recorded", lambda self, work: work)
+
+
+def logits_of(stepper, tokens=TOKENS):
+    """Behind each of the tokens, which all sequences are given."""
+    stepper.cache.lengths[:] = 0
+    return np.stack([stepper.step([token] * stepper.cache.S).copy() for token in tokens])
+
+
+def new_stepper(model, S=1):
+    return Stepper(model, Cache(model, S, 16, S))
+
+
+def launches_of(stepper):
+    """Of each token."""
+    counts, kernels = [], stepper.model.kernels
+    for token in TOKENS:
+        before = kernels.device.launches
+        stepper.step([token] * stepper.cache.S)
+        counts.append(kernels.device.launches - before)
+    return counts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("S", [1, 3, few_rows.MOST])
+def test_same_bits_with_and_without(opened, monkeypatch, precision, S):
+    model = load_model(MODEL, opened(precision))
+    found = logits_of(new_stepper(model, S))
+    plain(monkeypatch)
+    assert found.tobytes() == logits_of(new_stepper(model, S)).tobytes()
+
+
+def test_a_token_is_one_launch(opened):
+    model = load_model(MODEL, opened())
+    stepper = new_stepper(model)
+    first, *others = launches_of(stepper)
+    assert first == 8 * model.config.num_layers + 3  # two norms, four products, two of attention; embedding, norm, head
+    assert others == [1] * (len(TOKENS) - 1)
+    assert len(stepper._token._graph._graph._nodes) == first
+
+
+def test_greedy_equals_the_reference(opened):
+    greedy = Settings(temperature=0)
+    wanted = list(generate(load_model(MODEL, ReferenceKernels()), [1, 2, 3], greedy, 64))
+    kernels = opened()
+    assert list(generate(load_model(MODEL, kernels), [1, 2, 3], greedy, 64)) == wanted
+    assert kernels.matmul._workspace is None  # no product by cuBLAS
+
+
+def test_more_sequences_than_few_rows_are_multiplied_by_cublas(opened):
+    kernels = opened()
+    model = load_model(MODEL, kernels)
+    stepper = new_stepper(model, few_rows.MOST + 1)
+    assert launches_of(stepper)[1:] == [1] * (len(TOKENS) - 1)
+    assert kernels.matmul._workspace is not None
+    few = logits_of(new_stepper(model))
+    assert np.abs(logits_of(stepper) - few).max() < 1e-4
+
+
+def train(model, steps=4, accumulated=2):
+    """Losses and norms of a few steps, with a validation between, and the launches of each."""
+    rng, device = np.random.default_rng(0), model.kernels.device
+    B, T = model.B, model.T
+    optimizer, found, launches = AdamW(model), [], []
+    for step in range(steps):
+        before = device.launches
+        for micro in range(accumulated):
+            ids, targets = rng.integers(0, 120, (2, B, T), np.int32)
+            model.forward(ids)
+            found.append(model.backward(targets, 1 / (B * T * accumulated), acc=micro > 0).copy())
+        found.append(optimizer.gradient_norm())
+        optimizer.step(1e-3, step + 1)
+        launches.append(device.launches - before)
+        model.forward(ids)
+        found.append(model.loss(targets).copy())
+    return np.concatenate([np.atleast_1d(each) for each in found]), launches
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_training(opened, monkeypatch, precision, recompute):
+    """The same bits with and without; then two launches for each micro-step, beside those of the update."""
+    runs = []
+    for captured in (True, False):
+        if not captured:
+            plain(monkeypatch)
+        model = load_model(MODEL, opened(precision))
+        for B, T in ((2, 9), (3, 5)):
+            model.prepare(B, T, recompute=recompute)
+            runs.append(train(model))
+    for (found, launches), (expected, _) in zip(runs[:2], runs[2:], strict=True):
+        assert found.tobytes() == expected.tobytes()
+        update = 3 + (precision == "bf16")  # two for the norm; weights are rounded
+        assert launches[2:] == [2 * 2 + update] * 2
+        assert launches[0] > 100
+
+
+def test_memory_goes_with_a_model(opened):
+    kernels, pool = opened(), cupy.get_default_memory_pool()
+
+    def use():
+        model = load_model(MODEL, kernels)
+        model.prepare(2, 9)
+        train(model)
+
+    use()
+    gc.collect()
+    before = pool.used_bytes()
+    gc.disable()
+    try:
+        use()
+        assert pool.used_bytes() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_that_change(opened, precision):
+    model = load_model(MODEL, opened(precision))
+    stepper = new_stepper(model)
+    before = logits_of(stepper)
+    with model.fill() as parameters:
+        parameters.flat[:] *= np.float32(1.25)
+    after = logits_of(stepper)
+    assert after.tobytes() == logits_of(new_stepper(model)).tobytes()
+    assert np.abs(after - before).max() > 0.1
+
+
+def test_samples_of_the_trainer(opened):
+    """Twice, as training does, from one cache."""
+    reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
+    cache = Cache(model, 1, 12, 1)
+    wanted = sample_tokens(reference, Cache(reference, 1, 12, 1), 119, 12)
+    assert sample_tokens(model, cache, 119, 12) == wanted
+    assert sample_tokens(model, cache, 119, 12) == wanted
+
+
+def test_several_samples_in_groups(opened, monkeypatch):
+    """Caches come and go, of one sequence and of several; a row's bits depend on no other."""
+    reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
+    for together in (1, 2, 5):
+        monkeypatch.setattr("llmc_cli.sampling.generation.MOST_TOGETHER", together)
+        wanted, found = (list(generate(each, [1, 2, 3], Settings(), 6, 5)) for each in (reference, model))
+        assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+
+
+def test_memory_goes_with_what_is_sampled(opened):
+    """At once, not when Python looks for cycles: a cache may be a gigabyte."""
+    model = load_model(MODEL, opened())
+    logits_of(new_stepper(model))
+    pool = cupy.get_default_memory_pool()
+    gc.collect()
+    before = pool.used_bytes()
+    gc.disable()
+    try:
+        logits_of(new_stepper(model))
+        assert pool.used_bytes() == before
+    finally:
+        gc.enable()
+
+
+class NormGradient:
+    """An operation that uses scratch memory and no product, recorded; its gradients beside the reference's."""
+
+    def __init__(self, kernels, N=5, C=16):
+        rng, self.kernels = np.random.default_rng(0), kernels
+        inputs = [rng.standard_normal(shape) for shape in ((N, C), (N, C), N, N, C)]  # dy, res, mean, rstd, w
+        self.outputs = [kernels.alloc(shape, np.float32) for shape in ((N, C), (C,), (C,))]
+        arrays = [kernels.alloc(each.shape, np.float32) for each in inputs]
+        for array, values in zip(arrays, inputs, strict=True):
+            kernels.upload(array, values)
+        self.work = lambda: kernels.residual_norm_backward(*self.outputs, *arrays, None, False)
+        self.expected = [np.empty(each.shape) for each in self.outputs]
+        ReferenceKernels().residual_norm_backward(*self.expected, *inputs, None, False)
+
+    def check(self, call):
+        for array in self.outputs:
+            self.kernels.upload(array, np.full(array.shape, np.nan))
+        call()
+        for array, expected in zip(self.outputs, self.expected, strict=True):
+            np.testing.assert_allclose(self.kernels.download(array), expected, rtol=1e-4, atol=1e-5)
+
+
+def check_scratch_that_grows(kernels):
+    """A graph goes on using what it was captured with."""
+    small = NormGradient(kernels)
+    recorded = kernels.recorded(small.work)
+    for _ in range(3):
+        small.check(recorded)
+    large = NormGradient(kernels, 300, 64)
+    held = kernels.scratch("parts", (1,))
+    large.check(large.work)
+    assert kernels.scratch("parts", (1,)).data.ptr != held.data.ptr
+    del held
+    small.check(recorded)
+    large.check(large.work)
+
+
+def test_scratch_that_grows(opened):
+    check_scratch_that_grows(opened())
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (lambda kernels: kernels.alloc((3,), np.float32), "memory is allocated while work"),
+        (lambda kernels: kernels.upload(kernels.number, np.ones(1)), "values come from the host while work"),
+        (lambda kernels: kernels.download(kernels.number), "cudaErrorStreamCaptureUnsupported"),
+        (lambda kernels: kernels.synchronize(), "cudaErrorStreamCaptureUnsupported"),
+        (lambda kernels: kernels.sum_squares(kernels.number, kernels.number), "memory is allocated|a kernel is loaded"),
+        (lambda kernels: kernels.matmul(*[kernels.number.reshape(1, 1)] * 3, False, False), "memory is allocated"),
+    ],
+    ids=["alloc", "upload", "download", "synchronize", "new kernel", "cuBLAS"],
+)
+def test_what_cannot_be_captured_is_an_error(opened, refused, words):
+    """Where it was not met the first time; and everything works afterwards."""
+    kernels = opened()
+    kernels.number = kernels.alloc((1,), np.float32)
+    gradient, calls = NormGradient(kernels), []
+
+    def work():
+        gradient.work()
+        calls.append(None)
+        if len(calls) > 1:
+            refused(kernels)
+
+    recorded = kernels.recorded(work)
+    gradient.check(recorded)
+    with pytest.raises((RuntimeError, UserWarning), match=words):
+        recorded()
+    recorded = kernels.recorded(gradient.work)
+    for _ in range(3):
+        gradient.check(recorded)
+
+
+def capture_is_not_allowed(monkeypatch):
+    def refuse(stream):
+        raise cupy.cuda.runtime.CUDARuntimeError(900)
+
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", refuse)
+
+
+def capture_is_spoiled(monkeypatch):
+    """By something that does not say so: the next kernel does, by an error of the driver's."""
+    original = cupy.cuda.Stream.begin_capture
+
+    def spoil(stream):
+        original(stream)
+        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+            stream.synchronize()
+
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", spoil)
+
+
+@pytest.mark.parametrize("refuse", [capture_is_not_allowed, capture_is_spoiled])
+def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
+    """Said once, and the results are the same."""
+    kernels = opened()
+    gradient = NormGradient(kernels)
+    recorded = kernels.recorded(gradient.work)
+    gradient.check(recorded)
+
+    refuse(monkeypatch)
+    with pytest.warns(UserWarning, match="one by one, since no graph can be made"):
+        gradient.check(recorded)
+    for _ in range(2):
+        before = kernels.device.launches
+        gradient.check(recorded)
+        assert kernels.device.launches > before + 1
+
+
+# Faults: each breaks the host code, in a way that a plain run does not show; a check must fail.
+
+
+def check_tokens(kernels):
+    reference = logits_of(new_stepper(load_model(MODEL, ReferenceKernels())))
+    stepper = new_stepper(load_model(MODEL, kernels))
+    for _ in range(2):
+        assert np.abs(logits_of(stepper) - reference).max() < 1e-4
+
+
+def lengths_of_the_capture(monkeypatch):
+    """Known to the host, which gives each an array of its own."""
+    original, arrays = attention.attention_cached, []
+
+    def baked(device, out, keys, values, qkv, lengths, num_heads):
+        while len(arrays) < 16:
+            arrays.append(device.alloc(lengths.shape, np.int32))
+            device.upload(arrays[-1], np.full(lengths.shape, len(arrays) - 1))
+        length = int(device.download(lengths)[0]) if device._captured is None else 1  # the second token's
+        original(device, out, keys, values, qkv, arrays[length], num_heads)
+
+    monkeypatch.setattr(attention, "attention_cached", baked)
+
+
+def inputs_elsewhere_each_time(monkeypatch):
+    original = Cache.put
+
+    def put(self, ids):
+        self._inputs = self.kernels.alloc(self._inputs.shape, np.int32)
+        original(self, ids)
+
+    monkeypatch.setattr(Cache, "put", put)
+
+
+def launched_on_another_stream(monkeypatch):
+    monkeypatch.setattr(device.Graph, "launch", lambda self: self._graph.launch(cupy.cuda.Stream.null))
+
+
+def captured_but_not_launched(monkeypatch):
+    monkeypatch.setattr(device.Graph, "launch", lambda self: None)
+
+
+def captured_at_once(monkeypatch):
+    original = recording.Recorded.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self._warm = True
+
+    monkeypatch.setattr(recording.Recorded, "__init__", init)
+
+
+def workspace_taken_away(monkeypatch):
+    monkeypatch.setattr(few_rows, "MOST", 0)
+    original = blas.Blas._begin
+
+    def begin(self):
+        original(self)
+        self._call("cublasSetStream_v2", self._device.stream.ptr)
+
+    monkeypatch.setattr(blas.Blas, "_begin", begin)
+
+
+def memory_not_kept(monkeypatch):
+    original = device.Graph.__init__
+    monkeypatch.setattr(device.Graph, "__init__", lambda self, device, graph, memory: original(self, device, graph, []))
+
+
+FAULTS = [
+    (lengths_of_the_capture, check_tokens, AssertionError, None),
+    (inputs_elsewhere_each_time, check_tokens, AssertionError, None),
+    (launched_on_another_stream, check_tokens, AssertionError, None),
+    (captured_but_not_launched, check_tokens, AssertionError, None),
+    (captured_at_once, check_tokens, RuntimeError, "a kernel is loaded while work is captured"),
+    (workspace_taken_away, check_tokens, UserWarning, "cublasGemmEx: cuBLAS answers with status 7"),
+    (memory_not_kept, check_scratch_that_grows, RuntimeError, "memory that has been freed"),
+]
+
+
+@pytest.mark.parametrize(("fault", "check", "error", "words"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
+def test_faults_are_noticed(opened, monkeypatch, fault, check, error, words):
+    fault(monkeypatch)
+    kernels = opened()
+    with pytest.raises(error, match=words):
+        check(kernels)
+
+
+@pytest.mark.parametrize("fault", [lengths_of_the_capture, inputs_elsewhere_each_time], ids=lambda each: each.__name__)
+def test_and_only_by_graphs(opened, monkeypatch, fault):
+    fault(monkeypatch)
+    plain(monkeypatch)
+    check_tokens(opened())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("S", [1, few_rows.MOST + 1], ids=["few rows", "cuBLAS"])
+def test_on_a_card(monkeypatch, precision, S):
+    model = load_model(MODEL, CudaKernels(Device(0, precision == "bf16"), precision))
+    stepper = new_stepper(model, S)
+    assert launches_of(stepper)[1:] == [1] * (len(TOKENS) - 1)
+    found = logits_of(stepper)
+    plain(monkeypatch)
+    assert found.tobytes() == logits_of(new_stepper(model, S)).tobytes()

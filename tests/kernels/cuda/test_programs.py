@@ -1,0 +1,209 @@
+"""The CUDA backend as a person runs it: without a card on the emulator, in processes of their own; on a card where
+there is one (marker ``gpu``), the same cases."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parents[2]
+GOLDEN = TESTS.parent / "fixtures" / "tiny_gpt2"
+SAMPLING_MODEL = TESTS.parent / "fixtures" / "sampling_model.bin"
+
+emulated = pytest.mark.usefixtures("compiler")
+
+
+def llmc(*arguments, emulator=None, cwd=None, **environment):
+    """A command's process; ``emulator``: None for none, else settings of the stand-in for CuPy, which it has then."""
+    environment = {**os.environ, **environment}
+    if emulator is not None:
+        environment |= {"PYTHONPATH": str(TESTS / "support" / "cuda_emulator"), **emulator}
+    command = [sys.executable, "-m", "llmc_cli.app", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
+
+
+CHECKED = {"LLMC_EMULATOR_CHECK": "1", "LLMC_EMULATOR_SEED": "7"}
+
+
+def check(run):
+    """That it ended well, and that no graph was refused, which is a warning only."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "no graph can be made" not in " ".join(run.stderr.split())
+
+
+def losses(run):
+    check(run)
+    return [line["loss"] for line in map(json.loads, run.stdout.splitlines()) if "loss" in line]
+
+
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def on(request):
+    """on(settings): the ``emulator`` of a command on the emulator; nothing on a card."""
+    if request.param == "card":
+        return lambda settings: None
+    request.getfixturevalue("compiler")
+    return lambda settings: settings
+
+
+@pytest.fixture
+def training(tiny_config, tiny_data):
+    return [
+        "train", "--model", tiny_config, "-i", tiny_data / "tiny_train_*.bin", "-j", tiny_data / "tiny_val_*.bin",
+        "-b", 2, "-t", 16, "-d", 64, "-x", 10, "-v", 5, "-m", 2, "-s", 5, "-g", 8, "-l", 0.01, "-u", 3, "-c", 0.1,
+        "--threads", 1, "--json", "--quiet",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_the_cpu_s_losses(training, on, recompute):
+    arguments = [*training, "--precision", "fp32", "-r", recompute]
+    expected = losses(llmc(*arguments, "--device", "cpu"))
+    found = losses(llmc(*arguments, "--device", "cuda", emulator=on(CHECKED)))
+    assert len(found) == 10
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_losses_of_rounded_products(training, on, precision):
+    """As far from float32 as a CPU's bf16 may be."""
+    from llmc_cli.verification.model_checks import BOUNDS
+
+    expected = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
+    found = losses(llmc(*training, "--precision", precision, "--device", "cuda", emulator=on(CHECKED)))
+    assert found != expected
+    np.testing.assert_allclose(found, expected, rtol=BOUNDS["bf16"].tiny_loss, atol=0)
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_resumed_on_another_device(training, on, tmp_path, first, second):
+    arguments = [*training, "--precision", "fp32", "-n", 5, "-o", tmp_path / "run"]
+    whole = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
+    begun = losses(llmc(*arguments, "--device", first, emulator=on({})))
+    assert begun == pytest.approx(whole, abs=1e-5)
+    for path in (tmp_path / "run").glob("*_00000010*"):
+        path.unlink()
+    resumed = losses(llmc(*arguments, "-y", 1, "--device", second, emulator=on({})))
+    assert resumed == pytest.approx(whole[5:], abs=1e-5)
+
+
+def test_greedy_samples(on):
+    arguments = ["sample", SAMPLING_MODEL, "--prompt-ids", "1 2 3", "--temperature", 0, "--max-tokens", 64, "--ids",
+                 "--quiet", "--threads", 1]  # fmt: skip
+    expected = llmc(*arguments, "--device", "cpu")
+    assert expected.returncode == 0, expected.stderr
+    for seed in "1", "2":
+        found = llmc(*arguments, "--device", "cuda", emulator=on({**CHECKED, "LLMC_EMULATOR_SEED": seed}))
+        check(found)
+        assert found.stdout == expected.stdout
+
+
+def test_several_samples(on):
+    arguments = ["sample", SAMPLING_MODEL, "--prompt-ids", "1 2 3", "--num", 3, "--max-tokens", 8, "--ids", "--quiet",
+                 "--threads", 1]  # fmt: skip
+    expected, found = llmc(*arguments, "--device", "cpu"), llmc(*arguments, "--device", "cuda", emulator=on(CHECKED))
+    check(found)
+    assert found.stdout == expected.stdout
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_verify_state(on, precision):
+    run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda",
+               "--precision", precision, emulator=on({}))  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "overall okay: 1" in run.stdout
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_verify_kernels(on, precision):
+    run = llmc("verify", "--device", "cuda", "--precision", precision, emulator=on({"LLMC_EMULATOR_SEED": "3"}))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "overall okay: 1" in run.stdout
+
+
+@emulated
+def test_the_plan_names_the_device_and_what_would_fit(training):
+    plan = json.loads(llmc(*training, "--dry-run", "--device", "auto", emulator={}).stdout)
+    assert (plan["device"], plan["precision"]) == ("cuda:0", "bf16")
+    assert "program" not in plan["memory"]
+    least = sum(plan["memory"][name] for name in ("parameters", "gradients", "moments"))
+    memory = {"LLMC_EMULATOR_MEMORY": str(plan["total_memory"] - 1000)}
+    run = llmc(*training, "--device", "cuda", emulator=memory)
+    assert run.returncode == 4
+    assert "on cuda:0 are free" in run.stderr
+    assert "--batch 1 would fit" in run.stderr
+    run = llmc(*training, "--device", "cuda", emulator={"LLMC_EMULATOR_MEMORY": str(least)})
+    assert "take a smaller model or sequence length" in run.stderr
+
+
+def refused(**options):
+    start = time.perf_counter()
+    run = llmc("train", "--device", "cuda", **options)
+    seconds = time.perf_counter() - start
+    assert run.returncode == 4, run.stderr
+    assert "Traceback" not in run.stderr
+    return " ".join(run.stderr.split()), seconds
+
+
+def test_without_cupy(tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('libfoo.so: cannot open')")
+    message, _ = refused(PYTHONPATH=str(tmp_path))
+    assert "CuPy is installed but cannot be loaded: libfoo.so: cannot open" in message
+    hidden = "import sys; sys.modules['cupy'] = None; sys.argv = ['llmc', 'train', '--device', 'cuda']\n"
+    (tmp_path / "hidden.py").write_text(hidden + "from llmc_cli.app import main; main()")
+    run = subprocess.run([sys.executable, tmp_path / "hidden.py"], capture_output=True, text=True)
+    assert run.returncode == 4, run.stderr
+    assert "CuPy is not installed; pip install 'llmc-cli[cuda13]'" in " ".join(run.stderr.split())
+
+
+def test_both_packages(tmp_path):
+    for name in ("cupy_cuda12x", "cupy_cuda13x"):
+        folder = tmp_path / f"{name}-14.0.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 14.0.0\n")
+    message, _ = refused(PYTHONPATH=str(tmp_path))
+    assert "cupy-cuda12x and cupy-cuda13x are both installed" in message
+    assert "pip uninstall cupy-cuda12x cupy-cuda13x" in message
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"LLMC_EMULATOR_DRIVER": "0"}, "no NVIDIA driver"),
+        ({"LLMC_EMULATOR_DRIVER": "11040"}, "the driver is of CUDA 11.4"),
+        ({"LLMC_EMULATOR_DEVICES": "0"}, "no device"),
+        ({"LLMC_EMULATOR_CAPABILITY": "70"}, "compute capability 7.0"),
+    ],
+)
+def test_what_cannot_be_had(settings, words):
+    message, seconds = refused(emulator=settings)
+    assert words in message
+    assert seconds < 30  # on a busy machine; a person sees it within one
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "cuda:3"), "there is one, cuda:0"),
+        (("--device", "cuda", "--precision", "bf16x3"), "of the CPU only; use fp32 or bf16"),
+    ],
+)
+def test_what_a_device_has_not(arguments, words):
+    run = llmc("train", *arguments, emulator={})
+    assert (run.returncode, words in " ".join(run.stderr.split())) == (4, True), run.stderr
+
+
+@emulated
+def test_an_old_device_has_float32_only():
+    old = {"LLMC_EMULATOR_CAPABILITY": "75"}
+    run = llmc("train", "--device", "cuda", "--precision", "bf16", emulator=old)
+    assert run.returncode == 4
+    assert "compute capability 7.5, and that needs 8.0" in " ".join(run.stderr.split())
+    run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda", emulator=old)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,83 @@
+"""What goes to the device while it is at work, on the stand-in for CuPy."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from support.cuda_stand_in import cupy
+
+from llmc_cli.kernels.cuda.device import Device
+
+VALUES = [np.arange(k, k + 50, dtype=np.int32) for k in range(1, 7)]
+
+
+@pytest.fixture(params=[None, 1, 2], ids=["late", "random-1", "random-2"])
+def opened(request, monkeypatch, played):
+    """A device whose streams do their work as late as they may, or at random moments."""
+    if request.param is not None:
+        monkeypatch.setenv("LLMC_EMULATOR_SEED", str(request.param))
+    return Device(0, False)
+
+
+def seen(opened):
+    """What is in an array behind each upload ahead of ``VALUES``, whose memory is used again at once."""
+    array = opened.alloc((50,), np.int32)
+    found, memory = [], np.empty(50, np.int32)
+    for values in VALUES:
+        memory[:] = values
+        opened.upload_ahead(array, memory)
+        memory[:] = -1
+        found.append(opened.alloc((50,), np.int32))
+        opened.copy(found[-1], array)
+    return [opened.download(each).tolist() for each in found]
+
+
+def test_each_in_its_turn(opened):
+    assert seen(opened) == [values.tolist() for values in VALUES]
+
+
+def test_with_plain_uploads_between(opened):
+    array = opened.alloc((50,), np.int32)
+    for turn, values in enumerate(VALUES):
+        (opened.upload if turn % 2 else opened.upload_ahead)(array, values)
+        if turn % 3:
+            assert opened.download(array).tolist() == values.tolist()
+    assert opened.download(array).tolist() == VALUES[-1].tolist()
+
+
+@pytest.mark.parametrize("opened", [None], indirect=True, ids=["late"])
+@pytest.mark.parametrize("left_out", ["the device's", "the upload's"])
+def test_a_wait_that_is_left_out_shows(opened, monkeypatch, left_out):
+    """One stream waits for the other in both directions."""
+    ahead, wait = opened._ahead, cupy.cuda.Stream.wait_event
+
+    def sometimes(stream, event):
+        if (stream is ahead) != (left_out == "the upload's"):
+            wait(stream, event)
+
+    monkeypatch.setattr(cupy.cuda.Stream, "wait_event", sometimes)
+    assert seen(opened) != [values.tolist() for values in VALUES]
+
+
+@pytest.mark.parametrize("sizes", [(50, 20), (20, 50)])
+def test_the_address_of_an_array_that_is_gone(opened, sizes):
+    """What was kept for that one does not do for the next."""
+    first, second = (np.arange(size, dtype=np.int32) for size in sizes)
+    array = opened.alloc((50,), np.int32)
+    there = array[: sizes[0]], array[: sizes[1]]
+    opened.upload(array, np.full(50, 7))
+    opened.upload_ahead(there[0], first)
+    opened.upload(array, np.full(50, 7))
+    opened.upload_ahead(there[1], second)
+    expected = [*second, *[7] * (50 - sizes[1])]
+    assert opened.download(array).tolist() == expected
+
+
+def test_carried_over_before_its_turn(opened):
+    array = opened.alloc((50,), np.int32)
+    opened.upload(array, VALUES[0])
+    opened.upload_ahead(array, VALUES[1])
+    opened._ahead.synchronize()
+    near = opened._staging[array.data.ptr].near
+    there = (ctypes.c_int32 * 50).from_address(near.data.ptr)
+    assert list(there) == VALUES[1].tolist()

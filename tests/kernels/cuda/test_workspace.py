@@ -1,0 +1,32 @@
+"""What the CUDA backend plans of scratch memory is what a training step takes."""
+
+import numpy as np
+import pytest
+from support.cuda_notebook import Notebook
+
+from llmc_cli.kernels.cuda.kernels import HEAD_ROWS, CudaKernels, head_rows
+from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.training.optimizer import AdamW
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("B", "T"), [(1, 8), (3, 500), (5, 1000), (16, 1024)])
+def test_the_plan(precision, B, T):
+    config = ModelConfig(1024, 500, 2, 3, 192)
+    kernels = CudaKernels(Notebook(precision == "bf16", 80), precision)
+    model = GPT2(config, kernels)
+    model.prepare(B, T)
+    optimizer = AdamW(model)
+    ids = np.zeros((B, T), np.int32)
+    model.forward(ids)
+    model.backward(ids, 1.0, acc=False)
+    optimizer.gradient_norm()
+    held = sum(each.nbytes for each in (*kernels._scratch.values(), kernels.matmul._workspace))
+    assert held == kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
+
+
+def test_turns_of_the_head():
+    assert [head_rows(N) for N in (1, HEAD_ROWS, HEAD_ROWS + 1, 3 * HEAD_ROWS)] == [
+        1, HEAD_ROWS, HEAD_ROWS // 2 + 1, HEAD_ROWS
+    ]  # fmt: skip

@@ -1,0 +1,30 @@
+"""The tiny model of the fixtures in its forms, and a conversion as ``llmc convert`` makes it."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from llmc_cli.conversion.conversion import Request, plan
+from llmc_cli.formats.weights import load_weights, read_header, tensor_shapes
+
+TINY = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
+MODEL, BF16, STATE = (TINY / name for name in ("model.bin", "model_bf16.bin", "debug_state.bin"))
+
+
+def convert(source, dest=None, **options):
+    return list(plan(Request(str(source), dest, **options)).run(lambda what, done, total: None))
+
+
+def tensors_of(path):
+    """A model file's tensors by name."""
+    header = read_header(path)
+    shapes = tensor_shapes(header._replace(version=3))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    load_weights(path, tensors)
+    return tensors
+
+
+def model_of_transformers(seed):
+    """A model like the tiny one, made by PyTorch and transformers."""
+    return runpy.run_path(str(TINY.parent / "make_gpt2_goldens.py"))["make_model"](seed=seed)

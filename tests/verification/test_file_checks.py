@@ -1,0 +1,259 @@
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc_cli.formats.evalset import Example, write_evalset
+from llmc_cli.formats.header import HEADER_BYTES
+from llmc_cli.formats.registry import Kind
+from llmc_cli.formats.safetensors import write_safetensors
+from llmc_cli.formats.shard import write_shard
+from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_train_state
+from llmc_cli.formats.vocabulary import write_vocabulary
+from llmc_cli.verification.file_checks import check_file, check_files
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "fixtures" / "tiny_gpt2"
+PARAMETERS = 9024  # of the golden model, padding included
+SHAPE = {"T": 24, "V": 97, "Vp": 128, "L": 2, "NH": 2, "C": 16}
+
+
+def overwrite(path, at, content):
+    with path.open("r+b") as file:
+        file.seek(at, 2 if at < 0 else 0)
+        file.write(content)
+
+
+def train_state(path, parameters=PARAMETERS, step=5, processes=1, rank=0, shuffled=False):
+    shuffle = None
+    if shuffled:
+        words = np.arange(624, dtype=np.uint32)
+        shuffle = Shuffle(np.arange(2, dtype=np.int32), np.arange(3, dtype=np.int32), Mersenne(42, 1, 0, words))
+    state = TrainState(processes, rank, step, 1, 1, 0, 2, shuffle)
+    moments = np.ones(parameters, np.float32)
+    write_train_state(path, state, moments, moments)
+    return path
+
+
+def run_folder(tmp_path, processes=1):
+    """A run with complete checkpoints of the steps 5 and 10, and one of 15 that was interrupted."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (5, 10, 15):
+        shutil.copy(GOLDEN / "model.bin", folder / f"model_{step:08d}.bin")
+        for rank in range(processes):
+            parameters = PARAMETERS // processes
+            train_state(folder / f"state_{step:08d}_{rank:05d}.bin", parameters, step, processes, rank)
+    for step in (5, 10):
+        (folder / f"DONE_{step:08d}").touch()
+    (folder / "model_00000015.bin").write_bytes(b"half")
+    return folder
+
+
+def test_a_model():
+    report = check_file(GOLDEN / "model.bin")
+    assert (report.kind, report.version, report.error) == ("GPT-2 model", 3, None)
+    assert report.facts == {**SHAPE, "parameters": PARAMETERS, "dtype": "float32"}
+    report = check_file(GOLDEN / "model_bf16.bin")
+    assert (report.version, report.facts["dtype"], report.error) == (5, "bfloat16", None)
+
+
+@pytest.mark.parametrize(("name", "item"), [("model.bin", 4), ("model_bf16.bin", 2)])
+def test_padding_that_is_not_zero(tmp_path, name, item):
+    path = Path(shutil.copy(GOLDEN / name, tmp_path))
+    at = HEADER_BYTES + item * (97 * 16 + 16)
+    overwrite(path, at + item - 1, b"\x80")  # -0
+    assert check_file(path).error is None
+    overwrite(path, at, b"\x01")
+    assert "row 98 of wte" in check_file(path).error
+
+
+def test_a_model_with_a_nan(tmp_path):
+    path = Path(shutil.copy(GOLDEN / "model.bin", tmp_path))
+    overwrite(path, -4, struct.pack("<f", np.nan))
+    assert "nan at lnfb[15]" in check_file(path).error
+
+
+def test_a_debug_state_with_and_without_its_model(tmp_path):
+    path = GOLDEN / "debug_state.bin"
+    alone = check_file(path)
+    assert (alone.kind, alone.version, alone.error) == ("GPT-2 debug state", 2, None)
+    assert alone.facts == {"B": 2, "T": 16, "min id": 4, "max id": 93, "values": 2 * 16 * 97 + 1 + PARAMETERS}
+    _, beside = check_files([GOLDEN / "model.bin", path])
+    assert beside.facts["loss"] == pytest.approx(4.844018528)
+    longer = tmp_path / "longer.bin"
+    longer.write_bytes(path.read_bytes() + bytes(4))  # fits some other model
+    assert check_file(longer).error is None
+    _, beside = check_files([GOLDEN / "model.bin", longer])
+    assert "there is more than belongs to it" in beside.error
+
+
+@pytest.mark.parametrize(("kind", "name", "vocab_size"), [
+    (Kind.SHARD_GPT2, "GPT-2 token shard", 50257), (Kind.SHARD_LLAMA3, "Llama 3 token shard", 128256),
+])  # fmt: skip
+def test_shards(tmp_path, kind, name, vocab_size):
+    path = tmp_path / "shard.bin"
+    write_shard(path, [7, vocab_size - 1, 30], kind)
+    report = check_file(path)
+    assert (report.kind, report.error) == (name, None)
+    assert report.facts == {"tokens": 3, "min id": 7, "max id": vocab_size - 1}
+    write_shard(path, [7, vocab_size], kind)
+    assert f"token id {vocab_size} at tokens[1]" in check_file(path).error
+    write_shard(path, [], kind)
+    assert check_file(path).facts == {"tokens": 0}
+
+
+def test_a_model_beside_a_shard_says_its_vocabulary(tmp_path):
+    path = tmp_path / "shard.bin"
+    write_shard(path, [3, 97])
+    model = GOLDEN / "model.bin"
+    assert "token id 97 at tokens[1], expected 0 to 96" in next(check_files([path, model])).error
+    assert next(check_files([path, model, GOLDEN / "model_bf16.bin"])).error is None  # whose would it be?
+    assert next(check_files([path, tmp_path / "none.bin"])).error is None
+
+
+def test_an_evaluation_set(tmp_path):
+    path = tmp_path / "set.bin"
+    ids = np.array([1, 2], np.uint16)
+    write_evalset(path, [Example(ids, [ids] * 4, 0, 0)] * 3)
+    report = check_file(path)
+    assert (report.kind, report.facts["examples"], report.error) == ("evaluation set", 3, None)
+    overwrite(path, -2, (50257).to_bytes(2, "little"))
+    assert "token id 50257" in check_file(path).error
+
+
+def test_a_tokenizer_table(tmp_path):
+    path = tmp_path / "table.bin"
+    write_vocabulary(path, [b"a", b"bcd", b""], 2)
+    report = check_file(path)
+    assert (report.kind, report.version, report.error) == ("tokenizer table", 2, None)
+    assert report.facts == {"tokens": 3, "end of text": 2, "longest token": "3 bytes"}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_training_state_against_its_model(tmp_path, shuffled):
+    model = GOLDEN / "model.bin"
+    path = train_state(tmp_path / "state.bin", shuffled=shuffled)
+    for report in (check_file(path), list(check_files([model, path]))[1]):
+        assert report.error is None
+        assert (report.facts["step"], report.facts["parameters"]) == (5, PARAMETERS)
+        assert report.facts.get("samples in shard") == (3 if shuffled else None)
+    path = train_state(tmp_path / "other.bin", PARAMETERS - 1, shuffled=shuffled)
+    assert check_file(path).error is None
+    assert "found 9,023 parameters, expected 9,024" in list(check_files([model, path]))[1].error
+    overwrite(path, HEADER_BYTES + 8, struct.pack("<f", np.inf))
+    assert "inf at m[2]" in check_file(path).error
+
+
+def test_a_share_of_a_training_state(tmp_path):
+    """Two processes divide every tensor of the golden model; of 32, lnfb's 16 values stay whole, among others."""
+    model = GOLDEN / "model.bin"
+    for processes, parameters in ((2, PARAMETERS // 2), (2, PARAMETERS), (32, 282 + 8 * 15 + 4 * 15 + 31 // 2)):
+        path = train_state(tmp_path / "state.bin", parameters, processes=processes)
+        error = list(check_files([model, path]))[1].error
+        assert (error is None) == (processes == 2)
+
+
+def test_tensor_files_and_folders():
+    for folder, tensors in (("safetensors", 28), ("pytorch", 29)):
+        report = check_file(
+            next(path for path in (GOLDEN / folder).iterdir() if path.name.endswith(("tensors", "bin")))
+        )
+        assert (report.facts["tensors"], report.facts["dtypes"], report.error) == (tensors, "float32", None)
+        (whole,) = check_files([GOLDEN / folder])
+        assert (whole.kind, whole.facts["model"], whole.error) == ("Hugging Face folder", "gpt2", None)
+        assert whole.facts["tensors"] == tensors
+
+
+def test_a_tensor_that_is_not_finite(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", {"w": np.array([[1.0, np.inf]], np.float32)})
+    assert "inf at w[0, 1]" in check_file(tmp_path / "model.safetensors").error
+    assert "inf at w[0, 1]" in next(check_files([tmp_path])).error
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7"])
+def test_a_folder_with_a_bad_config(tmp_path, text):
+    write_safetensors(tmp_path / "model.safetensors", {"w": np.ones(1, np.float32)})
+    assert next(check_files([tmp_path])).error is None
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in next(check_files([tmp_path])).error
+
+
+def test_a_folder_of_nothing(tmp_path):
+    assert "a folder without weights" in next(check_files([tmp_path])).error
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run(tmp_path, processes):
+    reports = list(check_files([run_folder(tmp_path, processes)]))
+    assert [report.error for report in reports] == [None] * (2 * (1 + processes))
+    assert [report.facts.get("step") for report in reports] == [None, *[5] * processes, None, *[10] * processes]
+
+
+def test_a_damaged_run(tmp_path):
+    folder = run_folder(tmp_path)
+    (folder / "model_00000005.bin").unlink()
+    shutil.copy(folder / "state_00000005_00000.bin", folder / "state_00000010_00000.bin")
+    model5, state5, model10, state10 = check_files([folder])
+    assert "No such file" in model5.error
+    assert (state5.error, model10.error) == (None, None)
+    assert state10.error.endswith("found step 5 of 1 processes, expected 10 of 1")
+    (folder / "state_00000010_00000.bin").unlink()
+    assert "No such file" in list(check_files([folder]))[3].error
+
+
+def test_a_run_that_lacks_a_process(tmp_path):
+    folder = run_folder(tmp_path, 2)
+    (folder / "state_00000010_00001.bin").unlink()
+    assert [report.error is None for report in check_files([folder])] == [True] * 4 + [False]
+
+
+def test_a_run_whose_state_is_of_another_model(tmp_path):
+    folder = run_folder(tmp_path)
+    train_state(folder / "state_00000010_00000.bin", 9000, 10)
+    assert "found 9,000 parameters" in list(check_files([folder]))[3].error
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"some text, and nothing else", bytes(5000), b"PK\x03\x04" + bytes(50)]
+)
+def test_other_files_are_refused_with_the_known_ones(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    report = check_file(path)
+    assert report.kind is None
+    assert "one of: GPT-2 token shard, Llama 3 token shard" in report.error
+    assert "Hugging Face folder" in report.error
+
+
+def test_kinds_without_a_reader_are_refused_by_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"GGUF" + bytes(100))
+    assert "GGUF file: not yet readable" in check_file(path).error
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert check_file(tmp_path / "none").error == f"{tmp_path / 'none'}: No such file or directory"
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model_bf16.bin", "debug_state.bin"])
+def test_no_cut_and_no_header_passes(tmp_path, name):
+    """Whatever length is cut off and whichever header slot is changed."""
+    content = (GOLDEN / name).read_bytes()
+    path = tmp_path / name
+    model = GOLDEN / "model.bin"
+    for size in (0, 3, 4, 1023, 1024, len(content) - 2, len(content) - 1, len(content) + 1):
+        path.write_bytes((content + b"\0")[:size])
+        assert next(check_files([path, model] if name == "debug_state.bin" else [path])).error is not None
+    for slot in range(8 if name.startswith("model") else 4):
+        for value in (-1, 0, 1 << 30):
+            path.write_bytes(content[: 4 * slot] + struct.pack("<i", value) + content[4 * slot + 4 :])
+            assert next(check_files([path, model] if name == "debug_state.bin" else [path])).error is not None
+
+
+def test_what_a_report_says_is_json(tmp_path):
+    for report in check_files([GOLDEN / "model.bin", GOLDEN / "debug_state.bin", train_state(tmp_path / "s.bin")]):
+        json.dumps(report.facts, allow_nan=False)

@@ -10,7 +10,7 @@ from llmc_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from llmc_cli.benchmark.benchmark import Benchmark
-    from llmc_cli.benchmark.sections import Row
+    from llmc_cli.benchmark.results import Row
 
 
 def bench(

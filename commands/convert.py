@@ -12,8 +12,9 @@ from llmc_cli.commands import options
 from llmc_cli.commands.render import Output, seconds, size
 
 if TYPE_CHECKING:
-    from llmc_cli.conversion.conversion import Conversion, Written
+    from llmc_cli.conversion.conversion import Conversion
     from llmc_cli.conversion.sources import OnProgress
+    from llmc_cli.conversion.writers import Written
 
 
 def convert(
@@ -84,7 +85,8 @@ def convert(
 
     A debug state is computed in float64, and takes about 30 bytes of memory a parameter.
     """
-    from llmc_cli.conversion.conversion import Request, plan
+    from llmc_cli.conversion.conversion import plan
+    from llmc_cli.conversion.targets import Request
 
     output = Output(json, quiet)
     start = time.monotonic()

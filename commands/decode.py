@@ -13,7 +13,7 @@ from llmc_cli.commands.render import Output
 from llmc_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from llmc_cli.tokenizer.tokenizer import TextStream
+    from llmc_cli.tokenizer.text_stream import TextStream
 
 BLOCK = 1 << 16
 LONGEST_ID = 10  # digits; more are no id of any vocabulary
@@ -56,7 +56,8 @@ def decode(
     Ids on stdin are separated by white space and decoded as they come. A line of several ids is a text of its own; ids
     one a line are one text. Each text ends with a newline; bytes that are not UTF-8 become U+FFFD.
     """
-    from llmc_cli.tokenizer.tokenizer import TextStream, load_tokenizer
+    from llmc_cli.tokenizer.text_stream import TextStream
+    from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     words = ids or ["-"]
     kinds = {kind(word) for word in words}

@@ -81,7 +81,7 @@ def prepro(
     that hold only <|endoftext|> separate them; each line of a .jsonl file is one, the string under "text".
     """
     from llmc_cli.data.shards import ShardPlan, write_token_files
-    from llmc_cli.kernels.backend import available_cores
+    from llmc_cli.machine.cores import available_cores
     from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     files = files or []
@@ -139,7 +139,7 @@ def check(dataset: str, files: list[str], source: str) -> None:
 
 def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
     """Where the text came from, and its sections."""
-    from llmc_cli.data.documents import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
+    from llmc_cli.data.tinyshakespeare import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
 
     with output.progress("downloading", TINY_SHAKESPEARE_BYTES, size) as tell:
         text = shakespeare_text(source, lambda done, total: tell(done))

@@ -78,8 +78,9 @@ def sample(
 
     from llmc_cli.kernels.backend import open_sampling
     from llmc_cli.machine.idle_threads import spin_between_calls
-    from llmc_cli.sampling.generation import Settings, fit, generate
-    from llmc_cli.training.checkpoints import load_model, read_config
+    from llmc_cli.models.files import load_model, read_config
+    from llmc_cli.sampling.filters import Settings
+    from llmc_cli.sampling.generation import fit, generate
 
     output = render.Output(json, quiet)
     settings = Settings(temperature, top_k, top_p, min_p, seed)
@@ -200,7 +201,7 @@ class TextVoice:
     """Text, a character as soon as its bytes are there."""
 
     def __init__(self, prompt: list[int], tokenizer: "Tokenizer") -> None:
-        from llmc_cli.tokenizer.tokenizer import TextStream
+        from llmc_cli.tokenizer.text_stream import TextStream
 
         self.prompt, self.stream = prompt, TextStream(tokenizer)
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from llmc_cli.kernels.backend import Backend
     from llmc_cli.tokenizer.tokenizer import Tokenizer
     from llmc_cli.training.plan import Plan
-    from llmc_cli.training.trainer import Report, StepReport, Training
+    from llmc_cli.training.reports import Report, StepReport
+    from llmc_cli.training.trainer import Training
 
 DATA = "data/tinyshakespeare/tiny_shakespeare_{}.bin"
 
@@ -147,7 +148,7 @@ def train(
         precision = "tf32"
 
     from llmc_cli.kernels.backend import open_kernels
-    from llmc_cli.training.plan import TrainOptions
+    from llmc_cli.training.options import TrainOptions
     from llmc_cli.training.trainer import Training
 
     output = render.Output(json, quiet)
@@ -215,7 +216,7 @@ def follow(output: render.Output, training: "Training") -> None:
     """Run the training and tell what happens; SIGINT, SIGTERM and SIGHUP end it after the step at hand."""
     import sys
 
-    from llmc_cli.training.trainer import StepReport
+    from llmc_cli.training.reports import StepReport
 
     received: list[int] = []
 
@@ -269,7 +270,7 @@ class Printer:
         self.headed = False
 
     def show(self, report: "Report") -> None:
-        from llmc_cli.training.trainer import CheckpointReport, SampleReport, StepReport, ValidationReport
+        from llmc_cli.training.reports import CheckpointReport, SampleReport, StepReport, ValidationReport
 
         if self.output.json:
             self.output.document(report.metrics())

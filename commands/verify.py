@@ -67,7 +67,7 @@ def verify(
 
 def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) -> None:
     from llmc_cli.kernels.backend import open_kernels
-    from llmc_cli.verification.model_checks import check_kernels, kernel_check_count
+    from llmc_cli.verification.kernel_checks import check_kernels, kernel_check_count
 
     backend = open_kernels(*where, output.note)
     show_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
@@ -101,7 +101,7 @@ def show_checks(
     """Run the checks, tell them with what they ran on, and raise CheckError where one failed."""
     import dataclasses
 
-    from llmc_cli.verification.model_checks import versions
+    from llmc_cli.verification.kernel_checks import versions
 
     machine = {
         **subject,

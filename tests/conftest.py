@@ -11,11 +11,12 @@ from support.converting import TINY
 
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.shard import write_shard
-from llmc_cli.kernels.backend import available_cores, open_kernels
+from llmc_cli.kernels.backend import open_kernels
+from llmc_cli.machine.cores import available_cores
 from llmc_cli.machine.idle_threads import wait_passively
 from llmc_cli.models import huggingface_config
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.training.plan import TrainOptions
+from llmc_cli.training.options import TrainOptions
 
 wait_passively()  # before numba and scipy load, as the program does
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc_cli.benchmark.sections import Row
+from llmc_cli.benchmark.results import Row
 from llmc_cli.errors import DataError, UsageError
-from llmc_cli.kernels.backend import available_cores, processor_name
+from llmc_cli.machine.cores import available_cores, processor_name
 
 SCHEMA = 1
 STDIN = Path("-")

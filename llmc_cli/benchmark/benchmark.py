@@ -16,12 +16,14 @@ from llmc_cli.benchmark.baseline import SCHEMA, Change, read_baseline, this_mach
 from llmc_cli.benchmark.ceilings import Ceilings, measure_ceilings
 from llmc_cli.benchmark.interleave import Note
 from llmc_cli.benchmark.job import Work
-from llmc_cli.benchmark.sections import Measured, Row, Side, measure
+from llmc_cli.benchmark.results import Measured, Row, Side
+from llmc_cli.benchmark.sections import measure
 from llmc_cli.benchmark.startup import measure_start
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
-from llmc_cli.kernels.backend import Backend, available_cores, open_kernels, open_sampling
-from llmc_cli.training.trainer import model_config
+from llmc_cli.kernels.backend import Backend, open_kernels, open_sampling
+from llmc_cli.machine.cores import available_cores
+from llmc_cli.models.files import model_config
 
 SECTIONS = ("kernels", "train", "sample", "prepro", "start")
 AGAINST_TORCH = ("kernels", "train", "sample")

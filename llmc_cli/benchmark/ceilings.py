@@ -1,7 +1,5 @@
 """What this machine can do at best, measured: the figures that speeds are shares of."""
 
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.kernels.backend import Backend
+from llmc_cli.kernels.peak import _release, best_time, matmul_flops
 from llmc_cli.kernels.spec import Array, Kernels
 
-MATMUL_SIZE = 1536
-REPEATS = 3
 CEILING_REPEATS = 10  # for what everything is a share of, also on a busy machine
 
 SHAPES = ((1536, 1536, 1536), (2048, 2048, 2048), (1024, 3072, 768), (256, 12288, 768))  # N, O, I
@@ -22,8 +19,6 @@ BANDWIDTH_ELEMENTS = 1 << 25  # of each array: far more than caches hold
 CUDA_SHAPES = ((8192, 8192, 8192), (4096, 4096, 4096), (16384, 3072, 768), (4096, 50304, 768))
 CUDA_ELEMENTS = 1 << 28
 CUDA_MEMORY = 32  # bytes that must be free for each of these, or there are fewer: four arrays are half of that
-LAUNCH_S = 1e-3  # a product that takes less says how fast it is started, too
-LARGE_MATMUL = 8192
 
 
 @dataclass(frozen=True)
@@ -43,55 +38,6 @@ class Ceilings:
     @property
     def bandwidth(self) -> float:
         return max(self.memory.values())
-
-
-def best_time(kernels: Kernels, run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of a few runs, until what they ask ``kernels`` for is done, after one that does not
-    count."""
-    run()
-    kernels.synchronize()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        kernels.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def matmul_flops(
-    kernels: Kernels,
-    N: int = MATMUL_SIZE,
-    O: int = MATMUL_SIZE,  # noqa: E741
-    I: int = MATMUL_SIZE,  # noqa: E741
-    repeats: int = REPEATS,
-) -> float:
-    """FLOP/s of a large matmul of random numbers, the best of a few runs; takes about 0.1 s."""
-    from llmc_cli.benchmark.workloads import fill
-
-    x, y = (kernels.alloc(shape, kernels.activation_dtype) for shape in ((N, I), (N, O)))
-    w = kernels.alloc((O, I), kernels.dtype)
-    for array in (x, w):
-        fill(kernels, array)
-    weight = kernels.bind(w)
-    kernels.publish([weight])
-    return 2 * N * O * I / best_time(kernels, lambda: kernels.linear_forward(y, x, weight, None), repeats)
-
-
-def peak_flops(kernels: Kernels) -> float:
-    """FLOP/s of a matmul that is large enough for what computes here."""
-    found = matmul_flops(kernels)
-    if 2 * MATMUL_SIZE**3 / found < LAUNCH_S:
-        found = matmul_flops(kernels, LARGE_MATMUL, LARGE_MATMUL, LARGE_MATMUL)
-    _release(kernels)
-    return found
-
-
-def _release(kernels: Kernels) -> None:
-    """Let others have the memory of a GPU that measuring took."""
-    device = getattr(kernels, "device", None)
-    if device is not None:
-        device.release()
 
 
 def memory_bandwidth(kernels: Kernels, threads: int, elements: int = BANDWIDTH_ELEMENTS) -> dict[str, float]:

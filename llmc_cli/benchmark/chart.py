@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc_cli.benchmark.benchmark import Benchmark
-from llmc_cli.benchmark.sections import Row
+from llmc_cli.benchmark.results import Row
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 

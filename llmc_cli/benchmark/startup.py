@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc_cli.benchmark.interleave import TAIL, Note
 from llmc_cli.benchmark.job import Work
-from llmc_cli.benchmark.sections import Measured, Row
+from llmc_cli.benchmark.results import Measured, Row
 from llmc_cli.errors import MissingError
 from llmc_cli.formats.shard import write_shard
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from llmc_cli.benchmark.job import Work
 from llmc_cli.benchmark.torch_gpt2 import GPT2
-from llmc_cli.benchmark.workloads import LR, SEED, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
+from llmc_cli.benchmark.workloads import LR, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import SAMPLING_PRECISIONS
+from llmc_cli.kernels.random_arrays import SEED
 from llmc_cli.models.config import ModelConfig
 
 MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}

@@ -10,19 +10,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc_cli.kernels.costs import NO_COST, Cost, TimedKernels, cost, launches, size
+from llmc_cli.benchmark.timed_kernels import TimedKernels, launches
+from llmc_cli.kernels.costs import NO_COST, Cost, cost, size
+from llmc_cli.kernels.random_arrays import SEED, fill
 from llmc_cli.kernels.spec import Array, Kernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, MATRICES
 from llmc_cli.models.kv_cache import Cache
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.rng import Xorshift
-from llmc_cli.sampling.generation import Settings, Stepper, choose
+from llmc_cli.sampling.filters import Settings, choose
+from llmc_cli.sampling.generation import Stepper
 from llmc_cli.training.optimizer import AdamW
 
-LR, WEIGHT_DECAY, STD, SEED = 1e-4, 0.1, 0.02, 1337
+LR, WEIGHT_DECAY, STD = 1e-4, 0.1, 0.02
 TOKENS = 16  # of each sequence, a run of sampling: long enough that its beginning does not count
-NOISE = 1 << 20  # random numbers that are repeated over larger arrays
 
 Detail = dict[str, Any] | None
 
@@ -43,17 +45,6 @@ class Workload(Protocol):
     tasks: tuple[str, ...]
 
     def prepare(self, task: str) -> Task: ...
-
-
-def fill(kernels: Kernels, array: Array, std: float = 1.0, shape: Callable[[Any], Any] = np.positive) -> Array:
-    """The array, filled with normals, or with what ``shape`` makes of them, piece by piece: no second copy of a large
-    one."""
-    flat, noise = array.reshape(-1), np.random.default_rng(SEED).standard_normal(NOISE, np.float32) * np.float32(std)
-    noise = shape(noise)
-    for start in range(0, flat.size, NOISE):
-        part = flat[start : start + NOISE]
-        kernels.upload(part, noise[: part.size])
-    return array
 
 
 def random_model(config: ModelConfig, kernels: Kernels) -> GPT2:
@@ -165,7 +156,7 @@ class PreproWorkload:
     tasks: tuple[str, ...] = ("files", "tokenizer")
 
     def __init__(self) -> None:
-        from llmc_cli.data.documents import shakespeare_sections, shakespeare_text
+        from llmc_cli.data.tinyshakespeare import shakespeare_sections, shakespeare_text
         from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
         self.text = shakespeare_text("bundled").text

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc_cli.data.documents import shakespeare_sections, shakespeare_text
-from llmc_cli.data.shards import encode_batch
+from llmc_cli.data.encoding import encode_batch
+from llmc_cli.data.tinyshakespeare import shakespeare_sections, shakespeare_text
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.shard import read_shard
 from llmc_cli.formats.stream import check_ids

@@ -17,10 +17,10 @@ from llmc_cli.formats.safetensors import open_checkpoint
 from llmc_cli.models import huggingface_config, huggingface_weights
 from llmc_cli.models.arena import Arena
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.files import read_config
 from llmc_cli.models.layout import parameter_shapes
 from llmc_cli.models.presets import GPT2_VOCAB_SIZE
 from llmc_cli.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llmc_cli.training import checkpoints
 
 OPENAI = re.compile(r"(openai-community/)?gpt2(-medium|-large|-xl)?")
 """Ids on the hub whose tokenizer is the one that ships with the program."""
@@ -127,7 +127,7 @@ def _open_file(path: Path, order: weights.Order | None) -> Source:
         raise UsageError(
             f"{path}: --order is for version 2, which exists in two orders; found version {header.version}"
         )
-    return Source(path, checkpoints.read_config(path), order)
+    return Source(path, read_config(path), order)
 
 
 def _read_config(path: Path) -> ModelConfig:

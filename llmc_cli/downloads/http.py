@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmc_cli.errors import DataError, MissingError
 from llmc_cli.formats.atomic import atomic_write
+from llmc_cli.machine.cache_folder import cache_folder
 
 if TYPE_CHECKING:
     import requests
@@ -25,21 +25,6 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 
 BLOCK = 1 << 14  # bytes; those of a block that a broken connection cuts off are lost
 PASSING = (408, 425, 429)  # statuses below 500 that a later attempt may not meet
-
-
-def cache_folder() -> Path:
-    """Where downloads and kernels are kept: ``$LLMC_CACHE``, else ``$XDG_CACHE_HOME/llmc``, else ``~/.cache/llmc``.
-
-    FileNotFoundError for a user without a home folder, as in some containers.
-    """
-    if own := os.environ.get("LLMC_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "llmc"
-    try:
-        return Path.home() / ".cache" / "llmc"
-    except RuntimeError:
-        raise FileNotFoundError(errno.ENOENT, "there is no home folder to keep files in; set LLMC_CACHE") from None
 
 
 def download(

@@ -1,16 +1,15 @@
 """--device, --precision and --threads become a backend. What cannot be had is an error; nothing falls back silently."""
 
-import math
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
+from llmc_cli.machine.cores import available_cores, processor_name, usual_threads
+from llmc_cli.machine.memory import installed_memory
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16x3", "tf32")
 MATMULS = ("auto", "tiles", "blas")
@@ -85,9 +84,9 @@ def open_sampling(
         why.append("fp32: the model as it is")
     threads = threads or available_cores()
     _allow_threads(threads)
-    from llmc_cli.kernels.cpu import compile_cache
+    from llmc_cli.kernels.cpu import loading
 
-    kernels = compile_cache.load_decoding(on_compile)(threads, precision)
+    kernels = loading.load_decoding(on_compile)(threads, precision)
     described = _describe(threads, kernels.products_name())
     return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
 
@@ -169,15 +168,15 @@ def _open_cpu(
     precision: str, threads: int, tiles: bool, free: bool, why: list[str], on_compile: Callable[[str], None] | None
 ) -> Backend:
     """``free``: float32 may be multiplied by BLAS even where there are tiles, if that is faster."""
-    from llmc_cli.kernels.cpu import compile_cache
+    from llmc_cli.kernels.cpu import loading
 
-    made = compile_cache.load_kernels(on_compile)
+    made = loading.load_kernels(on_compile)
     matmul = attend = None
     if tiles:
-        matmul = compile_cache.load_tiles(PARTS[precision], on_compile)
-        attend = compile_cache.load_tile_attention(on_compile) if precision == "bf16" else None
+        matmul = loading.load_tiles(PARTS[precision], on_compile)
+        attend = loading.load_tile_attention(on_compile) if precision == "bf16" else None
     elif precision == "bf16":
-        matmul = compile_cache.load_rounded(on_compile)
+        matmul = loading.load_rounded(on_compile)
     kernels = made(threads, matmul, attend, on_compile)
     products = kernels.matmul.name
     if tiles and free and precision == "fp32":
@@ -190,13 +189,6 @@ def _open_cpu(
             products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
     described = _describe(threads, products)
     return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
-
-
-def installed_memory() -> int | None:
-    """Bytes of this machine's memory. Windows has no such call, and refuses an allocation itself."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _describe(threads: int, products: str) -> str:
@@ -219,69 +211,3 @@ def _allow_threads(threads: int) -> None:
             f"--threads {threads}: numba has been started with {most}; "
             f"set NUMBA_NUM_THREADS={threads} in the environment"
         )
-
-
-def usual_threads() -> int:
-    """The cores that this process may use, but no more threads than the user has let numba start with."""
-    cores = available_cores()
-    most = os.environ.get("NUMBA_NUM_THREADS", "")
-    return max(1, min(cores, int(most))) if most.isdecimal() else cores
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group rounded up; at least 1."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13: affinity, and PYTHON_CPU_COUNT
-        cores = os.process_cpu_count()
-    elif hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
-    return max(1, math.ceil(min(cores or 1, cpu_quota())))
-
-
-def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that the control groups of this process allow, infinity where there is no limit.
-
-    ``process`` lists the groups, a line ``id:controllers:path`` each; a limit of any group above counts too. Inside a
-    container the path may name what is not visible there: then the root is the container's own group.
-    """
-    try:
-        lines = process.read_text().splitlines()
-    except OSError:
-        return math.inf
-    quota = math.inf
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / "cpu" if controllers else cgroups
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            quota = min(quota, _group_quota(folder))
-            if folder == root:
-                break
-    return quota
-
-
-def _group_quota(folder: Path) -> float:
-    """The limit of one control group, of version 2 (``cpu.max``: quota and period) or 1 (a file for each)."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no such file; "max" for no limit
-        return math.inf
-
-
-def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,5 +1,6 @@
 """How much memory this process holds, as far as the system says."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,3 +33,10 @@ def _linux(field: str) -> int | None:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     return None
+
+
+def installed_memory() -> int | None:
+    """Bytes of this machine's memory. Windows has no such call, and refuses an allocation itself."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

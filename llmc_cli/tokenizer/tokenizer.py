@@ -4,7 +4,6 @@ Three kinds: GPT-2's own byte-level BPE from the vocabulary that ships with the 
 Face's library, and the binary table that llm.c reads, which only decodes.
 """
 
-import codecs
 import hashlib
 import importlib.resources
 import json
@@ -199,29 +198,3 @@ def load_tokenizer(name: str) -> Tokenizer:
 def write_tokenizer_table(path: str | Path, tokenizer: Tokenizer, version: int = 2) -> None:
     """The vocabulary as the binary table that llm.c reads to print text."""
     write_vocabulary(path, tokenizer.tokens, tokenizer.end_of_text, version)
-
-
-class TextStream:
-    """Ids to text, as far as their bytes complete UTF-8; what never does becomes U+FFFD.
-
-    Special tokens give no text unless ``show_special``. ``position`` counts the ids, for the message about a bad one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, show_special: bool = False, position: int = 0) -> None:
-        self._tokenizer = tokenizer
-        self._hidden = frozenset() if show_special else tokenizer.special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.position = position
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """The text that ``ids`` complete. Raises DataError for an id outside the vocabulary."""
-        ids = list(ids)
-        content = self._tokenizer.decode_bytes(ids, self.position)
-        self.position += len(ids)
-        if not self._hidden.isdisjoint(ids):
-            content = self._tokenizer.decode_bytes(id for id in ids if id not in self._hidden)
-        return self._utf8.decode(content)
-
-    def finish(self) -> str:
-        """What is left of a character that never completed; the stream then starts anew behind it."""
-        return self._utf8.decode(b"", final=True)

@@ -14,46 +14,14 @@ import filelock
 
 from llmc_cli.data.batches import Position
 from llmc_cli.errors import DataError, UsageError
-from llmc_cli.formats import weights
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.formats.train_state import MERSENNE_WORDS as WORDS
 from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_train_state
-from llmc_cli.kernels.spec import Kernels
-from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.files import save_model
 from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.training.optimizer import AdamW
 
 SCHEMA = 1
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The shape of a model file. FormatError where it is none."""
-    header = weights.read_header(path)
-    return ModelConfig(
-        header.max_seq_len,
-        header.vocab_size,
-        header.num_layers,
-        header.num_heads,
-        header.channels,
-        header.padded_vocab_size,
-    )
-
-
-def load_model(path: str | Path, kernels: Kernels) -> GPT2:
-    """The model in a file, in the backend's own precision. FormatError where the file is damaged."""
-    model = GPT2(read_config(Path(path)), kernels)
-    with model.fill() as params:
-        weights.load_weights(path, params)
-    return model
-
-
-def save_model(path: str | Path, model: GPT2, version: int = 3) -> None:
-    """Write the model file (version 1 or 3: float32, 5: bfloat16), whole or not at all."""
-    c = model.config
-    header = weights.GPT2Header(
-        weights.MAGIC, version, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
-    )
-    weights.save_weights(path, header, model.host_params())
 
 
 class RunFolder:

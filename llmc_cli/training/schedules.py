@@ -1,13 +1,11 @@
 """What changes with the step: the learning rate, and which losses and norms are out of the ordinary."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmc_cli.errors import UsageError
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-
-WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -43,22 +41,3 @@ class Schedule:
         if self.kind == "linear":
             return self.lr - ratio * (self.lr - low)
         return low + 0.5 * (1 + math.cos(math.pi * ratio)) * (self.lr - low)
-
-
-@dataclass
-class OutlierDetector:
-    """How far a value lies from the last ``WINDOW`` ones, in standard deviations."""
-
-    values: list[float] = field(default_factory=list)
-    oldest: int = 0
-
-    def score(self, value: float) -> float | None:
-        """Take ``value`` in; its z-score among the window that it now belongs to, None until the window is full."""
-        if len(self.values) < WINDOW:
-            self.values.append(value)
-            return None
-        self.values[self.oldest] = value
-        self.oldest = (self.oldest + 1) % WINDOW
-        mean = math.fsum(self.values) / WINDOW
-        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.values) / WINDOW)
-        return (value - mean) / deviation if deviation else 0.0

@@ -1,33 +1,33 @@
 """A training run: its steps, and how it goes on after an interruption."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc_cli.benchmark.ceilings import peak_flops
 from llmc_cli.data.batches import Batches
 from llmc_cli.errors import CheckError, DataError, MissingError, UsageError
 from llmc_cli.evaluation.validation import mean_loss
 from llmc_cli.formats.train_state import load_moments, read_train_state
-from llmc_cli.kernels.backend import Backend, available_cores
-from llmc_cli.models import huggingface_config
-from llmc_cli.models.config import ModelConfig
+from llmc_cli.kernels.backend import Backend
+from llmc_cli.kernels.peak import peak_flops
+from llmc_cli.machine.cores import available_cores
+from llmc_cli.models.files import load_model, model_config, read_config
 from llmc_cli.models.gpt2 import GPT2, initialize
 from llmc_cli.models.kv_cache import Cache
-from llmc_cli.models.presets import preset
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.generation import sample_tokens
-from llmc_cli.training.checkpoints import RunFolder, load_model, position_of, read_config, state_of
+from llmc_cli.training.checkpoints import RunFolder, position_of, state_of
 from llmc_cli.training.logs import RunLog
 from llmc_cli.training.optimizer import AdamW
-from llmc_cli.training.plan import Plan, TrainOptions, accumulation, check_memory, memory_by_use
-from llmc_cli.training.schedules import OutlierDetector, Schedule
+from llmc_cli.training.options import TrainOptions
+from llmc_cli.training.outliers import OutlierDetector
+from llmc_cli.training.plan import Plan, accumulation, check_memory, memory_by_use
+from llmc_cli.training.reports import CheckpointReport, Report, SampleReport, StepReport, ValidationReport
+from llmc_cli.training.schedules import Schedule
 
 MODEL_SEED = 13371337
 """Of the generator that the C trainer keeps for stochastic rounding; drawn from as it does, so that states agree."""
@@ -39,73 +39,6 @@ COURSE = (
     "skip_loss_z", "skip_grad_z", "overfit", "beta1", "beta2", "eps", "clip", "shuffle", "seed",
 )  # fmt: skip
 """The options that change where a run goes: a resumed one must have the same."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One update. ``step`` counts from 1, ``norm`` is that of the gradients before clipping; ``skipped`` says why
-    the update was left out."""
-
-    step: int
-    steps: int
-    loss: float
-    norm: float
-    lr: float
-    ms: float
-    tokens_per_s: float
-    mfu: float
-    skipped: str | None = None
-
-    def metrics(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
-        del fields["steps"]
-        if self.skipped is None:
-            del fields["skipped"]
-        return fields
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """The mean loss on the validation data after ``step`` updates."""
-
-    step: int
-    val_loss: float
-
-    def metrics(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class SampleReport:
-    """Tokens that the model made behind an end-of-text after ``step`` updates."""
-
-    step: int
-    ids: list[int]
-
-    def metrics(self) -> dict[str, Any]:
-        return {"step": self.step, "sample": self.ids}
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """A checkpoint of ``step`` updates now stands at ``path``."""
-
-    step: int
-    path: Path
-
-    def metrics(self) -> dict[str, Any]:
-        return {"step": self.step, "checkpoint": str(self.path)}
-
-
-Report = StepReport | ValidationReport | SampleReport | CheckpointReport
-
-
-def model_config(name: str) -> ModelConfig:
-    """The shape that ``--model`` names: a model file, a Hugging Face config file, or a preset."""
-    path = Path(name)
-    if path.suffix == ".json" and path.exists():
-        return huggingface_config.read_config(path)
-    return read_config(path) if path.is_file() else preset(name)
 
 
 class Training:

@@ -8,7 +8,7 @@ from support.benchmark_inputs import quiet, work
 
 from llmc_cli.benchmark import benchmark, startup
 from llmc_cli.benchmark.benchmark import BenchOptions
-from llmc_cli.benchmark.sections import Side
+from llmc_cli.benchmark.results import Side
 from llmc_cli.errors import MissingError, UsageError
 
 

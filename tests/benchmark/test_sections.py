@@ -11,13 +11,15 @@ from support.benchmark_inputs import CEILINGS, CONFIG, quiet, row, work
 from support.cuda_notebook import Notebook
 
 from llmc_cli.benchmark import sections
-from llmc_cli.benchmark.ceilings import matmul_flops, memory_bandwidth
-from llmc_cli.benchmark.sections import measure, model_flops_utilization, share_of_ceiling
+from llmc_cli.benchmark.ceilings import memory_bandwidth
+from llmc_cli.benchmark.results import model_flops_utilization, share_of_ceiling
+from llmc_cli.benchmark.sections import measure
 from llmc_cli.benchmark.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import open_sampling
 from llmc_cli.kernels.costs import COSTS, Cost
 from llmc_cli.kernels.cuda.kernels import CudaKernels
+from llmc_cli.kernels.peak import matmul_flops
 from llmc_cli.models.layout import parameter_count
 
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmc_cli.app import app
-from llmc_cli.data import documents
+from llmc_cli.data import tinyshakespeare
 from llmc_cli.errors import MissingError
 from llmc_cli.formats.shard import read_shard
 from llmc_cli.tokenizer.tokenizer import load_tokenizer, write_tokenizer_table
@@ -24,7 +24,7 @@ def place(tmp_path, monkeypatch):
     def download(*arguments):
         raise MissingError("no network here")
 
-    monkeypatch.setattr(documents, "download", download)
+    monkeypatch.setattr(tinyshakespeare, "download", download)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"

@@ -153,8 +153,9 @@ def test_the_plan_is_the_peak(arguments, tmp_path, tiny_config, recompute):
     arguments = [*arguments, "-b", "8", "-t", "32", "-d", "256", "-x", "2", "-r", recompute]
     plan = json.loads(train(*arguments, "--dry-run", "--json").stdout)
     program = (
-        "import sys\nfrom llmc_cli import app, process_memory\nsys.argv = ['llmc', 'train', *sys.argv[1:]]\n"
-        "try:\n    app.main()\nexcept SystemExit:\n    print(process_memory.peak_memory())"
+        "import sys\nfrom llmc_cli import app\nfrom llmc_cli.machine import memory\n"
+        "sys.argv = ['llmc', 'train', *sys.argv[1:]]\n"
+        "try:\n    app.main()\nexcept SystemExit:\n    print(memory.peak_memory())"
     )
     run = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
     assert plan["total_memory"] == pytest.approx(int(run.stdout.splitlines()[-1]), rel=0.05)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.converting import BF16, MODEL, TINY, convert, model_of_transformers, tensors_of
 
-from llmc_cli.conversion import conversion
+from llmc_cli.conversion import targets, writers
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.weights import NORMS_LAST, TENSORS, read_header
 
@@ -25,8 +25,8 @@ def test_a_file_comes_back_from_a_folder(tmp_path, dtype, golden):
     written = convert(golden, tmp_path / "folder", dtype=dtype)
     assert {file.path.name for file in written} == {"config.json", "model.safetensors"}
     tensors = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
-    assert {info.dtype for info in tensors.info.values()} == {conversion.STORED[dtype]}
-    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["torch_dtype"] == conversion.STORED[dtype]
+    assert {info.dtype for info in tensors.info.values()} == {targets.STORED[dtype]}
+    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["torch_dtype"] == targets.STORED[dtype]
     convert(tmp_path / "folder", tmp_path / "back.bin", dtype=dtype)
     assert (tmp_path / "back.bin").read_bytes() == golden.read_bytes()
 
@@ -130,7 +130,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(conversion, "write_safetensors", fail)
+        patch.setattr(writers, "write_safetensors", fail)
         convert(BF16, dest)
     assert (dest / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 from support.converting import MODEL, convert
 
-from llmc_cli.conversion.conversion import Request, plan
-from llmc_cli.data.documents import shakespeare_text
+from llmc_cli.conversion.conversion import plan
+from llmc_cli.conversion.targets import Request
+from llmc_cli.data.tinyshakespeare import shakespeare_text
 from llmc_cli.errors import DataError
 from llmc_cli.formats.debug_state import read_debug_state
 from llmc_cli.formats.safetensors import write_safetensors

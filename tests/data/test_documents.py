@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc_cli.data import documents
-from llmc_cli.data.documents import (
-    Piece,
-    check_files,
-    cut_before,
-    input_bytes,
-    read_documents,
-    shakespeare_sections,
-    shakespeare_text,
-)
+from llmc_cli.data import documents, tinyshakespeare
+from llmc_cli.data.documents import Piece, check_files, cut_before, input_bytes, read_documents
+from llmc_cli.data.tinyshakespeare import shakespeare_sections, shakespeare_text
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
@@ -80,7 +73,7 @@ def test_the_bundled_text():
 def test_a_text_of_ones_own(tmp_path):
     path = tmp_path / "x"
     path.write_bytes("é\r\n\n\n".encode())
-    assert shakespeare_text(str(path)) == documents.ShakespeareText("é\r\n\n\n", str(path))
+    assert shakespeare_text(str(path)) == tinyshakespeare.ShakespeareText("é\r\n\n\n", str(path))
     path.write_bytes(b"abc\xff")
     with pytest.raises(DataError, match="x: not UTF-8 at byte 3"):
         shakespeare_text(str(path))
@@ -96,11 +89,15 @@ def test_the_original_by_download(tmp_path, monkeypatch):
         dest.write_bytes(b"the original")
         return dest
 
-    monkeypatch.setattr(documents, "download", download)
+    monkeypatch.setattr(tinyshakespeare, "download", download)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path))
     for source in ("download", "auto"):
-        assert shakespeare_text(source) == documents.ShakespeareText("the original", "download")
-    expected = documents.TINY_SHAKESPEARE_URL, tmp_path / "tinyshakespeare.txt", documents.TINY_SHAKESPEARE_SHA256
+        assert shakespeare_text(source) == tinyshakespeare.ShakespeareText("the original", "download")
+    expected = (
+        tinyshakespeare.TINY_SHAKESPEARE_URL,
+        tmp_path / "tinyshakespeare.txt",
+        tinyshakespeare.TINY_SHAKESPEARE_SHA256,
+    )
     assert asked == [(*expected, 1_115_394)] * 2
 
 
@@ -109,7 +106,7 @@ def test_where_the_original_cannot_be_had(error, monkeypatch):
     def download(*arguments):
         raise error
 
-    monkeypatch.setattr(documents, "download", download)
+    monkeypatch.setattr(tinyshakespeare, "download", download)
     found = shakespeare_text("auto")
     assert (found.origin, found.shortfall) == ("bundled", "no network")
     assert found.text == shakespeare_text("bundled").text

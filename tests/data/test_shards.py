@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.crashing_worker import crash
 
-from llmc_cli.data import shards
-from llmc_cli.data.documents import Piece, shakespeare_sections, shakespeare_text
-from llmc_cli.data.shards import ShardPlan, encode_batch, encoded, shard_kind, write_token_files
+from llmc_cli.data import encoding, shards
+from llmc_cli.data.documents import Piece
+from llmc_cli.data.encoding import encode_batch, encoded
+from llmc_cli.data.shards import ShardPlan, shard_kind, write_token_files
+from llmc_cli.data.tinyshakespeare import shakespeare_sections, shakespeare_text
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.registry import Kind
 from llmc_cli.formats.shard import read_headerless, read_shard
@@ -33,7 +36,7 @@ def gpt2():
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(shards, "BATCH", 5000)
+    monkeypatch.setattr(encoding, "BATCH", 5000)
 
 
 def documents(*texts):
@@ -90,7 +93,7 @@ def test_a_full_shard_is_not_followed_by_an_empty_one(tmp_path):
 def test_validation_of_a_short_text(tmp_path, monkeypatch, letters, val):
     """Without a number: VAL_TOKENS, here 20, or a tenth of a text that is not ten times as long."""
     monkeypatch.setattr(shards, "VAL_TOKENS", 20)
-    monkeypatch.setattr(shards, "BATCH", 7)
+    monkeypatch.setattr(encoding, "BATCH", 7)
     result = write_token_files(documents("a" * letters), Letters(), ShardPlan(tmp_path, "x"))
     assert len(tokens(result, "val")) == val
     assert len(tokens(result, "train")) == letters + 1 - val
@@ -108,7 +111,7 @@ def test_no_token_is_lost(tmp_path_factory, texts, val, shard, batch):
     val = min(val, shard, len(everything) - 1)
     folder = tmp_path_factory.mktemp("x")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BATCH", batch)
+        patch.setattr(encoding, "BATCH", batch)
         plan = ShardPlan(folder, "x", shard_tokens=shard, val_tokens=val)
         result = write_token_files(documents(*texts), Letters(), plan)
     assert tokens(result, "val") == everything[:val]
@@ -178,7 +181,7 @@ def test_shards_of_an_earlier_run_go(tmp_path):
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BATCH", 1)
+    monkeypatch.setattr(encoding, "BATCH", 1)
     plan = ShardPlan(tmp_path, "x", shard_tokens=3, val_tokens=2)
     write_token_files(documents("abcdefgh"), Letters(), plan)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -232,7 +235,7 @@ def test_the_files_do_not_depend_on_the_workers(gpt2, tmp_path, small_batches, w
 
 
 def test_one_batch_starts_no_process(gpt2, monkeypatch):
-    monkeypatch.setattr(shards, "_Lane", None)
+    monkeypatch.setattr(encoding, "_Lane", None)
     assert len(list(encoded(iter([documents("a")]), gpt2, 8))) == 1
     assert list(encoded(iter([]), gpt2, 8)) == []
 
@@ -247,23 +250,18 @@ def test_memory_is_bounded(gpt2):
             taken += 1
             yield documents(f"batch {taken}")
 
-    with encoding(endless(), gpt2, 2) as arrays:
+    with encoder(endless(), gpt2, 2) as arrays:
         for given_out in range(1, 8):
             assert gpt2.decode_bytes(next(arrays).tolist()) == f"<|endoftext|>batch {given_out}".encode()
             assert taken <= given_out + 2
 
 
-def encoding(batches, tokenizer, workers):
+def encoder(batches, tokenizer, workers):
     return contextlib.closing(encoded(batches, tokenizer, workers))
 
 
-def crashing(connection, name):
-    connection.recv()
-    os._exit(7)
-
-
 def test_a_worker_that_dies(gpt2, tmp_path, monkeypatch, small_batches):
-    monkeypatch.setattr(shards, "_serve", crashing)
+    monkeypatch.setattr(encoding, "_serve", crash)
     plan = ShardPlan(tmp_path / "out", "x", workers=2)
     with pytest.raises(MissingError, match=r"a worker ended with exit code 7 while it encoded.*try fewer --workers"):
         write_token_files(documents("a" * 5000, "b" * 5000, "c" * 5000), gpt2, plan)
@@ -271,7 +269,7 @@ def test_a_worker_that_dies(gpt2, tmp_path, monkeypatch, small_batches):
 
 
 def test_a_worker_that_is_dead_already(gpt2):
-    lane = shards._Lane("gpt2")
+    lane = encoding._Lane("gpt2")
     lane._process.kill()
     lane._process.join()
     with pytest.raises(MissingError, match="a worker ended with exit code"):
@@ -281,5 +279,5 @@ def test_a_worker_that_is_dead_already(gpt2):
 
 def test_a_fault_in_a_worker(gpt2):
     faulty = [Piece(None, True)]
-    with pytest.raises(RuntimeError, match="TypeError"), encoding(iter([faulty, faulty]), gpt2, 2) as arrays:
+    with pytest.raises(RuntimeError, match="TypeError"), encoder(iter([faulty, faulty]), gpt2, 2) as arrays:
         next(arrays)

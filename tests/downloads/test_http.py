@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from llmc_cli.downloads import http
-from llmc_cli.downloads.http import cache_folder, download
+from llmc_cli.downloads.http import download
 from llmc_cli.errors import DataError, MissingError
+from llmc_cli.machine.cache_folder import cache_folder
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
 CUT = 18 * http.BLOCK

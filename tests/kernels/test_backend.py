@@ -8,8 +8,9 @@ import pytest
 
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels import backend as device
-from llmc_cli.kernels.cpu import compile_cache
+from llmc_cli.kernels.cpu import compile_cache, loading
 from llmc_cli.kernels.cpu.amx import intrinsics
+from llmc_cli.machine import cores
 
 
 def test_cpu_backend_says_what_it_is(no_cupy):
@@ -20,7 +21,7 @@ def test_cpu_backend_says_what_it_is(no_cupy):
     assert "cpu" in backend.why
     assert "fp32" in backend.why
     assert device.open_kernels("cpu", "fp32", None).why == ""
-    assert device.open_kernels("cpu", "fp32", None).threads == device.usual_threads()
+    assert device.open_kernels("cpu", "fp32", None).threads == cores.usual_threads()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_what_multiplies(monkeypatch, tiles):
 @pytest.mark.parametrize(("gained", "product"), [(1.5, "six bf16 products"), (0.9, "openblas")])
 def test_float32_takes_what_is_faster(monkeypatch, gained, product):
     monkeypatch.delenv("LLMC_MATMUL", raising=False)
-    compile_cache.load_kernels()
+    loading.load_kernels()
     from llmc_cli.kernels.cpu import matmul_choice
 
     monkeypatch.setattr(matmul_choice, "gain", lambda matmul, threads: gained)
@@ -79,7 +80,7 @@ def test_float32_takes_what_is_faster(monkeypatch, gained, product):
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_what_is_faster_is_measured_once(monkeypatch, tmp_path, writable):
-    compile_cache.load_kernels()
+    loading.load_kernels()
     from llmc_cli.kernels.cpu import matmul_choice
     from llmc_cli.kernels.cpu.matmul import BlasMatmul
 
@@ -118,11 +119,12 @@ def test_more_threads_than_numba_started_with():
 
 PROGRAM = """
 import os, sys
-import llmc_cli.device
+import llmc_cli.kernels.backend
+import llmc_cli.machine.cores
 assert not {"numpy", "numba", "scipy"} & set(sys.modules)
 before = dict(os.environ)
-threads = llmc_cli.device.available_cores() + MORE
-backend = llmc_cli.device.open_kernels("cpu", "fp32", threads)
+threads = llmc_cli.machine.cores.available_cores() + MORE
+backend = llmc_cli.kernels.backend.open_kernels("cpu", "fp32", threads)
 assert backend.threads == backend.kernels.threads == threads
 assert dict(os.environ) == before | ({"NUMBA_NUM_THREADS": str(threads)} if MORE else {})
 import numba
@@ -142,14 +144,14 @@ def test_importing_program_is_not_surprised(tmp_path, monkeypatch, more):
 @pytest.mark.parametrize(("most", "threads"), [("1", 1), ("100000", None), ("0", 1), ("", None), ("many", None)])
 def test_numba_limited_by_the_environment(monkeypatch, most, threads):
     monkeypatch.setenv("NUMBA_NUM_THREADS", most)
-    monkeypatch.setattr(device, "available_cores", lambda: 3)
-    assert device.usual_threads() == (threads or 3)
+    monkeypatch.setattr(cores, "available_cores", lambda: 3)
+    assert cores.usual_threads() == (threads or 3)
     monkeypatch.delenv("NUMBA_NUM_THREADS")
-    assert device.usual_threads() == 3
+    assert cores.usual_threads() == 3
 
 
 def test_one_thread_by_the_environment(tmp_path):
-    program = "from llmc_cli.device import open_kernels; print(open_kernels('cpu', 'fp32', None).threads)"
+    program = "from llmc_cli.kernels.backend import open_kernels; print(open_kernels('cpu', 'fp32', None).threads)"
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -157,18 +159,18 @@ def test_one_thread_by_the_environment(tmp_path):
 
 
 def test_available_cores(monkeypatch):
-    assert device.available_cores() >= 1
+    assert cores.available_cores() >= 1
     if hasattr(os, "sched_getaffinity"):
-        assert device.available_cores() <= len(os.sched_getaffinity(0))
-    monkeypatch.setattr(device, "cpu_quota", lambda: 0.4)
-    assert device.available_cores() == 1
-    monkeypatch.setattr(device, "cpu_quota", lambda: math.inf)
+        assert cores.available_cores() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 0.4)
+    assert cores.available_cores() == 1
+    monkeypatch.setattr(cores, "cpu_quota", lambda: math.inf)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert device.available_cores() == 1
+    assert cores.available_cores() == 1
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert device.available_cores() == 6
+    assert cores.available_cores() == 6
 
 
 @pytest.mark.parametrize(
@@ -199,18 +201,18 @@ def test_cpu_quota(tmp_path, groups, files, quota):
         path.write_text(text)
     if groups is not None:
         (tmp_path / "self").write_text(groups)
-    assert device.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == quota
+    assert cores.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == quota
 
 
 def test_processor_name():
-    assert device.processor_name() or sys.platform == "win32"
+    assert cores.processor_name() or sys.platform == "win32"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
 def test_no_tiles_where_numba_compiles_for_another_processor():
     """LLVM would end the process over instructions that it was told not to use."""
     settings = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}
-    program = "from llmc_cli.kernels.cpu import amx; print(intrinsics.available())"
+    program = "from llmc_cli.kernels.cpu.amx import intrinsics; print(intrinsics.available())"
     run = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | settings, capture_output=True, text=True, check=True
     )

@@ -5,7 +5,8 @@ import inspect
 import numpy as np
 import pytest
 
-from llmc_cli.kernels.costs import COSTS, Cost, TimedKernels
+from llmc_cli.benchmark.timed_kernels import TimedKernels
+from llmc_cli.kernels.costs import COSTS, Cost
 from llmc_cli.kernels.spec import Kernels
 
 NOT_TIMED = ("alloc", "upload", "upload_ahead", "download", "copy", "synchronize", "recorded", "workspace_bytes",

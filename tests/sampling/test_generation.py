@@ -14,21 +14,12 @@ from hypothesis.extra import numpy as hnp
 
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
+from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import Cache
 from llmc_cli.rng import Xorshift
-from llmc_cli.sampling import generation
-from llmc_cli.sampling.generation import (
-    Settings,
-    Stepper,
-    choose,
-    filtered,
-    fit,
-    generate,
-    generator,
-    pick,
-    sample_tokens,
-)
-from llmc_cli.training.checkpoints import load_model
+from llmc_cli.sampling import filters, generation
+from llmc_cli.sampling.filters import Settings, choose, filtered, generator, pick
+from llmc_cli.sampling.generation import Stepper, fit, generate, sample_tokens
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())
@@ -122,7 +113,7 @@ def kept(logits):
 
 @given(logits_arrays(), st.integers(1, 50))
 def test_top_k(logits, k):
-    found = generation.keep_top_k(logits, k)
+    found = filters.keep_top_k(logits, k)
     assert kept(found) == set(by_likelihood(logits)[:k])
     assert found.dtype == logits.dtype and all(found[index] == logits[index] for index in kept(found))
 
@@ -136,7 +127,7 @@ def test_top_p(logits, p):
         mass += weights[index] / math.fsum(weights)
         if mass >= p:
             break
-    found = kept(generation.keep_top_p(logits, p))
+    found = kept(filters.keep_top_p(logits, p))
     edge = mass - weights[wanted[-1]] / math.fsum(weights)
     if min(mass - p, p - edge) > 1e-12:  # else rounding decides
         assert found == set(wanted)
@@ -147,7 +138,7 @@ def test_top_p(logits, p):
 @given(logits_arrays(width=64), st.floats(0.01, 1.0))
 def test_min_p(logits, p):
     shares = [math.exp(logit - max(logits)) for logit in logits.tolist()]
-    found = kept(generation.keep_min_p(logits, p))
+    found = kept(filters.keep_min_p(logits, p))
     assert found >= {index for index, share in enumerate(shares) if share >= p * (1 + 1e-12)}
     assert found <= {index for index, share in enumerate(shares) if share >= p * (1 - 1e-12)}
 
@@ -155,7 +146,7 @@ def test_min_p(logits, p):
 @given(logits_arrays(), st.floats(0.01, 10))
 def test_temperature(logits, temperature):
     wanted = [(float(logit) - float(logits.max())) / temperature for logit in logits]
-    found = generation.scale(logits, temperature)
+    found = filters.scale(logits, temperature)
     probabilities, naive = (np.exp(x - np.max(x)) for x in (found.astype(np.float64), np.array(wanted)))
     assert np.allclose(probabilities / probabilities.sum(), naive / naive.sum(), atol=1e-5)
 
@@ -176,9 +167,9 @@ def test_a_temperature_near_0_is_greedy():
 )
 def test_filters_work_one_after_the_other(logits, temperature, top_k, top_p, min_p, coin):
     found = filtered(logits, Settings(temperature, top_k, top_p, min_p))
-    step = generation.keep_top_k(generation.scale(logits, temperature), top_k)
-    step = generation.keep_top_p(step, top_p) if top_p < 1 else step
-    step = generation.keep_min_p(step, min_p) if min_p > 0 else step
+    step = filters.keep_top_k(filters.scale(logits, temperature), top_k)
+    step = filters.keep_top_p(step, top_p) if top_p < 1 else step
+    step = filters.keep_min_p(step, min_p) if min_p > 0 else step
     assert np.array_equal(found, step)
     assert int(np.argmax(logits)) in kept(found)
     assert pick(found, coin) in kept(found)

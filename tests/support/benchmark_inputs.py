@@ -4,7 +4,7 @@ from llmc_cli.benchmark.baseline import this_machine
 from llmc_cli.benchmark.benchmark import Benchmark
 from llmc_cli.benchmark.ceilings import Ceilings
 from llmc_cli.benchmark.job import Work
-from llmc_cli.benchmark.sections import Row, Side
+from llmc_cli.benchmark.results import Row, Side
 from llmc_cli.models.config import ModelConfig
 
 CONFIG = ModelConfig(16, 67, 2, 2, 16)

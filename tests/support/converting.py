@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc_cli.conversion.conversion import Request, plan
+from llmc_cli.conversion.conversion import plan
+from llmc_cli.conversion.targets import Request
 from llmc_cli.formats.weights import load_weights, read_header, tensor_shapes
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"

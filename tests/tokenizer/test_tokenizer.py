@@ -16,7 +16,8 @@ from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.errors import FormatError, MagicError
 from llmc_cli.formats.vocabulary import write_vocabulary
 from llmc_cli.tokenizer import tokenizer as module
-from llmc_cli.tokenizer.tokenizer import BYTE_OF_CHAR, TextStream, load_tokenizer, write_tokenizer_table
+from llmc_cli.tokenizer.text_stream import TextStream
+from llmc_cli.tokenizer.tokenizer import BYTE_OF_CHAR, load_tokenizer, write_tokenizer_table
 
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 
@@ -264,7 +265,7 @@ def test_needs_neither_network_nor_cache(tmp_path):
     program = (
         "import socket, sys\n"
         "socket.socket.connect = socket.getaddrinfo = None\n"
-        "from llmc_cli.tokenizer import load_tokenizer\n"
+        "from llmc_cli.tokenizer.tokenizer import load_tokenizer\n"
         "assert load_tokenizer('gpt2').encode('Hello world').tolist() == [15496, 995]\n"
         "assert not {'tiktoken_ext.openai_public', 'requests', 'tokenizers', 'urllib3'} & set(sys.modules)\n"
     )

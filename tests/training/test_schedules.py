@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from llmc_cli.errors import UsageError
-from llmc_cli.training.schedules import WINDOW, OutlierDetector, Schedule
+from llmc_cli.training.outliers import WINDOW, OutlierDetector
+from llmc_cli.training.schedules import Schedule
 
 
 def test_warmup_counts_from_one():

@@ -9,7 +9,8 @@ import pytest
 from llmc_cli.errors import CheckError, MissingError, UsageError
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.formats.train_state import check_train_state, load_moments
-from llmc_cli.training.trainer import CheckpointReport, SampleReport, StepReport, Training, ValidationReport
+from llmc_cli.training.reports import CheckpointReport, SampleReport, StepReport, ValidationReport
+from llmc_cli.training.trainer import Training
 
 
 def run(options, backend, stop_after=None):

@@ -17,17 +17,10 @@ from llmc_cli.kernels import spec
 from llmc_cli.kernels.backend import open_kernels
 from llmc_cli.kernels.cases import OPERATIONS, cases
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
-from llmc_cli.training.checkpoints import load_model, save_model
+from llmc_cli.models.files import load_model, save_model
 from llmc_cli.verification import model_checks
-from llmc_cli.verification.model_checks import (
-    check_kernels,
-    check_operation,
-    check_state,
-    check_training,
-    kernel_check_count,
-    parse_losses,
-    state_check_count,
-)
+from llmc_cli.verification.kernel_checks import check_kernels, check_operation, check_training, kernel_check_count
+from llmc_cli.verification.model_checks import check_state, parse_losses, state_check_count
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
 OUTPUTS = [(name, output) for name, operation in OPERATIONS.items() for output in operation.bounds]

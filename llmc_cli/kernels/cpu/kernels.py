@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmc_cli.kernels.cpu import blas, classifier, compile_cache, embedding, linear, memory, norm, optimizer
+from llmc_cli.kernels.cpu import blas, classifier, embedding, linear, loading, memory, norm, optimizer
 from llmc_cli.kernels.cpu.matmul import BlasMatmul, Matmul
 
 Float32 = NDArray[np.float32]
@@ -54,11 +54,11 @@ class CpuKernels:
 
     @functools.cached_property
     def _attention(self) -> ModuleType:
-        return compile_cache.load_attention(self._on_compile)
+        return loading.load_attention(self._on_compile)
 
     @functools.cached_property
     def _cached_attention(self) -> ModuleType:
-        return compile_cache.load_cached_attention(self._on_compile)
+        return loading.load_cached_attention(self._on_compile)
 
     @property
     def attend(self) -> ModuleType:

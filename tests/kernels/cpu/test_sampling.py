@@ -16,9 +16,10 @@ from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats import bfloat16
 from llmc_cli.kernels.backend import open_kernels, open_sampling
 from llmc_cli.kernels.cases import OPERATIONS, REFERENCE, Case, cases, run
+from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import Cache
-from llmc_cli.sampling.generation import Settings, Stepper, generate
-from llmc_cli.training.checkpoints import load_model
+from llmc_cli.sampling.filters import Settings
+from llmc_cli.sampling.generation import Stepper, generate
 from llmc_cli.verification.comparison import compare
 
 FIXTURES = Path(__file__).parents[3] / "fixtures"

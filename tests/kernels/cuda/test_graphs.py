@@ -13,9 +13,10 @@ from llmc_cli.kernels.cuda import attention, blas, device, few_rows, recording
 from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
+from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import Cache
-from llmc_cli.sampling.generation import Settings, Stepper, generate, sample_tokens
-from llmc_cli.training.checkpoints import load_model
+from llmc_cli.sampling.filters import Settings
+from llmc_cli.sampling.generation import Stepper, generate, sample_tokens
 from llmc_cli.training.optimizer import AdamW
 
 MODEL = Path(__file__).parents[3] / "fixtures" / "sampling_model.bin"

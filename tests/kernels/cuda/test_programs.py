@@ -71,7 +71,7 @@ def test_the_cpu_s_losses(training, on, recompute):
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_losses_of_rounded_products(training, on, precision):
     """As far from float32 as a CPU's bf16 may be."""
-    from llmc_cli.verification.model_checks import BOUNDS
+    from llmc_cli.verification.bounds import BOUNDS
 
     expected = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
     found = losses(llmc(*training, "--precision", precision, "--device", "cuda", emulator=on(CHECKED)))

@@ -5,14 +5,14 @@ import pytest
 from support.emulated_tiles import emulated
 
 from llmc_cli.kernels.cases import REFERENCE, bound, cases, run
-from llmc_cli.kernels.cpu import compile_cache
+from llmc_cli.kernels.cpu import loading
 from llmc_cli.verification.comparison import compare
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """All on the CPU but attention, which is on emulated tiles."""
-    made = compile_cache.load_kernels()
+    made = loading.load_kernels()
     return made(2, None, emulated()["attention"])
 
 

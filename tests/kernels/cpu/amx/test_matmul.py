@@ -10,7 +10,7 @@ import pytest
 from support.emulated_tiles import emulated
 
 from llmc_cli.errors import MissingError
-from llmc_cli.kernels.cpu import compile_cache
+from llmc_cli.kernels.cpu import loading
 from llmc_cli.kernels.cpu.amx import intrinsics
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
@@ -29,13 +29,13 @@ EMULATED_SIZES = [(1, 1, 1), (33, 31, 100), (34, 97, 40), (97, 34, 1030)]
 def tiles(request):
     if not intrinsics.available():
         pytest.skip("needs AMX tiles; the emulated ones are tested everywhere")
-    compile_cache.load_kernels()
-    return compile_cache.load_tiles(request.param)
+    loading.load_kernels()
+    return loading.load_tiles(request.param)
 
 
 @pytest.fixture(scope="module")
 def emulation():
-    compile_cache.load_kernels()  # before the products, which import some of them
+    loading.load_kernels()  # before the products, which import some of them
     return emulated()["matmul"]
 
 

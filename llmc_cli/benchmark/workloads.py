@@ -82,16 +82,17 @@ class TrainWorkload:
     def step(self) -> Detail:
         launched = launches(self.kernels)
         self.model.forward(self.inputs)
-        losses = self.model.backward(self.targets, 1 / (self.B * self.T), False, self.send)
-        loss = float(np.mean(losses, dtype=np.float64))
+        self.model.backward(self.targets, 1 / (self.B * self.T), acc=False)
+        self.prefetch()
+        loss = float(np.mean(self.model.losses(), dtype=np.float64))
         norm = self.optimizer.gradient_norm()
         self.done += 1
         self.optimizer.step(LR, self.done)
         self.kernels.synchronize()
         return {"loss": loss, "norm": norm, "launches": launches(self.kernels) - launched}
 
-    def send(self) -> None:
-        self.model.send(self.inputs, self.targets)
+    def prefetch(self) -> None:
+        self.model.prefetch(self.inputs, self.targets)
 
     def split(self) -> Detail:
         """A step that also says, per operation, how often it was called, for how long, and what it cost."""

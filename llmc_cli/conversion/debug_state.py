@@ -95,8 +95,8 @@ def by_numpy(config: ModelConfig, params: Params, batch: Batch) -> Values:
     model.prepare(B, T)
     model.forward(batch.inputs)
     logits = model.logits(slice(None)).astype(np.float32).reshape(B, T, -1)
-    losses = model.backward(batch.targets, 1.0 / (B * T), False)
-    return Values(logits, float(losses.mean()), {name: g.astype(np.float32) for name, g in model.grads.items()})
+    model.backward(batch.targets, 1.0 / (B * T), acc=False)
+    return Values(logits, float(model.losses().mean()), {name: g.astype(np.float32) for name, g in model.grads.items()})
 
 
 def by_torch(config: ModelConfig, params: Params, batch: Batch) -> Values:

@@ -18,5 +18,5 @@ def mean_loss(model: GPT2, batches: Batches, count: int) -> float:
     for _ in range(count):
         batches.next()
         model.forward(batches.inputs)
-        total += float(np.mean(model.loss(batches.targets), dtype=np.float64))
+        total += float(np.mean(model.compute_losses(batches.targets), dtype=np.float64))
     return total / count

@@ -96,7 +96,7 @@ class GPT2:
         alloc, dtype, config = self.kernels.alloc, self.kernels.activation_dtype, self.config
         self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
         self._recorded: dict[tuple[object, ...], Callable[[], None]] = {}
-        self._sent: tuple[Tokens, Tokens] | None = None
+        self._prefetched: tuple[Tokens, Tokens] | None = None
         self.ids, self.targets, self.positions = (alloc((B * T,), np.int32) for _ in range(3))
         self.kernels.upload(self.positions, np.tile(np.arange(T, dtype=np.int32), B))
         self.acts = Arena(alloc, activation_shapes(config, B, T, recompute), dtype, ALIGN)
@@ -123,17 +123,20 @@ class GPT2:
             self._recorded[key] = self.kernels.recorded(lambda: method(model, *arguments))
         self._recorded[key]()
 
-    def send(self, ids: Tokens, targets: Tokens) -> None:
-        """Let the backend have what ``forward`` and ``backward`` will be given next, these very arrays (B,T), unchanged
-        until then, while it may still be at work on the batch before."""
+    def prefetch(self, ids: Tokens, targets: Tokens) -> None:
+        """Start uploading the next batch (B,T) while the device may still be computing the current one.
+
+        The next ``forward`` and ``backward`` use the upload if they are called with these same arrays, which must not
+        be modified until then.
+        """
         self.kernels.upload_ahead(self.ids, ids.reshape(-1))
         self.kernels.upload_ahead(self.targets, targets.reshape(-1))
-        self._sent = ids, targets
+        self._prefetched = ids, targets
 
     def forward(self, ids: Tokens) -> None:
         """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T) on the host."""
-        if self._sent is None or self._sent[0] is not ids:
-            self._sent = None
+        if self._prefetched is None or self._prefetched[0] is not ids:
+            self._prefetched = None
             self.kernels.upload(self.ids, ids.reshape(-1))  # read again by backward
         self._run(GPT2._forward)
 
@@ -179,32 +182,36 @@ class GPT2:
             stream, delta, bias, p["lnfw"], p["lnfb"], eps,
         )  # fmt: skip
 
-    def loss(self, targets: Tokens) -> NDArray[np.floating]:
-        """After ``forward``: the losses (N,) of targets (B,T), -1 ignored; what the next call may overwrite."""
-        self._sent = None
+    def compute_losses(self, targets: Tokens) -> NDArray[np.floating]:
+        """After ``forward``: return ``losses`` of targets (B,T) without computing gradients."""
+        self._prefetched = None
         self.kernels.upload(self.targets, targets.reshape(-1))
-        self._run(GPT2._loss)
+        self._run(GPT2._compute_losses)
+        return self.losses()
+
+    def losses(self) -> NDArray[np.floating]:
+        """Wait for the device and return the losses (N,) of the last ``backward`` or ``compute_losses``.
+
+        The loss of an ignored target (-1) is 0. The next call may overwrite the array.
+        """
         return self.kernels.download(self.stats["losses"])
 
-    def _loss(self) -> None:
+    def _compute_losses(self) -> None:
         V = self.config.vocab_size
         self.kernels.head_loss(
             self.stats["losses"], None, None, self.acts["lnf"], self.head, self.targets, V, 0.0, False
         )
 
-    def backward(
-        self, targets: Tokens, dloss: float, acc: bool, meanwhile: Callable[[], None] | None = None
-    ) -> NDArray[np.floating]:
-        """After ``forward``: the losses (N,) of targets (B,T), and in ``grads`` dloss times the gradient of their sum,
-        added to what is there with ``acc``. The gradients of ``gelu`` and ``qkv`` take the place of these, so this can
-        be called once after each ``forward``. ``meanwhile`` is called before the wait for the results."""
-        if self._sent is None or self._sent[1] is not targets:
+    def backward(self, targets: Tokens, dloss: float, acc: bool) -> None:
+        """After ``forward``: launch the computation of ``losses`` of targets (B,T), -1 ignored, and of their gradients.
+
+        ``grads`` becomes dloss times the gradient of the sum of the losses; with ``acc`` that is added to it. The
+        gradients of ``gelu`` and ``qkv`` overwrite these activations, so each ``forward`` allows one call.
+        """
+        if self._prefetched is None or self._prefetched[1] is not targets:
             self.kernels.upload(self.targets, targets.reshape(-1))
-        self._sent = None
+        self._prefetched = None
         self._run(GPT2._backward, dloss, acc)
-        if meanwhile:
-            meanwhile()
-        return self.kernels.download(self.stats["losses"])
 
     def _backward(self, dloss: float, acc: bool) -> None:
         k, p, g, a, st = self.kernels, self.params, self.grads, self.acts, self.stats

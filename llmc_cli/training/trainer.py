@@ -162,8 +162,9 @@ class Training:
         for micro_step in range(self.micro_steps):
             self.train_data.next()
             model.forward(self.train_data.inputs)
-            losses = model.backward(self.train_data.targets, 1 / tokens, micro_step > 0, self._look_ahead)
-            loss += float(np.mean(losses, dtype=np.float64)) / self.micro_steps
+            model.backward(self.train_data.targets, 1 / tokens, acc=micro_step > 0)
+            self._prefetch()
+            loss += float(np.mean(model.losses(), dtype=np.float64)) / self.micro_steps
             self.generator.word()
         loss_z = self.loss_detector.score(loss)
         norm = self.optimizer.gradient_norm()
@@ -186,11 +187,11 @@ class Training:
         mfu = rate * self.plan.flops_per_token / self.plan.peak_flops
         return StepReport(step + 1, self.steps, loss, norm, lr, 1000 * elapsed, rate, mfu, skipped)
 
-    def _look_ahead(self) -> None:
-        """Read and send the next batch."""
+    def _prefetch(self) -> None:
+        """Read the next batch and start its upload."""
         ahead = None if self.options.overfit else self.train_data.look_ahead()  # that goes back to the first
         if ahead is not None:
-            self.model.send(*ahead)
+            self.model.prefetch(*ahead)
 
     def _checkpoint(self, folder: RunFolder, step: int) -> CheckpointReport:
         """Write the checkpoint of ``step`` and delete the one that it pushes out."""

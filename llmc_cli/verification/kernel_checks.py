@@ -120,8 +120,8 @@ class _TinyTraining:
         loss = 0.0
         for number, (ids, targets) in enumerate(self.batches):
             self.model.forward(ids)
-            losses = self.model.backward(targets, dloss, acc=number > 0)
-            loss += dloss * float(np.sum(losses, dtype=np.float64))
+            self.model.backward(targets, dloss, acc=number > 0)
+            loss += dloss * float(np.sum(self.model.losses(), dtype=np.float64))
         return loss
 
     def update(self, step: int) -> None:

@@ -70,7 +70,7 @@ def test_train_workload_sends_the_next_batch_ahead():
     """And what was sent is what the next step takes."""
     device = Notebook(True, 80)
     workload = TrainWorkload(CudaKernels(device, "bf16"), CONFIG, 2, 8)
-    workload.send()
+    workload.prefetch()
     device.copies.clear()
     workload.step()
     assert Counter(device.copies) == {"upload": 3, "copy": 2, "download": 2}  # a batch, and the update's numbers

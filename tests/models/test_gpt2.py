@@ -36,7 +36,7 @@ def batch():
 
 def total_loss(model, batch, dloss):
     model.forward(batch[0])
-    return dloss * float(model.loss(batch[1]).sum())
+    return dloss * float(model.compute_losses(batch[1]).sum())
 
 
 def test_gradients_are_the_slopes_of_the_loss(model, batch):
@@ -68,22 +68,26 @@ def test_gradients_add_up(model, batch):
     np.testing.assert_allclose(model.grads.flat, 2 * once, rtol=1e-12, atol=1e-14)
 
 
-def test_a_batch_that_was_sent(model, batch):
+def test_prefetched_batch_is_not_uploaded_again(model, batch):
     """The same results, and nothing is uploaded again; but where other ids came in between."""
     (ids, targets), other = batch, np.roll(batch, 1, axis=0)
     model.forward(ids)
-    expected = model.backward(targets, 0.5, acc=False).copy()
+    model.backward(targets, 0.5, acc=False)
+    expected = model.losses().copy()
     uploads, upload = [], model.kernels.upload
     model.kernels.upload = lambda array, values: (uploads.append(1), upload(array, values))
     for between in (False, True):
         model.forward(other[0])
-        model.backward(other[1], 0.5, False, lambda: model.send(ids, targets))
+        model.backward(other[1], 0.5, acc=False)
+        model.prefetch(ids, targets)
+        model.losses()
         if between:
             model.forward(other[0])
-            model.loss(other[1])
+            model.compute_losses(other[1])
         del uploads[:]
         model.forward(ids)
-        np.testing.assert_array_equal(model.backward(targets, 0.5, acc=False), expected)
+        model.backward(targets, 0.5, acc=False)
+        np.testing.assert_array_equal(model.losses(), expected)
         assert len(uploads) == (2 if between else 0)
 
 
@@ -105,8 +109,9 @@ def test_padding_gets_no_gradient(model, batch):
 
 def test_loss_and_backward_agree(model, batch):
     model.forward(batch[0])
-    losses = model.loss(batch[1]).copy()
-    np.testing.assert_allclose(model.backward(batch[1], 1.0, acc=False), losses, rtol=1e-12)
+    losses = model.compute_losses(batch[1]).copy()
+    model.backward(batch[1], 1.0, acc=False)
+    np.testing.assert_allclose(model.losses(), losses, rtol=1e-12)
 
 
 def test_logits_give_the_loss(model, batch):
@@ -115,7 +120,7 @@ def test_logits_give_the_loss(model, batch):
     assert logits.shape == (B * T, CONFIG.vocab_size)
     shifted = logits - logits.max(axis=1, keepdims=True)
     expected = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(B * T), batch[1].reshape(-1)]
-    np.testing.assert_allclose(model.loss(batch[1]), expected, rtol=1e-10)
+    np.testing.assert_allclose(model.compute_losses(batch[1]), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 1, 3, 1]])

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.converting import TINY
+from support.paths import TINY_GPT2
 
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.shard import write_shard
@@ -130,7 +130,7 @@ def but(tiny_options):
 @pytest.fixture
 def tiny_folder(tmp_path):
     """A copy of the tiny model's folder, to be changed."""
-    shutil.copytree(TINY / "safetensors", tmp_path / "source")
+    shutil.copytree(TINY_GPT2 / "safetensors", tmp_path / "source")
     return tmp_path / "source"
 
 

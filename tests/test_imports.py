@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 HEAVY = {"numpy", "numba", "scipy", "cupy", "tiktoken", "tokenizers", "requests", "torch", "safetensors", "rich"}
 

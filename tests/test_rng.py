@@ -1,7 +1,6 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
+from support.paths import FIXTURES
 
 from llmc_cli.rng import MersenneTwister, Xorshift
 
@@ -13,7 +12,7 @@ def test_words_are_those_of_mt19937():
 
 def test_normals_are_those_of_pytorch():
     # torch.manual_seed(42); torch.empty(20).normal_(0, 0.02): 20 % 16 != 0, so the last 16 are drawn anew
-    golden = np.load(Path(__file__).parent.parent / "fixtures" / "normals.npz")
+    golden = np.load(FIXTURES / "normals.npz")
     out = np.empty(20, np.float32)
     generator = MersenneTwister(42)
     generator.fill_normal(out, 0.02)

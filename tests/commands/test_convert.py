@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import TINY_GPT2
 from typer.testing import CliRunner
 
 from llmc_cli.app import app
 from llmc_cli.formats.shard import write_shard
-
-TINY = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
 
 
 @pytest.fixture
@@ -21,11 +20,11 @@ def llmc(tmp_path, monkeypatch):
 
 
 def test_a_line_a_file_on_stdout(llmc):
-    result = llmc(TINY / "safetensors", "tiny.bin")
+    result = llmc(TINY_GPT2 / "safetensors", "tiny.bin")
     assert result.exit_code == 0
     assert result.stdout == "writing 9,024 parameters (fp32, version 3) to tiny.bin\n"
     assert result.stderr.startswith("37.1 kB in ")
-    assert Path("tiny.bin").read_bytes() == (TINY / "model.bin").read_bytes()
+    assert Path("tiny.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
     assert llmc("tiny.bin", "old.bin", "--version", "1").stdout == (
         "writing 8,528 parameters (fp32, version 1) to old.bin\n"
     )
@@ -41,11 +40,11 @@ def test_a_line_a_file_on_stdout(llmc):
 
 
 def test_json_is_one_document(llmc):
-    result = llmc(TINY / "model.bin", "tiny.bin", "--dtype", "bf16", "--json", "--quiet")
+    result = llmc(TINY_GPT2 / "model.bin", "tiny.bin", "--dtype", "bf16", "--json", "--quiet")
     assert result.stderr == ""
     assert json.loads(result.stdout) == {
         "schema": 1,
-        "source": str(TINY / "model.bin"),
+        "source": str(TINY_GPT2 / "model.bin"),
         "model": {
             "max_seq_len": 24,
             "vocab_size": 97,
@@ -61,16 +60,16 @@ def test_json_is_one_document(llmc):
 
 def test_the_debug_state_names_its_reference(llmc):
     options = ("--debug-state", "state.bin", "--batch", 1, "--seq-len", 8, "--data", "shard.bin", "--json")
-    result = llmc(TINY / "model.bin", *options, "--reference", "numpy")
+    result = llmc(TINY_GPT2 / "model.bin", *options, "--reference", "numpy")
     assert json.loads(result.stdout)["reference"] == "numpy"
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([TINY / "model.bin"], 2, "give a DEST"),
-        ([TINY / "model.bin", "tiny.bin", "--version", 3, "--dtype", "bf16"], 2, "--version 3 holds fp32"),
-        ([TINY / "model.bin", "tiny.bin", "--order", "norms-last"], 2, "--order is for version 2"),
+        ([TINY_GPT2 / "model.bin"], 2, "give a DEST"),
+        ([TINY_GPT2 / "model.bin", "tiny.bin", "--version", 3, "--dtype", "bf16"], 2, "--version 3 holds fp32"),
+        ([TINY_GPT2 / "model.bin", "tiny.bin", "--order", "norms-last"], 2, "--order is for version 2"),
         (["missing.bin", "tiny.bin"], 3, "missing.bin: no such file or folder"),
         (["shard.bin", "tiny.bin"], 3, "found a GPT-2 token shard"),
         ([".", "tiny.bin"], 3, "config.json"),
@@ -88,7 +87,7 @@ def test_errors_are_a_line(llmc, arguments, status, message):
 
 
 def test_a_damaged_model(llmc):
-    content = bytearray((TINY / "model.bin").read_bytes())
+    content = bytearray((TINY_GPT2 / "model.bin").read_bytes())
     content[1024 + 4 * 100 : 1024 + 4 * 101] = np.float32(np.nan).tobytes()
     Path("damaged.bin").write_bytes(content)
     result = llmc("damaged.bin", "tiny.bin")

@@ -1,11 +1,11 @@
 """`llmc sample`: what goes to stdout and what does not, its refusals, and that `llmc decode` prints the same."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.paths import FIXTURES
 from typer.testing import CliRunner
 
 from llmc_cli.app import app
@@ -18,7 +18,6 @@ from llmc_cli.models.arena import Arena
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_shapes
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 TINY = FIXTURES / "sampling_model.bin"  # V 120, T 96
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())[0]  # its prompt is one id
 END_OF_TEXT = 50256

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import TINY_GPT2
 from test_verification import PLACES, Single, faulty, golden_state, last_is_off
 from typer.testing import CliRunner
 
@@ -15,8 +16,7 @@ from llmc_cli.kernels import backend as device
 from llmc_cli.kernels.backend import Backend
 from llmc_cli.kernels.cases import OPERATIONS
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
-MODEL, STATE, LOSSES = (str(GOLDEN / name) for name in ("model.bin", "debug_state.bin", "losses.txt"))
+MODEL, STATE, LOSSES = (str(TINY_GPT2 / name) for name in ("model.bin", "debug_state.bin", "losses.txt"))
 BITS = [pytest.param(place.values[0], place.values[1], id=place.values[0]) for place in PLACES if "largest" in place.id]
 
 
@@ -146,7 +146,7 @@ def test_files(tmp_path):
 def test_bad_files_do_not_hide_each_other(tmp_path):
     write_shard(tmp_path / "shard.bin", [1, 50257])
     shutil.copy(LOSSES, tmp_path)
-    result = llmc(tmp_path / "shard.bin", MODEL, tmp_path / "losses.txt", GOLDEN / "model_bf16.bin")
+    result = llmc(tmp_path / "shard.bin", MODEL, tmp_path / "losses.txt", TINY_GPT2 / "model_bf16.bin")
     assert result.exit_code == 3
     assert [line.split("\t")[-1] for line in result.stdout.splitlines()[1:]] == ["0", "1", "0", "1"]
     first, second = result.stderr.splitlines()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.converting import BF16, MODEL, TINY, convert, model_of_transformers, tensors_of
+from support.converting import BF16, MODEL, convert, model_of_transformers, tensors_of
+from support.paths import TINY_GPT2
 
 from llmc_cli.conversion import targets, writers
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
@@ -15,7 +16,7 @@ from llmc_cli.formats.weights import NORMS_LAST, TENSORS, read_header
 @pytest.mark.parametrize("form", ["safetensors", "pytorch"])
 @pytest.mark.parametrize(("dtype", "expected"), [("fp32", MODEL), ("bf16", BF16)])
 def test_a_folder_becomes_the_golden_file(tmp_path, form, dtype, expected):
-    written = convert(TINY / form, tmp_path / "tiny.bin", dtype=dtype)
+    written = convert(TINY_GPT2 / form, tmp_path / "tiny.bin", dtype=dtype)
     assert (tmp_path / "tiny.bin").read_bytes() == expected.read_bytes()
     assert [(file.path, file.bytes) for file in written] == [(tmp_path / "tiny.bin", expected.stat().st_size)]
 
@@ -34,11 +35,11 @@ def test_a_file_comes_back_from_a_folder(tmp_path, dtype, golden):
 def test_a_folder_holds_what_transformers_saves(tmp_path):
     convert(MODEL, tmp_path / "folder")
     ours = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
-    theirs = SafetensorsFile(TINY / "safetensors" / "model.safetensors")
+    theirs = SafetensorsFile(TINY_GPT2 / "safetensors" / "model.safetensors")
     assert set(ours) == set(theirs)
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
-    config = json.loads((TINY / "safetensors" / "config.json").read_bytes())
+    config = json.loads((TINY_GPT2 / "safetensors" / "config.json").read_bytes())
     for name, value in json.loads((tmp_path / "folder" / "config.json").read_bytes()).items():
         assert config.get(name, value) == value, name
 

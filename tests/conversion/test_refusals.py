@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.converting import MODEL, TINY, convert
+from support.converting import MODEL, convert
+from support.paths import TINY_GPT2
 
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.errors import FormatError, NonFiniteError
@@ -17,7 +18,7 @@ def test_a_wrong_order_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="version 3"):
         convert(MODEL, tmp_path / "new.bin", order="layers")
     with pytest.raises(UsageError, match="--order"):
-        convert(TINY / "safetensors", tmp_path / "new.bin", order="layers")
+        convert(TINY_GPT2 / "safetensors", tmp_path / "new.bin", order="layers")
 
 
 def with_(**changed):
@@ -110,7 +111,7 @@ def test_files_that_are_no_gpt2(tmp_path, start, error, message):
 
 
 def test_weights_alone_are_no_model(tmp_path):
-    for path in (TINY / "safetensors" / "model.safetensors", TINY / "pytorch" / "pytorch_model.bin"):
+    for path in (TINY_GPT2 / "safetensors" / "model.safetensors", TINY_GPT2 / "pytorch" / "pytorch_model.bin"):
         with pytest.raises(DataError, match="give the folder"):
             convert(path, tmp_path / "tiny.bin")
 
@@ -153,7 +154,7 @@ def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
         (copy, copy, {}, "what is read"),
         (copy, Path("copy.bin"), {}, "what is read"),
         (tiny_folder, tiny_folder, {}, "what is read"),
-        (TINY / "pytorch", TINY / "pytorch" / "pytorch_model.bin", {}, "what is read"),
+        (TINY_GPT2 / "pytorch", TINY_GPT2 / "pytorch" / "pytorch_model.bin", {}, "what is read"),
         (copy, Path("new.bin"), {"tokenizer": tmp_path / "new.bin"}, "twice"),
         (copy, Path("new.gguf"), {}, r"\.bin"),
         (copy, Path("plain"), {}, r"\.bin"),

@@ -9,15 +9,14 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import huggingface_hub
 import pytest
+from support.paths import TINY_GPT2
 
 from llmc_cli.downloads.hub import fetch_model
 from llmc_cli.errors import MissingError
 
-TINY = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -81,7 +80,7 @@ def hub():
     with FakeHub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.files["someone/tiny"] = {
-            path.name: path.read_bytes() for path in (TINY / "safetensors").iterdir() if path.is_file()
+            path.name: path.read_bytes() for path in (TINY_GPT2 / "safetensors").iterdir() if path.is_file()
         }
         yield server
         server.shutdown()
@@ -103,16 +102,16 @@ def llmc(hub, tmp_path):
 
 def test_a_model_is_fetched_once_and_only_what_is_needed(hub, llmc, tmp_path):
     assert llmc("someone/tiny", "tiny.bin", HF_TOKEN="hf_secret")[0] == 0
-    assert (tmp_path / "tiny.bin").read_bytes() == (TINY / "model.bin").read_bytes()
+    assert (tmp_path / "tiny.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
     assert hub.seen == ["config.json", "model.safetensors"]
     assert hub.tokens == {"Bearer hf_secret"}
     assert llmc("someone/tiny", "again.bin", HF_HUB_OFFLINE="1")[0] == 0
-    assert (tmp_path / "again.bin").read_bytes() == (TINY / "model.bin").read_bytes()
+    assert (tmp_path / "again.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
     assert len(hub.seen) == 2
 
 
 def test_a_pickle_is_fetched_where_there_is_nothing_better(hub, llmc, tmp_path):
-    hub.files["someone/old"] = {path.name: path.read_bytes() for path in (TINY / "pytorch").iterdir()}
+    hub.files["someone/old"] = {path.name: path.read_bytes() for path in (TINY_GPT2 / "pytorch").iterdir()}
     assert llmc("someone/old", "tiny.bin", "--quiet") == (
         0,
         "writing 9,024 parameters (fp32, version 3) to tiny.bin\n",
@@ -120,7 +119,7 @@ def test_a_pickle_is_fetched_where_there_is_nothing_better(hub, llmc, tmp_path):
     )
     assert hub.seen == ["config.json", "pytorch_model.bin"]
     assert llmc("someone/old", "again.bin", HF_HUB_OFFLINE="1")[0] == 0
-    assert (tmp_path / "again.bin").read_bytes() == (TINY / "model.bin").read_bytes()
+    assert (tmp_path / "again.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
 
 
 def test_the_parts_that_an_index_names_are_fetched(hub, llmc, tmp_path):
@@ -130,7 +129,7 @@ def test_the_parts_that_an_index_names_are_fetched(hub, llmc, tmp_path):
     index = {"weight_map": {name: "part-1.safetensors" for name in names if name != "__metadata__"}}
     files |= {"part-1.safetensors": whole, "model.safetensors.index.json": json.dumps(index).encode()}
     assert llmc("someone/tiny", "tiny.bin")[0] == 0
-    assert (tmp_path / "tiny.bin").read_bytes() == (TINY / "model.bin").read_bytes()
+    assert (tmp_path / "tiny.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
     del files["part-1.safetensors"]
     status, _, error = llmc("someone/tiny", "again.bin", HF_HOME=str(tmp_path / "another"))
     assert status == 3

@@ -6,7 +6,6 @@ import math
 import shutil
 import struct
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from support.paths import FIXTURES
 
 from llmc_cli.formats import stream
 from llmc_cli.formats.errors import FormatError, MagicError, NonFiniteError, RangeError, SizeError
 from llmc_cli.formats.safetensors import SafetensorsFile, open_checkpoint, open_tensors, write_safetensors
 from llmc_cli.formats.tensors import TensorInfo
 
-TORCH_CHECKPOINT = Path(__file__).parents[2] / "fixtures" / "torch_checkpoint.bin"
+TORCH_CHECKPOINT = FIXTURES / "torch_checkpoint.bin"
 
 
 def file_of(header, data=b""):

@@ -8,12 +8,12 @@ import struct
 import tracemalloc
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.paths import FIXTURES
 
 from llmc_cli.formats import stream
 from llmc_cli.formats.errors import (
@@ -29,7 +29,7 @@ from llmc_cli.formats.registry import identify
 from llmc_cli.formats.tensors import TensorInfo
 from llmc_cli.formats.torch_pickle import TorchZip
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "torch_checkpoint.bin"
+GOLDEN = FIXTURES / "torch_checkpoint.bin"
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 

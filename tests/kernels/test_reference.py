@@ -5,15 +5,14 @@ The PyTorch values are in ``fixtures/kernel_goldens.npz``, made by ``fixtures/ma
 
 import math
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import FIXTURES
 
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def normal(seed, *shape):

@@ -2,11 +2,11 @@
 that no backend need be importable here."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-KERNELS = Path(__file__).parents[2] / "llmc_cli" / "kernels"
+KERNELS = ROOT / "llmc_cli" / "kernels"
 BACKENDS = {path.parent.name: path for path in sorted(KERNELS.glob("*/kernels.py"))}
 
 

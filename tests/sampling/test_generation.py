@@ -4,13 +4,13 @@ import importlib.util
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.paths import FIXTURES
 
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
@@ -21,7 +21,6 @@ from llmc_cli.sampling import filters, generation
 from llmc_cli.sampling.filters import Settings, choose, filtered, generator, pick
 from llmc_cli.sampling.generation import Stepper, fit, generate, sample_tokens
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())
 GREEDY = Settings(temperature=0)
 

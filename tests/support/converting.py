@@ -1,16 +1,15 @@
 """The tiny model of the fixtures in its forms, and a conversion as ``llmc convert`` makes it."""
 
 import runpy
-from pathlib import Path
 
 import numpy as np
+from support.paths import FIXTURES, TINY_GPT2
 
 from llmc_cli.conversion.conversion import plan
 from llmc_cli.conversion.targets import Request
 from llmc_cli.formats.weights import load_weights, read_header, tensor_shapes
 
-TINY = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
-MODEL, BF16, STATE = (TINY / name for name in ("model.bin", "model_bf16.bin", "debug_state.bin"))
+MODEL, BF16, STATE = (TINY_GPT2 / name for name in ("model.bin", "model_bf16.bin", "debug_state.bin"))
 
 
 def convert(source, dest=None, **options):
@@ -28,4 +27,4 @@ def tensors_of(path):
 
 def model_of_transformers(seed):
     """A model like the tiny one, made by PyTorch and transformers."""
-    return runpy.run_path(str(TINY.parent / "make_gpt2_goldens.py"))["make_model"](seed=seed)
+    return runpy.run_path(str(FIXTURES / "make_gpt2_goldens.py"))["make_model"](seed=seed)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import TINY_GPT2
 
 from llmc_cli.formats.evalset import Example, write_evalset
 from llmc_cli.formats.header import HEADER_BYTES
@@ -15,8 +16,6 @@ from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_tr
 from llmc_cli.formats.vocabulary import write_vocabulary
 from llmc_cli.verification.file_checks import check_file, check_files
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "fixtures" / "tiny_gpt2"
 PARAMETERS = 9024  # of the golden model, padding included
 SHAPE = {"T": 24, "V": 97, "Vp": 128, "L": 2, "NH": 2, "C": 16}
 
@@ -43,7 +42,7 @@ def run_folder(tmp_path, processes=1):
     folder = tmp_path / "run"
     folder.mkdir()
     for step in (5, 10, 15):
-        shutil.copy(GOLDEN / "model.bin", folder / f"model_{step:08d}.bin")
+        shutil.copy(TINY_GPT2 / "model.bin", folder / f"model_{step:08d}.bin")
         for rank in range(processes):
             parameters = PARAMETERS // processes
             train_state(folder / f"state_{step:08d}_{rank:05d}.bin", parameters, step, processes, rank)
@@ -54,16 +53,16 @@ def run_folder(tmp_path, processes=1):
 
 
 def test_a_model():
-    report = check_file(GOLDEN / "model.bin")
+    report = check_file(TINY_GPT2 / "model.bin")
     assert (report.kind, report.version, report.error) == ("GPT-2 model", 3, None)
     assert report.facts == {**SHAPE, "parameters": PARAMETERS, "dtype": "float32"}
-    report = check_file(GOLDEN / "model_bf16.bin")
+    report = check_file(TINY_GPT2 / "model_bf16.bin")
     assert (report.version, report.facts["dtype"], report.error) == (5, "bfloat16", None)
 
 
 @pytest.mark.parametrize(("name", "item"), [("model.bin", 4), ("model_bf16.bin", 2)])
 def test_padding_that_is_not_zero(tmp_path, name, item):
-    path = Path(shutil.copy(GOLDEN / name, tmp_path))
+    path = Path(shutil.copy(TINY_GPT2 / name, tmp_path))
     at = HEADER_BYTES + item * (97 * 16 + 16)
     overwrite(path, at + item - 1, b"\x80")  # -0
     assert check_file(path).error is None
@@ -72,22 +71,22 @@ def test_padding_that_is_not_zero(tmp_path, name, item):
 
 
 def test_a_model_with_a_nan(tmp_path):
-    path = Path(shutil.copy(GOLDEN / "model.bin", tmp_path))
+    path = Path(shutil.copy(TINY_GPT2 / "model.bin", tmp_path))
     overwrite(path, -4, struct.pack("<f", np.nan))
     assert "nan at lnfb[15]" in check_file(path).error
 
 
 def test_a_debug_state_with_and_without_its_model(tmp_path):
-    path = GOLDEN / "debug_state.bin"
+    path = TINY_GPT2 / "debug_state.bin"
     alone = check_file(path)
     assert (alone.kind, alone.version, alone.error) == ("GPT-2 debug state", 2, None)
     assert alone.facts == {"B": 2, "T": 16, "min id": 4, "max id": 93, "values": 2 * 16 * 97 + 1 + PARAMETERS}
-    _, beside = check_files([GOLDEN / "model.bin", path])
+    _, beside = check_files([TINY_GPT2 / "model.bin", path])
     assert beside.facts["loss"] == pytest.approx(4.844018528)
     longer = tmp_path / "longer.bin"
     longer.write_bytes(path.read_bytes() + bytes(4))  # fits some other model
     assert check_file(longer).error is None
-    _, beside = check_files([GOLDEN / "model.bin", longer])
+    _, beside = check_files([TINY_GPT2 / "model.bin", longer])
     assert "there is more than belongs to it" in beside.error
 
 
@@ -109,9 +108,9 @@ def test_shards(tmp_path, kind, name, vocab_size):
 def test_a_model_beside_a_shard_says_its_vocabulary(tmp_path):
     path = tmp_path / "shard.bin"
     write_shard(path, [3, 97])
-    model = GOLDEN / "model.bin"
+    model = TINY_GPT2 / "model.bin"
     assert "token id 97 at tokens[1], expected 0 to 96" in next(check_files([path, model])).error
-    assert next(check_files([path, model, GOLDEN / "model_bf16.bin"])).error is None  # whose would it be?
+    assert next(check_files([path, model, TINY_GPT2 / "model_bf16.bin"])).error is None  # whose would it be?
     assert next(check_files([path, tmp_path / "none.bin"])).error is None
 
 
@@ -135,7 +134,7 @@ def test_a_tokenizer_table(tmp_path):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_training_state_against_its_model(tmp_path, shuffled):
-    model = GOLDEN / "model.bin"
+    model = TINY_GPT2 / "model.bin"
     path = train_state(tmp_path / "state.bin", shuffled=shuffled)
     for report in (check_file(path), list(check_files([model, path]))[1]):
         assert report.error is None
@@ -150,7 +149,7 @@ def test_a_training_state_against_its_model(tmp_path, shuffled):
 
 def test_a_share_of_a_training_state(tmp_path):
     """Two processes divide every tensor of the golden model; of 32, lnfb's 16 values stay whole, among others."""
-    model = GOLDEN / "model.bin"
+    model = TINY_GPT2 / "model.bin"
     for processes, parameters in ((2, PARAMETERS // 2), (2, PARAMETERS), (32, 282 + 8 * 15 + 4 * 15 + 31 // 2)):
         path = train_state(tmp_path / "state.bin", parameters, processes=processes)
         error = list(check_files([model, path]))[1].error
@@ -160,10 +159,10 @@ def test_a_share_of_a_training_state(tmp_path):
 def test_tensor_files_and_folders():
     for folder, tensors in (("safetensors", 28), ("pytorch", 29)):
         report = check_file(
-            next(path for path in (GOLDEN / folder).iterdir() if path.name.endswith(("tensors", "bin")))
+            next(path for path in (TINY_GPT2 / folder).iterdir() if path.name.endswith(("tensors", "bin")))
         )
         assert (report.facts["tensors"], report.facts["dtypes"], report.error) == (tensors, "float32", None)
-        (whole,) = check_files([GOLDEN / folder])
+        (whole,) = check_files([TINY_GPT2 / folder])
         assert (whole.kind, whole.facts["model"], whole.error) == ("Hugging Face folder", "gpt2", None)
         assert whole.facts["tensors"] == tensors
 
@@ -242,9 +241,9 @@ def test_a_file_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("name", ["model.bin", "model_bf16.bin", "debug_state.bin"])
 def test_no_cut_and_no_header_passes(tmp_path, name):
     """Whatever length is cut off and whichever header slot is changed."""
-    content = (GOLDEN / name).read_bytes()
+    content = (TINY_GPT2 / name).read_bytes()
     path = tmp_path / name
-    model = GOLDEN / "model.bin"
+    model = TINY_GPT2 / "model.bin"
     for size in (0, 3, 4, 1023, 1024, len(content) - 2, len(content) - 1, len(content) + 1):
         path.write_bytes((content + b"\0")[:size])
         assert next(check_files([path, model] if name == "debug_state.bin" else [path])).error is not None
@@ -255,5 +254,7 @@ def test_no_cut_and_no_header_passes(tmp_path, name):
 
 
 def test_what_a_report_says_is_json(tmp_path):
-    for report in check_files([GOLDEN / "model.bin", GOLDEN / "debug_state.bin", train_state(tmp_path / "s.bin")]):
+    for report in check_files(
+        [TINY_GPT2 / "model.bin", TINY_GPT2 / "debug_state.bin", train_state(tmp_path / "s.bin")]
+    ):
         json.dumps(report.facts, allow_nan=False)

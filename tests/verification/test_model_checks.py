@@ -3,10 +3,10 @@
 import inspect
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import TINY_GPT2
 
 from llmc_cli.errors import DataError
 from llmc_cli.formats.debug_state import read_debug_state, write_debug_state
@@ -22,7 +22,6 @@ from llmc_cli.verification import model_checks
 from llmc_cli.verification.kernel_checks import check_kernels, check_operation, check_training, kernel_check_count
 from llmc_cli.verification.model_checks import check_state, parse_losses, state_check_count
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "tiny_gpt2"
 OUTPUTS = [(name, output) for name, operation in OPERATIONS.items() for output in operation.bounds]
 
 
@@ -137,7 +136,7 @@ def test_a_fault_shows_in_the_tiny_training_too(operation):
 def golden_state(tmp_path, at, value=None):
     """A copy of the golden debug state with one float32 replaced, or its bit 30 flipped."""
     path = tmp_path / "state.bin"
-    shutil.copy(GOLDEN / "debug_state.bin", path)
+    shutil.copy(TINY_GPT2 / "debug_state.bin", path)
     with path.open("r+b") as file:
         file.seek(at)
         word = int.from_bytes(file.read(4), "little")
@@ -149,7 +148,7 @@ def golden_state(tmp_path, at, value=None):
 
 def places():
     """Of logits, loss and each gradient: the byte offsets of its largest, its smallest and its last value."""
-    state = read_debug_state(GOLDEN / "debug_state.bin", read_header(GOLDEN / "model.bin"))
+    state = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(TINY_GPT2 / "model.bin"))
     at = HEADER_BYTES + 8 * state.x.size
     for name, values in {"logits": state.logits, "loss": np.float32([state.loss]), **state.grads}.items():
         sizes = np.abs(values.reshape(-1))
@@ -161,22 +160,22 @@ def places():
 PLACES = list(places())
 
 
-def failed_checks(kernels, state, steps=0, losses=None, model=GOLDEN / "model.bin"):
+def failed_checks(kernels, state, steps=0, losses=None, model=TINY_GPT2 / "model.bin"):
     checks = list(check_state(model, state, kernels, steps, losses))
     assert len(checks) == state_check_count(steps)
     return {check.name for check in checks if not check.ok}
 
 
 def golden_losses():
-    return parse_losses((GOLDEN / "losses.txt").read_text(), "losses.txt", 10)
+    return parse_losses((TINY_GPT2 / "losses.txt").read_text(), "losses.txt", 10)
 
 
 def test_the_golden_state_of_pytorch(backend):
-    assert failed_checks(backend.kernels, GOLDEN / "debug_state.bin", 10, golden_losses()) == set()
+    assert failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", 10, golden_losses()) == set()
 
 
 def test_without_losses_the_reference_computes_them(backend):
-    assert failed_checks(backend.kernels, GOLDEN / "debug_state.bin", 10) == set()
+    assert failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", 10) == set()
 
 
 @pytest.mark.parametrize(("name", "at"), PLACES)
@@ -192,18 +191,18 @@ def test_what_is_not_finite_is_named(backend, tmp_path, name, at, bad):
 
 def test_a_changed_input_is_seen(backend, tmp_path):
     with pytest.raises(RangeError, match="token id"):
-        list(check_state(GOLDEN / "model.bin", golden_state(tmp_path, HEADER_BYTES), backend.kernels, 0, None))
-    ids = read_debug_state(GOLDEN / "debug_state.bin", read_header(GOLDEN / "model.bin")).x
+        list(check_state(TINY_GPT2 / "model.bin", golden_state(tmp_path, HEADER_BYTES), backend.kernels, 0, None))
+    ids = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(TINY_GPT2 / "model.bin")).x
     other = np.array([(ids[0, 0] + 1) % 97], np.int32).view(np.float32)[0]
     assert {"logits", "loss"} <= failed_checks(backend.kernels, golden_state(tmp_path, HEADER_BYTES, other))
 
 
 def test_the_gradient_of_the_padding_must_be_zero(tmp_path):
     at = next(place.values[1] for place in PLACES if place.id == "wte-last")
-    checks = list(check_state(GOLDEN / "model.bin", golden_state(tmp_path, at, 1e-30), Single(), 0, None))
+    checks = list(check_state(TINY_GPT2 / "model.bin", golden_state(tmp_path, at, 1e-30), Single(), 0, None))
     assert [check.what for check in checks if not check.ok] == ["padding"]
     kernels = faulty("embedding_backward", "dwte", lambda dwte: dwte.__setitem__((-1, 0), 1e-30))
-    checks = list(check_state(GOLDEN / "model.bin", GOLDEN / "debug_state.bin", kernels, 0, None))
+    checks = list(check_state(TINY_GPT2 / "model.bin", TINY_GPT2 / "debug_state.bin", kernels, 0, None))
     assert [check.what for check in checks if not check.ok] == ["padding"]
 
 
@@ -222,7 +221,7 @@ def test_other_steps_are_seen(backend, monkeypatch, name, factor):
                 self.settings[spec.HYPER.index(name)] *= factor
 
     monkeypatch.setattr(model_checks, "AdamW", Other)
-    failed = failed_checks(backend.kernels, GOLDEN / "debug_state.bin", 10, golden_losses())
+    failed = failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", 10, golden_losses())
     assert failed
     assert all(each.startswith("loss ") for each in failed)
 
@@ -231,12 +230,12 @@ def test_other_steps_are_seen(backend, monkeypatch, name, factor):
 def test_a_wrong_loss_is_named(backend, wrong):
     losses = golden_losses()
     losses[3] = wrong
-    assert failed_checks(backend.kernels, GOLDEN / "debug_state.bin", 10, losses) == {"loss 4"}
+    assert failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", 10, losses) == {"loss 4"}
 
 
 def test_a_model_in_bfloat16_against_a_state_of_its_own_weights(backend, tmp_path):
-    path = GOLDEN / "model_bf16.bin"
-    golden = read_debug_state(GOLDEN / "debug_state.bin", read_header(path))
+    path = TINY_GPT2 / "model_bf16.bin"
+    golden = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(path))
     model = load_model(path, ReferenceKernels())
     model.prepare(*golden.x.shape)
     model.forward(golden.x)
@@ -246,16 +245,16 @@ def test_a_model_in_bfloat16_against_a_state_of_its_own_weights(backend, tmp_pat
     grads = {name: grad.astype(np.float32) for name, grad in model.grads.items()}
     write_debug_state(tmp_path / "state.bin", golden.x, golden.y, logits, float(loss), grads)
     assert failed_checks(backend.kernels, tmp_path / "state.bin", 2, model=path) == set()
-    assert "logits" in failed_checks(backend.kernels, GOLDEN / "debug_state.bin", model=path)
+    assert "logits" in failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", model=path)
 
 
 def test_version_1_has_no_padding(backend, tmp_path):
     """A model and a state whose wte has V rows."""
-    model = load_model(GOLDEN / "model.bin", backend.kernels)
+    model = load_model(TINY_GPT2 / "model.bin", backend.kernels)
     save_model(tmp_path / "model.bin", model, version=1)
-    state = read_debug_state(GOLDEN / "debug_state.bin", read_header(GOLDEN / "model.bin"))
+    state = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(TINY_GPT2 / "model.bin"))
     V, C = model.config.vocab_size, model.config.channels
-    content = bytearray((GOLDEN / "debug_state.bin").read_bytes())
+    content = bytearray((TINY_GPT2 / "debug_state.bin").read_bytes())
     content[4:8] = (1).to_bytes(4, "little")
     padding = HEADER_BYTES + 8 * state.x.size + 4 * (state.logits.size + 1 + V * C)
     del content[padding : padding + 4 * (state.grads["wte"].size - V * C)]
@@ -265,10 +264,10 @@ def test_version_1_has_no_padding(backend, tmp_path):
 
 
 def test_a_state_of_another_shape_is_refused(backend, tmp_path):
-    content = (GOLDEN / "debug_state.bin").read_bytes()
+    content = (TINY_GPT2 / "debug_state.bin").read_bytes()
     (tmp_path / "state.bin").write_bytes(content[:-4])
     with pytest.raises(SizeError):
-        next(check_state(GOLDEN / "model.bin", tmp_path / "state.bin", backend.kernels, 0, None))
+        next(check_state(TINY_GPT2 / "model.bin", tmp_path / "state.bin", backend.kernels, 0, None))
 
 
 @pytest.mark.parametrize("line", ["", "four", "nan", "inf", "4.8 4.9", "0x10"])

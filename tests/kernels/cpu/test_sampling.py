@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import FIXTURES
 
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats import bfloat16
@@ -22,7 +23,6 @@ from llmc_cli.sampling.filters import Settings
 from llmc_cli.sampling.generation import Stepper, generate
 from llmc_cli.verification.comparison import compare
 
-FIXTURES = Path(__file__).parents[3] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())
 GREEDY = Settings(temperature=0)
 CHANGED = ("embedding_forward", "residual_norm_forward", "linear_forward", "linear_gelu_forward", "head_logits",

@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import CUDA_EMULATOR
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-FOLDER = Path(__file__).parents[2] / "support" / "cuda_emulator"
 
 SMALL = """
 from llmc_cli.benchmark import ceilings
@@ -35,7 +34,8 @@ def bench(section, config, *arguments, **environment):
     given = ["bench", section, "--model", config, "-b", 2, "-t", 8, "--steps", 1, "--device", "cuda", *arguments]
     return subprocess.run(
         [sys.executable, "-c", SMALL, *map(str, given)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(FOLDER), **environment},
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(CUDA_EMULATOR), **environment},
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_training_in_words(tiny_config):
 def test_a_graph_that_is_refused_is_told_of(tiny_config, tmp_path):
     """By the process that computes, to whom it may concern."""
     (tmp_path / "sitecustomize.py").write_text(REFUSING)
-    path = os.pathsep.join((str(tmp_path), str(FOLDER)))
+    path = os.pathsep.join((str(tmp_path), str(CUDA_EMULATOR)))
     result = bench("train", tiny_config, "--json", PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     told = "--device cuda: launched one by one, since no graph can be made: "
@@ -120,7 +120,7 @@ def test_the_start(tiny_config, tiny_data, monkeypatch):
     from llmc_cli.benchmark.job import Work
     from llmc_cli.models.config import ModelConfig
 
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    monkeypatch.setenv("PYTHONPATH", str(CUDA_EMULATOR))
     work = Work("llmc", "start", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "fp32", 1)
     assert 0 < startup.first_step(work, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
 
@@ -128,7 +128,7 @@ def test_the_start(tiny_config, tiny_data, monkeypatch):
 def test_pytorch_that_cannot_is_an_error(tiny_config, tmp_path):
     """Nothing is measured beside a PyTorch that does not load, or on another device."""
     (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
-    path = os.pathsep.join((str(FOLDER), str(tmp_path)))
+    path = os.pathsep.join((str(CUDA_EMULATOR), str(tmp_path)))
     result = bench("train", tiny_config, "--against", "torch", "--quiet", PYTHONPATH=path)
     assert (result.returncode, result.stdout) == (4, "")
     assert result.stderr == "llmc: --against torch: train: ImportError: broken on purpose\n"

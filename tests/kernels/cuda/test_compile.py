@@ -1,18 +1,17 @@
 """Every CUDA program compiles for every architecture, without a warning, into kernels that its devices can launch."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 from support.cuda_compiler import PROGRAMS, Variant, compile_all, library
 from support.cuda_emulator.architectures import ARCHITECTURES, blocks_at_once
 from support.cuda_launches import launches
+from support.paths import ROOT
 
 from llmc_cli.kernels.cuda.device import TENSOR_CORES
 
 pytestmark = pytest.mark.nvrtc
 
-ROOT = Path(__file__).parents[3]
 VERSIONS = (12, 13)
 DEVICES = [
     (capability, bf16)

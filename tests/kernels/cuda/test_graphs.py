@@ -3,11 +3,11 @@ what cannot be captured is refused; and faults of the host that only a graph bri
 
 import contextlib
 import gc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support.cuda_stand_in import cupy
+from support.paths import FIXTURES
 
 from llmc_cli.kernels.cuda import attention, blas, device, few_rows, recording
 from llmc_cli.kernels.cuda.device import Device
@@ -19,7 +19,7 @@ from llmc_cli.sampling.filters import Settings
 from llmc_cli.sampling.generation import Stepper, generate, sample_tokens
 from llmc_cli.training.optimizer import AdamW
 
-MODEL = Path(__file__).parents[3] / "fixtures" / "sampling_model.bin"
+MODEL = FIXTURES / "sampling_model.bin"
 TOKENS = [4, 8, 15, 16, 23, 42, 7, 7]
 
 

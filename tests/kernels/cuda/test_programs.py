@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import CUDA_EMULATOR, FIXTURES, TINY_GPT2
 
-TESTS = Path(__file__).parents[2]
-GOLDEN = TESTS.parent / "fixtures" / "tiny_gpt2"
-SAMPLING_MODEL = TESTS.parent / "fixtures" / "sampling_model.bin"
+SAMPLING_MODEL = FIXTURES / "sampling_model.bin"
 
 emulated = pytest.mark.usefixtures("compiler")
 
@@ -22,7 +20,7 @@ def llmc(*arguments, emulator=None, cwd=None, **environment):
     """A command's process; ``emulator``: None for none, else settings of the stand-in for CuPy, which it has then."""
     environment = {**os.environ, **environment}
     if emulator is not None:
-        environment |= {"PYTHONPATH": str(TESTS / "support" / "cuda_emulator"), **emulator}
+        environment |= {"PYTHONPATH": str(CUDA_EMULATOR), **emulator}
     command = [sys.executable, "-m", "llmc_cli.app", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
 
@@ -112,7 +110,7 @@ def test_several_samples(on):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
 def test_verify_state(on, precision):
-    run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda",
+    run = llmc("verify", TINY_GPT2 / "model.bin", "--state", TINY_GPT2 / "debug_state.bin", "--device", "cuda",
                "--precision", precision, emulator=on({}))  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "overall okay: 1" in run.stdout
@@ -205,5 +203,7 @@ def test_an_old_device_has_float32_only():
     run = llmc("train", "--device", "cuda", "--precision", "bf16", emulator=old)
     assert run.returncode == 4
     assert "compute capability 7.5, and that needs 8.0" in " ".join(run.stderr.split())
-    run = llmc("verify", GOLDEN / "model.bin", "--state", GOLDEN / "debug_state.bin", "--device", "cuda", emulator=old)
+    run = llmc(
+        "verify", TINY_GPT2 / "model.bin", "--state", TINY_GPT2 / "debug_state.bin", "--device", "cuda", emulator=old
+    )
     assert run.returncode == 0, run.stderr

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.faulty_checks import STATE_OFFSETS, Float32Kernels, damaged_state, faulty_kernels, perturb_last
 from support.paths import TINY_GPT2
-from test_verification import PLACES, Single, faulty, golden_state, last_is_off
 from typer.testing import CliRunner
 
 from llmc_cli.app import app
@@ -17,7 +17,11 @@ from llmc_cli.kernels.backend import Backend
 from llmc_cli.kernels.cases import OPERATIONS
 
 MODEL, STATE, LOSSES = (str(TINY_GPT2 / name) for name in ("model.bin", "debug_state.bin", "losses.txt"))
-BITS = [pytest.param(place.values[0], place.values[1], id=place.values[0]) for place in PLACES if "largest" in place.id]
+BITS = [
+    pytest.param(place.values[0], place.values[1], id=place.values[0])
+    for place in STATE_OFFSETS
+    if "largest" in place.id
+]
 
 
 def llmc(*arguments, stdin=None):
@@ -56,7 +60,7 @@ def test_kernels_pass():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_faulty_kernel_fails(kernels, operation):
-    kernels(faulty(operation, list(OPERATIONS[operation].bounds)[-1], last_is_off))
+    kernels(faulty_kernels(operation, list(OPERATIONS[operation].bounds)[-1], perturb_last))
     result = llmc()
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1] == "overall okay: 0"
@@ -65,7 +69,7 @@ def test_a_faulty_kernel_fails(kernels, operation):
 
 
 def test_kernels_as_json(kernels):
-    kernels(faulty("linear_backward", "db", lambda db: db.fill(np.nan)))
+    kernels(faulty_kernels("linear_backward", "db", lambda db: db.fill(np.nan)))
     result = llmc("--json", "--quiet")
     assert result.exit_code == 1
     document = json.loads(result.stdout)
@@ -94,15 +98,15 @@ def test_a_state_as_json():
 
 @pytest.mark.parametrize(("name", "at"), BITS)
 def test_a_flipped_bit_fails(kernels, tmp_path, name, at):
-    kernels(Single())
-    result = llmc(MODEL, "--state", golden_state(tmp_path, at), "--losses", LOSSES)
+    kernels(Float32Kernels())
+    result = llmc(MODEL, "--state", damaged_state(tmp_path, at), "--losses", LOSSES)
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1] == "overall okay: 0"
     assert failed(result.stdout) == {name}
 
 
 def test_losses_from_stdin(kernels):
-    kernels(Single())
+    kernels(Float32Kernels())
     assert llmc(MODEL, "--state", STATE, "--losses", "-", stdin=Path(LOSSES).read_text()).exit_code == 0
     text = Path(LOSSES).read_text()
     result = llmc(MODEL, "--state", STATE, "--losses", "-", stdin=text.replace("4.81", "4.82"))
@@ -119,7 +123,7 @@ def test_bad_losses(tmp_path, content):
 
 
 def test_fewer_steps_and_none(kernels):
-    kernels(Single())
+    kernels(Float32Kernels())
     assert "loss 3\t" in llmc(MODEL, "--state", STATE, "--steps", 3).stdout
     assert "loss 1\t" not in llmc(MODEL, "--state", STATE, "--steps", 0).stdout
 

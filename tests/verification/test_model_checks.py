@@ -2,10 +2,10 @@
 
 import inspect
 import math
-import shutil
 
 import numpy as np
 import pytest
+from support.faulty_checks import STATE_OFFSETS, Float32Kernels, damaged_state, faulty_kernels, perturb_last
 from support.paths import TINY_GPT2
 
 from llmc_cli.errors import DataError
@@ -25,35 +25,6 @@ from llmc_cli.verification.model_checks import check_state, parse_losses, state_
 OUTPUTS = [(name, output) for name, operation in OPERATIONS.items() for output in operation.bounds]
 
 
-class Single(ReferenceKernels):
-    """The reference's formulas in float32."""
-
-    dtype = np.float32
-
-    def sum_squares(self, out, g):
-        super().sum_squares(out, g.astype(np.float64))
-
-
-def faulty(operation, output, change):
-    """Kernels of which one operation's output is changed behind its back."""
-    kernels = Single()
-    right = getattr(kernels, operation)
-    place = list(inspect.signature(right).parameters).index(output)
-
-    def wrong(*args):
-        right(*args)
-        if args[place] is not None:
-            change(args[place])
-
-    setattr(kernels, operation, wrong)
-    return kernels
-
-
-def last_is_off(values):
-    """A thousandth of the largest value too much in the last element."""
-    values.reshape(-1)[-1] += 1e-3 * np.abs(values).max()
-
-
 def test_the_table_knows_every_operation_as_it_is():
     names = {name for name, value in vars(spec.Kernels).items() if inspect.isfunction(value)}
     names -= {"alloc", "upload", "upload_ahead", "download", "copy", "synchronize", "recorded"}
@@ -71,7 +42,7 @@ def test_the_table_knows_every_operation_as_it_is():
 
 
 def test_right_kernels_pass():
-    checks = list(check_kernels(Single()))
+    checks = list(check_kernels(Float32Kernels()))
     assert len(checks) == kernel_check_count()
     assert all(check.ok for check in checks)
     assert {check.name for check in checks} == {*OPERATIONS, "tiny model"}
@@ -83,7 +54,7 @@ def test_the_kernels_of_this_machine_pass(backend):
 
 @pytest.mark.parametrize(("operation", "output"), OUTPUTS)
 def test_a_fault_in_any_output_is_named(operation, output):
-    checks = list(check_operation(faulty(operation, output, last_is_off), operation))
+    checks = list(check_operation(faulty_kernels(operation, output, perturb_last), operation))
     failed = [check.what.partition(":")[0] for check in checks if not check.ok]
     assert failed == [output]
 
@@ -93,7 +64,7 @@ def test_a_nan_in_any_output_is_named(operation, output):
     def spoil(values):
         values.reshape(-1)[0] = np.nan
 
-    checks = list(check_operation(faulty(operation, output, spoil), operation))
+    checks = list(check_operation(faulty_kernels(operation, output, spoil), operation))
     assert [check.what.partition(":")[0] for check in checks if not check.ok] == [output]
 
 
@@ -103,7 +74,7 @@ def test_a_nan_in_any_output_is_named(operation, output):
 @pytest.mark.parametrize("adds", [True, False])
 def test_acc_that_is_ignored_is_found(operation, output, adds):
     """An operation that always adds, or never does."""
-    kernels = Single()
+    kernels = Float32Kernels()
     right = getattr(kernels, operation)
 
     def wrong(*args):
@@ -130,34 +101,7 @@ def test_a_fault_shows_in_the_tiny_training_too(operation):
     def tenth_more(values):
         values *= 1.1
 
-    assert any(not check.ok for check in check_training(faulty(operation, output, tenth_more)))
-
-
-def golden_state(tmp_path, at, value=None):
-    """A copy of the golden debug state with one float32 replaced, or its bit 30 flipped."""
-    path = tmp_path / "state.bin"
-    shutil.copy(TINY_GPT2 / "debug_state.bin", path)
-    with path.open("r+b") as file:
-        file.seek(at)
-        word = int.from_bytes(file.read(4), "little")
-        word = word ^ (1 << 30) if value is None else int(np.float32(value).view(np.uint32))
-        file.seek(at)
-        file.write(word.to_bytes(4, "little"))
-    return path
-
-
-def places():
-    """Of logits, loss and each gradient: the byte offsets of its largest, its smallest and its last value."""
-    state = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(TINY_GPT2 / "model.bin"))
-    at = HEADER_BYTES + 8 * state.x.size
-    for name, values in {"logits": state.logits, "loss": np.float32([state.loss]), **state.grads}.items():
-        sizes = np.abs(values.reshape(-1))
-        for which, index in (("largest", sizes.argmax()), ("smallest", sizes.argmin()), ("last", -1)):
-            yield pytest.param(name, at + 4 * (int(index) % sizes.size), id=f"{name}-{which}")
-        at += values.nbytes
-
-
-PLACES = list(places())
+    assert any(not check.ok for check in check_training(faulty_kernels(operation, output, tenth_more)))
 
 
 def failed_checks(kernels, state, steps=0, losses=None, model=TINY_GPT2 / "model.bin"):
@@ -178,30 +122,30 @@ def test_without_losses_the_reference_computes_them(backend):
     assert failed_checks(backend.kernels, TINY_GPT2 / "debug_state.bin", 10) == set()
 
 
-@pytest.mark.parametrize(("name", "at"), PLACES)
+@pytest.mark.parametrize(("name", "at"), STATE_OFFSETS)
 def test_a_flipped_bit_is_named(backend, tmp_path, name, at):
-    assert failed_checks(backend.kernels, golden_state(tmp_path, at)) == {name}
+    assert failed_checks(backend.kernels, damaged_state(tmp_path, at)) == {name}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(("name", "at"), [place for place in PLACES if place.id.endswith("largest")])
+@pytest.mark.parametrize(("name", "at"), [place for place in STATE_OFFSETS if place.id.endswith("largest")])
 def test_what_is_not_finite_is_named(backend, tmp_path, name, at, bad):
-    assert failed_checks(backend.kernels, golden_state(tmp_path, at, bad)) == {name}
+    assert failed_checks(backend.kernels, damaged_state(tmp_path, at, bad)) == {name}
 
 
 def test_a_changed_input_is_seen(backend, tmp_path):
     with pytest.raises(RangeError, match="token id"):
-        list(check_state(TINY_GPT2 / "model.bin", golden_state(tmp_path, HEADER_BYTES), backend.kernels, 0, None))
+        list(check_state(TINY_GPT2 / "model.bin", damaged_state(tmp_path, HEADER_BYTES), backend.kernels, 0, None))
     ids = read_debug_state(TINY_GPT2 / "debug_state.bin", read_header(TINY_GPT2 / "model.bin")).x
     other = np.array([(ids[0, 0] + 1) % 97], np.int32).view(np.float32)[0]
-    assert {"logits", "loss"} <= failed_checks(backend.kernels, golden_state(tmp_path, HEADER_BYTES, other))
+    assert {"logits", "loss"} <= failed_checks(backend.kernels, damaged_state(tmp_path, HEADER_BYTES, other))
 
 
 def test_the_gradient_of_the_padding_must_be_zero(tmp_path):
-    at = next(place.values[1] for place in PLACES if place.id == "wte-last")
-    checks = list(check_state(TINY_GPT2 / "model.bin", golden_state(tmp_path, at, 1e-30), Single(), 0, None))
+    at = next(place.values[1] for place in STATE_OFFSETS if place.id == "wte-last")
+    checks = list(check_state(TINY_GPT2 / "model.bin", damaged_state(tmp_path, at, 1e-30), Float32Kernels(), 0, None))
     assert [check.what for check in checks if not check.ok] == ["padding"]
-    kernels = faulty("embedding_backward", "dwte", lambda dwte: dwte.__setitem__((-1, 0), 1e-30))
+    kernels = faulty_kernels("embedding_backward", "dwte", lambda dwte: dwte.__setitem__((-1, 0), 1e-30))
     checks = list(check_state(TINY_GPT2 / "model.bin", TINY_GPT2 / "debug_state.bin", kernels, 0, None))
     assert [check.what for check in checks if not check.ok] == ["padding"]
 

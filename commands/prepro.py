@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llmc_cli.data.documents import Piece
     from llmc_cli.data.shards import ShardPlan, TokenFiles
-    from llmc_cli.tokenizer.tokenizer import Tokenizer
+    from llmc_cli.tokenizer.base import Tokenizer
 
 FILE_NAMES = {"tinyshakespeare": "tiny_shakespeare", "text": "text"}
 LATER = ("tinystories", "fineweb", "fineweb-edu", "hellaswag", "mmlu")

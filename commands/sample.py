@@ -12,7 +12,7 @@ from llmc_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmc_cli.models.config import ModelConfig
-    from llmc_cli.tokenizer.tokenizer import Tokenizer
+    from llmc_cli.tokenizer.base import Tokenizer
 
 
 def sample(

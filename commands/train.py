@@ -11,7 +11,7 @@ from llmc_cli.errors import MissingError
 
 if TYPE_CHECKING:
     from llmc_cli.kernels.backend import Backend
-    from llmc_cli.tokenizer.tokenizer import Tokenizer
+    from llmc_cli.tokenizer.base import Tokenizer
     from llmc_cli.training.plan import Plan
     from llmc_cli.training.reports import Report, StepReport
     from llmc_cli.training.trainer import Training

@@ -20,7 +20,8 @@ from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.files import read_config
 from llmc_cli.models.layout import parameter_shapes
 from llmc_cli.models.presets import GPT2_VOCAB_SIZE
-from llmc_cli.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
+from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
 OPENAI = re.compile(r"(openai-community/)?gpt2(-medium|-large|-xl)?")
 """Ids on the hub whose tokenizer is the one that ships with the program."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from llmc_cli.data.documents import Piece
 from llmc_cli.errors import MissingError
-from llmc_cli.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
+from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
 Tokens = NDArray[np.int32]
 

@@ -20,7 +20,7 @@ from llmc_cli.data.encoding import Tokens, _batches, encoded
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.formats.registry import Kind
 from llmc_cli.formats.shard import MAX_TOKENS, ShardWriter
-from llmc_cli.tokenizer.tokenizer import Tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
 
 SHARD_TOKENS = 10**8
 VAL_TOKENS = 32_768

@@ -15,7 +15,7 @@ from llmc_cli.models.kv_cache import Cache, cache_shapes
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.filters import SEED, Settings, choose, generator
 from llmc_cli.sampling.stop_strings import StopWatch
-from llmc_cli.tokenizer.tokenizer import Tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
 
 Ending: TypeAlias = Literal["", "end-of-text", "stop", "length"]
 """Why a sample is over; empty while it is not."""

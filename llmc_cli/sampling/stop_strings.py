@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from llmc_cli.errors import DataError, UsageError
-from llmc_cli.tokenizer.tokenizer import Tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
 
 
 class StopWatch:

@@ -1,15 +1,16 @@
-"""Decode a stream of tokens into text."""
+"""Decode a stream of token ids to text incrementally."""
 
 import codecs
 from collections.abc import Iterable
 
-from llmc_cli.tokenizer.tokenizer import Tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
 
 
 class TextStream:
-    """Ids to text, as far as their bytes complete UTF-8; what never does becomes U+FFFD.
+    """Incremental decoder: returns text as soon as the bytes form complete UTF-8 characters.
 
-    Special tokens give no text unless ``show_special``. ``position`` counts the ids, for the message about a bad one.
+    Invalid or incomplete UTF-8 becomes U+FFFD. Special tokens are omitted unless ``show_special``. ``position`` counts
+    the ids decoded so far; error messages refer to it.
     """
 
     def __init__(self, tokenizer: Tokenizer, show_special: bool = False, position: int = 0) -> None:
@@ -19,7 +20,7 @@ class TextStream:
         self.position = position
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that ``ids`` complete. Raises DataError for an id outside the vocabulary."""
+        """Return the text that ``ids`` complete. Raises DataError for an id outside the vocabulary."""
         ids = list(ids)
         content = self._tokenizer.decode_bytes(ids, self.position)
         self.position += len(ids)
@@ -28,5 +29,5 @@ class TextStream:
         return self._utf8.decode(content)
 
     def finish(self) -> str:
-        """What is left of a character that never completed; the stream then starts anew behind it."""
+        """Return U+FFFD if the last character is incomplete, else "", and reset the decoder."""
         return self._utf8.decode(b"", final=True)

@@ -25,9 +25,10 @@ from llmc_cli.formats.tensors import Tensors
 from llmc_cli.formats.train_state import check_train_state
 from llmc_cli.formats.vocabulary import read_vocabulary
 from llmc_cli.formats.weights import VERSIONS, GPT2Header, check_weights, find_order, read_header, tensor_shapes
+from llmc_cli.models.presets import GPT2_VOCAB_SIZE
 from llmc_cli.training.checkpoints import RunFolder
 
-VOCAB_SIZES = {Kind.SHARD_GPT2: 50257, Kind.SHARD_LLAMA3: 128256}
+VOCAB_SIZES = {Kind.SHARD_GPT2: GPT2_VOCAB_SIZE, Kind.SHARD_LLAMA3: 128256}
 """Of the tokenizers that the shards are made with; a model beside them says it more exactly."""
 
 KNOWN = (

@@ -19,7 +19,7 @@ from llmc_cli.formats.weights import read_header
 from llmc_cli.models import huggingface_config, huggingface_weights
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import parameter_shapes
-from llmc_cli.tokenizer.huggingface import merges, spell
+from llmc_cli.tokenizer.huggingface import merges, token_to_text
 from llmc_cli.tokenizer.tokenizer import GPT2_SHA256, load_tokenizer
 
 
@@ -73,7 +73,7 @@ def test_a_folder_with_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, wide):
 
 def test_merges_are_those_of_openai():
     """The file that OpenAI published lists them, a line each."""
-    lines = [f"{spell(left)} {spell(right)}\n" for left, right in merges(load_tokenizer("gpt2"))]
+    lines = [f"{token_to_text(left)} {token_to_text(right)}\n" for left, right in merges(load_tokenizer("gpt2"))]
     text = "".join(["#version: 0.2\n", *lines])
     found = hashlib.sha256(text.encode()).hexdigest()
     assert found == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"

@@ -16,7 +16,8 @@ from llmc_cli.data.tinyshakespeare import shakespeare_sections, shakespeare_text
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.registry import Kind
 from llmc_cli.formats.shard import read_headerless, read_shard
-from llmc_cli.tokenizer.tokenizer import Tokenizer, load_tokenizer, write_tokenizer_table
+from llmc_cli.tokenizer.base import Tokenizer
+from llmc_cli.tokenizer.tokenizer import load_tokenizer, write_tokenizer_table
 
 
 class Letters(Tokenizer):
@@ -157,7 +158,7 @@ def test_nothing_to_train_on(tmp_path):
 
 def test_a_tokenizer_that_cannot_encode(gpt2, tmp_path):
     write_tokenizer_table(tmp_path / "t.bin", gpt2)
-    with pytest.raises(UsageError, match="can decode, not encode"):
+    with pytest.raises(UsageError, match="can only decode"):
         write_token_files(documents("a"), load_tokenizer(str(tmp_path / "t.bin")), ShardPlan(tmp_path / "out", "x"))
     assert not (tmp_path / "out").exists()
 

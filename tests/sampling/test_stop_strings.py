@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.sampling.stop_strings import StopWatch, spell
-from llmc_cli.tokenizer.tokenizer import Tokenizer
+from llmc_cli.tokenizer.base import Tokenizer
 
 TOKENS = (b"a", b"b", b"c", b"ab", b"bc", b"abc", b"cab", b"\xc3", b"\xa9", b"b\xc3", b"\xa9a", b"<end>")
 END = len(TOKENS) - 1

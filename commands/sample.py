@@ -79,11 +79,11 @@ def sample(
     from llmc_cli.kernels.backend import open_sampling
     from llmc_cli.machine.idle_threads import spin_between_calls
     from llmc_cli.models.files import load_model, read_config
-    from llmc_cli.sampling.filters import Settings
-    from llmc_cli.sampling.generation import fit, generate
+    from llmc_cli.sampling.filters import SamplingOptions
+    from llmc_cli.sampling.generation import generate, resolve_max_tokens
 
     output = render.Output(json, quiet)
-    settings = Settings(temperature, top_k, top_p, min_p, seed)
+    sampling_options = SamplingOptions(temperature, top_k, top_p, min_p, seed)
     refuse_broken_text(prompt, *(stop or ()))
     config = read_config(model)
     words = find_tokenizer(config, tokenizer)
@@ -93,12 +93,12 @@ def sample(
             "give --tokenizer, or --ids with --prompt-ids"
         )
     start = starting_ids(prompt, prompt_ids, words)
-    max_tokens = fit(config, start, max_tokens)  # before the model is loaded, which may take a while
+    max_tokens = resolve_max_tokens(config, start, max_tokens)  # before the model is loaded, which may take a while
     spin_between_calls()
     loaded = load_model(model, open_sampling(device, precision, threads, output.note).kernels)
 
     begun, made = time.perf_counter(), 0
-    pieces = generate(loaded, start, settings, max_tokens, num, words, stop or ())
+    pieces = generate(loaded, start, sampling_options, max_tokens, num, words, stop or ())
     voices = [make_voice(output, number, start, echo, ids, words) for number in range(num)]
 
     def announce(number: int) -> None:
@@ -111,9 +111,9 @@ def sample(
     for piece in pieces:
         made += len(piece.ids)
         text = voices[piece.sample].more(piece.ids)
-        if piece.ending:
-            text += voices[piece.sample].end(piece.ending)
-        blocks.add(piece.sample, text, over=bool(piece.ending))
+        if piece.finish_reason:
+            text += voices[piece.sample].end(piece.finish_reason)
+        blocks.add(piece.sample, text, over=bool(piece.finish_reason))
     seconds = time.perf_counter() - begun
     output.note(f"{made} tokens in {render.seconds(seconds)}, {made / seconds:.1f} tokens/s")
 

@@ -16,11 +16,11 @@ from llmc_cli.kernels.random_arrays import SEED, fill
 from llmc_cli.kernels.spec import Array, Kernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, MATRICES
-from llmc_cli.models.kv_cache import Cache
+from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.rng import Xorshift
-from llmc_cli.sampling.filters import Settings, choose
-from llmc_cli.sampling.generation import Stepper
+from llmc_cli.sampling.filters import SamplingOptions, sample_token
+from llmc_cli.sampling.generation import Decoder
 from llmc_cli.training.optimizer import AdamW
 
 LR, WEIGHT_DECAY, STD = 1e-4, 0.1, 0.02
@@ -126,16 +126,16 @@ class SampleWorkload:
     def prepare(self, task: str) -> Task:
         kernels = self.backends[task.split()[1]]
         model = random_model(self.config, kernels)
-        cache = Cache(model, self.B, self.T + self.tokens, self.B)
+        cache = KVCache(self.config, kernels, self.B, self.T + self.tokens, self.B)
         fill(kernels, cache.keys)
         fill(kernels, cache.values)
-        stepper, settings, coins = Stepper(model, cache), Settings(temperature=0), Xorshift(SEED)
+        decoder, options, generator = Decoder(model, cache), SamplingOptions(temperature=0), Xorshift(SEED)
 
         def run() -> Detail:
             cache.lengths[:] = self.T
             tokens = [0] * self.B
             for _ in range(self.tokens):
-                tokens = [choose(row, settings, coins) for row in stepper.step(tokens)]
+                tokens = [sample_token(row, options, generator) for row in decoder.step(tokens)]
             return None
 
         weights = [model.head, *(weight for name in MATRICES for weight in model.weights[name])]

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc_cli.kernels.spec import Array
+
+ALIGN = 16  # elements: 64 bytes of float32, a cache line
+
+Tokens: TypeAlias = NDArray[np.int32]
+"""Ids or targets on the host."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Alloc = Callable[[tuple[int, ...], Any], Array]

@@ -8,24 +8,16 @@ behind the MLP.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.kernels.spec import Array, Kernels, Weight
-from llmc_cli.models.arena import Arena
+from llmc_cli.models.arena import ALIGN, Arena, Tokens
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.models.layout import parameter_shapes
 from llmc_cli.rng import MersenneTwister
-
-if TYPE_CHECKING:
-    from llmc_cli.models.kv_cache import Cache
-
-ALIGN = 16  # elements: 64 bytes of float32, a cache line
-
-Tokens: TypeAlias = NDArray[np.int32]
-"""Ids or targets on the host."""
 
 STD = 0.02  # of fresh weights
 
@@ -291,14 +283,14 @@ class GPT2:
         flat = self.kernels.download(self.params.flat)
         return Arena(lambda *_: flat, parameter_shapes(self.config), flat.dtype)
 
-    def extend(self, cache: "Cache", ids: Tokens) -> Array:
+    def extend(self, cache: KVCache, ids: Tokens) -> Array:
         """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
         view that the next call overwrites. The caller sees to it that the cache has room."""
         S, T = ids.shape
-        cache.put(ids)
-        return self.feed(cache, T).reshape(S, T, -1)
+        cache.append(ids)
+        return self.forward_cached(cache, T).reshape(S, T, -1)
 
-    def feed(self, cache: "Cache", T: int) -> Array:
+    def forward_cached(self, cache: KVCache, T: int) -> Array:
         """What ``extend`` computes: the hidden states (S·T,C) of the T ids that each sequence of ``cache`` was last
         given. Nothing comes from the host or goes there."""
         k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads

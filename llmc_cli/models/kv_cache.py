@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from llmc_cli.kernels.spec import Array
-from llmc_cli.models.arena import Arena
+from llmc_cli.kernels.spec import Array, Kernels
+from llmc_cli.models.arena import ALIGN, Arena, Tokens
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import ALIGN, GPT2, Tokens
 
 
 def cache_shapes(config: ModelConfig, S: int, T: int) -> dict[str, tuple[int, ...]]:
@@ -14,23 +13,23 @@ def cache_shapes(config: ModelConfig, S: int, T: int) -> dict[str, tuple[int, ..
     return {"keys": shape, "values": shape}
 
 
-class Cache:
+class KVCache:
     """Keys and values of S sequences of up to T positions, and the scratch to add at most R rows at once.
 
     ``lengths`` (S,) int32, on the host, is how many positions of each are filled.
     """
 
-    def __init__(self, model: GPT2, S: int, T: int, R: int) -> None:
-        self.kernels, C = model.kernels, model.config.channels
-        alloc, dtype = self.kernels.alloc, self.kernels.activation_dtype
+    def __init__(self, config: ModelConfig, kernels: Kernels, S: int, T: int, R: int) -> None:
+        self.kernels, C = kernels, config.channels
+        alloc, dtype = kernels.alloc, kernels.activation_dtype
         self.S, self.T = S, T
-        arena = Arena(alloc, cache_shapes(model.config, S, T), dtype, ALIGN)
+        arena = Arena(alloc, cache_shapes(config, S, T), dtype, ALIGN)
         self.keys, self.values = arena["keys"], arena["values"]
         self.lengths = np.zeros(S, np.int32)
         shapes = {"stream": (R, C), "norm": (R, C), "qkv": (R, 3 * C), "att": (R, C), "branch": (R, C),
                   "fc": (R, 4 * C), "gelu": (R, 4 * C)}  # fmt: skip
         self._scratch = Arena(alloc, shapes, dtype, ALIGN)
-        self._statistics = Arena(alloc, {"mean": (R,), "rstd": (R,)}, self.kernels.dtype, ALIGN)
+        self._statistics = Arena(alloc, {"mean": (R,), "rstd": (R,)}, kernels.dtype, ALIGN)
         self._inputs = alloc((S + 2 * R,), np.int32)
 
     def scratch(self, N: int) -> dict[str, Array]:
@@ -41,7 +40,7 @@ class Cache:
         """The same of ``mean`` and ``rstd`` (N,)."""
         return {name: view[:N] for name, view in self._statistics.items()}
 
-    def put(self, ids: Tokens) -> None:
+    def append(self, ids: Tokens) -> None:
         """Give the backend the next ids (S,T), in one piece with where they stand, and count them as filled."""
         S, T = ids.shape
         positions = self.lengths[:, None] + np.arange(T, dtype=np.int32)  # (S, T)
@@ -50,11 +49,12 @@ class Cache:
         self.lengths += T
 
     def inputs(self, T: int) -> tuple[Array, Array, Array]:
-        """What ``put`` gave of T ids for each sequence: the lengths (S,) before them, ids (S·T,), positions (S·T,)."""
+        """What ``append`` gave of T ids for each sequence: the lengths (S,) before them, ids (S·T,), positions
+        (S·T,)."""
         S, N = self.S, self.S * T
         return self._inputs[:S], self._inputs[S : S + N], self._inputs[S + N : S + 2 * N]
 
-    def share(self, first: "Cache") -> None:
+    def copy_prompt(self, first: "KVCache") -> None:
         """Let every sequence begin with what ``first``, a cache of one, holds."""
         used = int(first.lengths[0])
         for mine, source in ((self.keys, first.keys), (self.values, first.values)):  # (L, S, NH, T, HS)

@@ -1,4 +1,4 @@
-"""Pick the next token from logits: temperature, filters, a draw."""
+"""Temperature, top-k, top-p and min-p filters, and the draw of the next token."""
 
 import math
 from dataclasses import dataclass
@@ -8,36 +8,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.errors import DataError, UsageError
-from llmc_cli.rng import Xorshift
+from llmc_cli.rng import DEFAULT_SEED, Xorshift
 
 Logits: TypeAlias = NDArray[np.floating]
-"""(V,) float32 or float64; minus infinity for what a filter has left out."""
+"""(V,) float32 or float64; filters set the logits of excluded tokens to minus infinity."""
 
+SAFE_EXPONENT = 64.0  # a sum of V float32 exponentials of at most this neither overflows nor underflows to 0
 
-SEED = 1337  # the C trainer's
-
-
-SAFE_EXPONENT = 64.0  # sums of V float32 exponentials of up to this neither overflow nor vanish
-
-
-SMALLEST = 1e-37  # that float32 can divide by, not far below anything that makes a difference
+MIN_TEMPERATURE = 1e-37  # the smallest divisor that is still a normal float32
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How tokens are picked.
+class SamplingOptions:
+    """How the next token is chosen.
 
-    The logits are divided by ``temperature`` (0: the most likely token, nothing drawn); then each filter works on what
-    the one before has left: the ``top_k`` most likely (0: all), the fewest most likely that together have probability
-    ``top_p`` (1: all), those at least ``min_p`` times as likely as the most likely one (0: all). Sample i draws from
-    ``generator(seed, i)``. Raises UsageError for values out of range.
+    The logits are divided by ``temperature`` (0: greedy, no random draw). Then each filter applies to what the previous
+    one left: the ``top_k`` most likely tokens (0: all), the smallest set of most likely tokens with a total probability
+    of at least ``top_p`` (1: all), and the tokens at least ``min_p`` times as likely as the most likely one (0: all).
+    Sample i uses ``sample_generator(seed, i)``. Raises UsageError for values out of range.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = SEED
+    seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -52,97 +47,103 @@ class Settings:
             raise UsageError(f"--seed {self.seed}: expected 0 to 2^64 - 1")
 
 
-def scale(logits: Logits, temperature: float) -> Logits:
-    """The logits, counted from the largest, divided by ``temperature`` > 0; 1 leaves them as they are."""
+def apply_temperature(logits: Logits, temperature: float) -> Logits:
+    """Subtract the largest logit and divide by ``temperature`` > 0. Return the logits unchanged if it is 1."""
     if temperature == 1:
         return logits
-    with np.errstate(over="ignore"):  # minus infinity is what a quotient beyond float's range should become
-        scaled: Logits = (logits - logits.max()) / max(temperature, SMALLEST)
+    with np.errstate(over="ignore"):  # a quotient outside float32's range becomes minus infinity, as it should
+        scaled: Logits = (logits - logits.max()) / max(temperature, MIN_TEMPERATURE)
     return scaled
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
-    """The ``k`` largest logits, the rest minus infinity. Of equal ones at the border those with lower ids stay."""
+    """Keep the ``k`` largest logits; set the rest to minus infinity. Among equal logits the lowest ids are kept."""
     if k >= len(logits):
         return logits
-    border = np.partition(logits, -k)[-k]
-    kept = np.flatnonzero(logits > border)
-    equal = np.flatnonzero(logits == border)[: k - len(kept)]
-    return _only(logits, np.concatenate([kept, equal]))
+    threshold = np.partition(logits, -k)[-k]
+    above = np.flatnonzero(logits > threshold)
+    equal = np.flatnonzero(logits == threshold)[: k - len(above)]
+    return _keep_only(logits, np.concatenate([above, equal]))
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
-    """The fewest of the largest logits whose probabilities add up to ``p`` or more, the rest minus infinity.
+    """Keep the smallest set of largest logits with a total probability of at least ``p``; set the rest to -inf.
 
-    Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751. Of equal ones those with lower ids come first.
+    Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751. Among equal logits the lowest ids come first.
     """
     ids = np.flatnonzero(logits > -np.inf)
     probabilities = np.exp(logits[ids].astype(np.float64) - logits.max())
     probabilities /= probabilities.sum()
-    # of n, those below (1-p)/n add up to less than 1-p: the nucleus lies above, only that is sorted (half: rounding)
+    # The n probabilities below (1-p)/n add up to less than 1-p, so the nucleus lies above them and only the others need
+    # sorting. The factor 2 allows for rounding.
     likely = np.flatnonzero(probabilities > (1 - p) / (2 * len(ids)))
-    order = likely[np.argsort(-logits[ids[likely]], kind="stable")]  # probabilities that round alike may differ here
+    order = likely[np.argsort(-logits[ids[likely]], kind="stable")]  # by logit: different ones may round to equal p
     count = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
-    return _only(logits, ids[order[:count]])
+    return _keep_only(logits, ids[order[:count]])
 
 
 def keep_min_p(logits: Logits, p: float) -> Logits:
-    """The logits whose probability is at least ``p`` > 0 times the largest, the rest minus infinity.
+    """Keep the logits whose probability is at least ``p`` > 0 times the largest one; set the rest to -inf.
 
     Nguyen et al. 2024, arXiv:2407.01082.
     """
     return np.where(logits >= logits.max() + math.log(p), logits, -np.inf)
 
 
-def _only(logits: Logits, ids: NDArray[np.int64]) -> Logits:
-    kept = np.full_like(logits, -np.inf)
-    kept[ids] = logits[ids]
-    return kept
+def _keep_only(logits: Logits, ids: NDArray[np.int64]) -> Logits:
+    filtered = np.full_like(logits, -np.inf)
+    filtered[ids] = logits[ids]
+    return filtered
 
 
-def filtered(logits: Logits, settings: Settings) -> Logits:
-    """``logits`` as ``settings`` with a temperature above 0 leave them."""
-    logits = scale(logits, settings.temperature)
-    if settings.top_k:
-        logits = keep_top_k(logits, settings.top_k)
-    if settings.top_p < 1:
-        logits = keep_top_p(logits, settings.top_p)
-    if settings.min_p > 0:
-        logits = keep_min_p(logits, settings.min_p)
+def apply_filters(logits: Logits, options: SamplingOptions) -> Logits:
+    """Apply the temperature, which must be above 0, and then each filter that is enabled."""
+    logits = apply_temperature(logits, options.temperature)
+    if options.top_k:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p < 1:
+        logits = keep_top_p(logits, options.top_p)
+    if options.min_p > 0:
+        logits = keep_min_p(logits, options.min_p)
     return logits
 
 
-def pick(logits: Logits, coin: float) -> int:
-    """The id that ``coin``, in [0, 1), falls on when the V probabilities are laid out in order.
+def sample_softmax(logits: Logits, coin: float) -> int:
+    """Sample an id from softmax(logits) by inverting its cumulative distribution at ``coin`` in [0, 1).
 
-    The C trainer's rule and arithmetic, so that the same logits and coins give the same tokens: coin · Σ exp(logit),
-    summed in double precision and rounded to float32, against the running sum in float32. It does not subtract the
-    maximum first, and here that is done only where the exponentials would leave float32's range.
+    The arithmetic is that of llm.c's ``sample_softmax``, so equal logits and coins give equal tokens: coin times the
+    sum of exp(logit), added up in float64 and rounded to float32, is compared with the running sum in float32. Like
+    llm.c it does not subtract the maximum, except where the exponentials would leave float32's range.
     """
-    top = float(logits.max())
-    shifted = logits - top if abs(top) > SAFE_EXPONENT else logits
+    largest = float(logits.max())
+    shifted = logits - largest if abs(largest) > SAFE_EXPONENT else logits
     weights = np.exp(shifted.astype(np.float32, copy=False))
     threshold = np.float32(coin * float(weights.sum(dtype=np.float64)))
     token = int(np.searchsorted(np.cumsum(weights), threshold, side="right"))
-    # rounding may leave the coin at the very end, behind every sum: the last candidate then
+    # Rounding can put the threshold above the last running sum: return the last token that was not filtered out.
     return token if token < len(logits) else int(np.flatnonzero(logits > -np.inf)[-1])
 
 
-def choose(logits: Logits, settings: Settings, coins: Xorshift) -> int:
-    """The next token's id; draws one coin, or none at temperature 0. DataError where logits are NaN or infinite."""
-    logits = logits.astype(np.float32, copy=False)  # whatever the backend, the C trainer's arithmetic
-    best = int(np.argmax(logits))  # the first of equal ones; a NaN where there is one
+def sample_token(logits: Logits, options: SamplingOptions, generator: Xorshift) -> int:
+    """Return the next token's id.
+
+    Draws one random number, or none at temperature 0. Raises DataError if logits are NaN or infinite.
+    """
+    logits = logits.astype(np.float32, copy=False)  # llm.c's arithmetic on every backend
+    best = int(np.argmax(logits))  # the first of equal logits; a NaN if there is one
     if not math.isfinite(logits[best]):
-        raise DataError("the model's logits are not finite; look for NaN or inf in its file with `llmc verify`")
-    return pick(filtered(logits, settings), coins.uniform()) if settings.temperature else best
+        raise DataError("the model's logits are not finite; check its file for NaN or inf with `llmc verify`")
+    if not options.temperature:
+        return best
+    return sample_softmax(apply_filters(logits, options), generator.uniform())
 
 
-def generator(seed: int, sample: int) -> Xorshift:
-    """The coins of one sample, whatever other samples there are.
+def sample_generator(seed: int, sample: int) -> Xorshift:
+    """Return the random generator of one sample. It does not depend on the number of samples.
 
-    Sample 0 draws from ``seed`` itself, as the C trainer does; the others from states that SplitMix64 (Steele et al.
-    2014) makes of seed and number, since neighbouring states of xorshift start alike. So does seed 0, which xorshift
-    never leaves.
+    Sample 0 starts from ``seed`` itself, as llm.c does. Other samples start from SplitMix64 (Steele et al. 2014) of
+    seed and sample number, because xorshift's first outputs from neighboring states are similar. So does seed 0, which
+    is a fixed point of xorshift.
     """
     if sample == 0 and seed:
         return Xorshift(seed)

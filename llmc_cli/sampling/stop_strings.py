@@ -1,4 +1,4 @@
-"""Texts that end a sample: found across tokens, and never let out in part."""
+"""Stop strings: found across token boundaries, and never emitted in part."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,68 +6,73 @@ from llmc_cli.errors import DataError, UsageError
 from llmc_cli.tokenizer.base import Tokenizer
 
 
-class StopWatch:
-    """A stream of tokens, those held back that may turn out to begin one of ``stops``.
+class StopStringMatcher:
+    """Search a stream of tokens for stop strings, holding back tokens that may be the start of one.
 
-    It compares bytes, since a token may end in the middle of a character. Raises UsageError for an empty stop text, and
-    for any without a tokenizer.
+    The search compares bytes, because a token may end inside a character. Raises UsageError for an empty stop string,
+    and for any stop string without a tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
-        if stops and tokenizer is None:
+    def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
+        if stop_strings and tokenizer is None:
             raise UsageError("--stop needs the model's tokenizer; give --tokenizer")
-        if "" in stops:
+        if "" in stop_strings:
             raise UsageError("--stop: expected a text that is not empty")
-        self._tokenizer, self._stops = tokenizer, [stop.encode() for stop in stops]
-        self._held: list[tuple[int, bytes]] = []
+        self._tokenizer, self._stops = tokenizer, [stop.encode() for stop in stop_strings]
+        self._pending: list[tuple[int, bytes]] = []
 
     def feed(self, token: int) -> tuple[list[int], bool]:
-        """The ids set free by one more token, and whether a stop text ends the stream: nothing else may be fed then,
-        and the ids spell exactly what stands before the stop text."""
+        """Add a token. Return the ids that can be emitted now, and whether a stop string was found.
+
+        Once a stop string is found, the ids returned so far spell exactly the text before it, and no more tokens may be
+        fed.
+        """
         if self._tokenizer is None or not self._stops:
             return [token], False
         content = b"" if token in self._tokenizer.special else self._tokenizer.decode_bytes([token])
-        self._held.append((token, content))
-        text = b"".join(content for _, content in self._held)
+        self._pending.append((token, content))
+        text = b"".join(content for _, content in self._pending)
         found = [text.index(stop) for stop in self._stops if stop in text]
         if found:
             ids, start = self._release(min(found))
-            return [*ids, *spell(text[start : min(found)], self._tokenizer)], True
-        return self._release(len(text) - max(_begun(text, stop) for stop in self._stops))[0], False
+            return [*ids, *encode_longest_match(text[start : min(found)], self._tokenizer)], True
+        return self._release(len(text) - max(_partial_match(text, stop) for stop in self._stops))[0], False
 
     def finish(self) -> list[int]:
-        """The ids still held: the stream is over, and they began no stop text after all."""
-        ids, self._held = [token for token, _ in self._held], []
+        """Return the ids still held back, for a stream that ends without a stop string."""
+        ids, self._pending = [token for token, _ in self._pending], []
         return ids
 
     def _release(self, end: int) -> tuple[list[int], int]:
-        """Take out the tokens that lie wholly within the first ``end`` bytes; their ids, and how long they are."""
+        """Remove the tokens that lie entirely within the first ``end`` bytes; return their ids and their length."""
         ids, start = [], 0
-        while self._held and start + len(self._held[0][1]) <= end:
-            token, content = self._held.pop(0)
+        while self._pending and start + len(self._pending[0][1]) <= end:
+            token, content = self._pending.pop(0)
             ids.append(token)
             start += len(content)
         return ids, start
 
 
-def _begun(text: bytes, stop: bytes) -> int:
-    """The length of the longest beginning of ``stop``, less than all of it, that ``text`` ends with."""
+def _partial_match(text: bytes, stop: bytes) -> int:
+    """Return the length of the longest proper prefix of ``stop`` that ``text`` ends with."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
-def spell(content: bytes, tokenizer: Tokenizer) -> Iterator[int]:
-    """Ids whose bytes are ``content``, the longest token first at each place. DataError where the vocabulary lacks a
-    byte (those of byte-level tokenizers have all 256)."""
+def encode_longest_match(content: bytes, tokenizer: Tokenizer) -> Iterator[int]:
+    """Encode bytes by taking the longest matching token at each position. Special tokens are not used.
+
+    Raises DataError if the vocabulary lacks a byte; byte-level tokenizers have all 256.
+    """
     if not content:
         return
-    usual = {token: id for id, token in enumerate(tokenizer.tokens) if token and id not in tokenizer.special}
-    longest, start = max(map(len, usual)), 0
+    ids = {token: id for id, token in enumerate(tokenizer.tokens) if token and id not in tokenizer.special}
+    longest, start = max(map(len, ids)), 0
     while start < len(content):
         ends = range(min(len(content), start + longest), start, -1)
-        piece = next((content[start:end] for end in ends if content[start:end] in usual), None)
-        if piece is None:
+        match = next((content[start:end] for end in ends if content[start:end] in ids), None)
+        if match is None:
             raise DataError(
-                f"{tokenizer.name}: no token spells {content[start : start + 1]!r}, found before a stop text"
+                f"{tokenizer.name}: no token for byte {content[start : start + 1]!r}, found before a stop string"
             )
-        yield usual[piece]
-        start += len(piece)
+        yield ids[match]
+        start += len(match)

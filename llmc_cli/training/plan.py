@@ -7,7 +7,7 @@ from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.backend import Backend
 from llmc_cli.machine.memory import resident_memory
 from llmc_cli.models import gpt2
-from llmc_cli.models.arena import arena_bytes
+from llmc_cli.models.arena import ALIGN, arena_bytes
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.training.options import TrainOptions
@@ -70,9 +70,9 @@ def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) 
     """Bytes of what training allocates, and on the CPU of what the program with its libraries holds already."""
     B, T, dtype, kept = options.batch, options.seq_len, backend.kernels.dtype, backend.kernels.activation_dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
-    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), kept, gpt2.ALIGN)
-    statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, gpt2.ALIGN)
-    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, gpt2.ALIGN)
+    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), kept, ALIGN)
+    statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, ALIGN)
+    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     shapes = parameter_shapes(config)
     bound = backend.kernels.bound_bytes(sum(math.prod(shapes[name]) for name in ("wte", *gpt2.MATRICES)))

@@ -17,7 +17,7 @@ from llmc_cli.kernels.peak import peak_flops
 from llmc_cli.machine.cores import available_cores
 from llmc_cli.models.files import load_model, model_config, read_config
 from llmc_cli.models.gpt2 import GPT2, initialize
-from llmc_cli.models.kv_cache import Cache
+from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.generation import sample_tokens
 from llmc_cli.training.checkpoints import RunFolder, position_of, state_of
@@ -47,7 +47,7 @@ class Training:
     # made by ``run``
     model: GPT2
     optimizer: AdamW
-    cache: Cache
+    cache: KVCache
     loss_detector: OutlierDetector
     norm_detector: OutlierDetector
     generator: Xorshift
@@ -319,6 +319,6 @@ class Training:
         )
         self.end_of_text = self.config.vocab_size - 1
         if options.sample_every:
-            self.cache = Cache(self.model, 1, options.sample_tokens, 1)
+            self.cache = KVCache(self.config, kernels, 1, options.sample_tokens, 1)
         if self.folder and self.first_step:
             self._resume(self.folder)

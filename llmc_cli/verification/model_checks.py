@@ -10,8 +10,9 @@ from llmc_cli.formats.debug_state import DebugState, read_debug_state
 from llmc_cli.formats.weights import TENSORS, read_header
 from llmc_cli.kernels.cases import REFERENCE
 from llmc_cli.kernels.spec import Kernels
+from llmc_cli.models.arena import Tokens
 from llmc_cli.models.files import load_model
-from llmc_cli.models.gpt2 import GPT2, Tokens
+from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.training.optimizer import AdamW
 from llmc_cli.verification.bounds import BOUNDS
 from llmc_cli.verification.comparison import Check, Tally, compare

@@ -189,7 +189,7 @@ def test_blocks_keep_their_order():
         (["--ids", "--prompt-ids", " ".join(["1"] * 96)], 2, "leave no room"),
         (["--ids", "--prompt-ids", "1 120"], 2, "token id 120 is outside the model's vocabulary, 0 to 119"),
         (["--ids", "--prompt-ids", "1 x"], 2, "expected whole numbers"),
-        (["--ids", "--prompt-ids", ""], 2, "nothing to start from"),
+        (["--ids", "--prompt-ids", ""], 2, "the prompt is empty"),
         (["--ids", "Hello", "--prompt-ids", "1"], 2, "give one of them"),
         (["--ids", "Hello"], 2, "give --prompt-ids or --tokenizer"),
         (["--ids"], 2, "give --prompt-ids or --tokenizer"),

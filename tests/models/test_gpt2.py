@@ -8,7 +8,7 @@ from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models import huggingface_config
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2, initialize
-from llmc_cli.models.kv_cache import Cache
+from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.models.layout import flops_per_token, parameter_count
 from llmc_cli.models.presets import PRESETS, preset
 from llmc_cli.rng import MersenneTwister
@@ -127,7 +127,7 @@ def test_logits_give_the_loss(model, batch):
 def test_cache_gives_the_same_hidden_states(model, batch, cuts):
     model.forward(batch[0])
     expected = model.acts["lnf"].reshape(B, T, -1)
-    cache = Cache(model, B, T, B * max(cuts))
+    cache = KVCache(CONFIG, model.kernels, B, T, B * max(cuts))
     start = 0
     for length in cuts:
         hidden = model.extend(cache, np.ascontiguousarray(batch[0][:, start : start + length]))

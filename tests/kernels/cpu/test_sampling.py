@@ -18,13 +18,13 @@ from llmc_cli.formats import bfloat16
 from llmc_cli.kernels.backend import open_kernels, open_sampling
 from llmc_cli.kernels.cases import OPERATIONS, REFERENCE, Case, cases, run
 from llmc_cli.models.files import load_model
-from llmc_cli.models.kv_cache import Cache
-from llmc_cli.sampling.filters import Settings
-from llmc_cli.sampling.generation import Stepper, generate
+from llmc_cli.models.kv_cache import KVCache
+from llmc_cli.sampling.filters import SamplingOptions
+from llmc_cli.sampling.generation import Decoder, generate
 from llmc_cli.verification.comparison import compare
 
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())
-GREEDY = Settings(temperature=0)
+GREEDY = SamplingOptions(temperature=0)
 CHANGED = ("embedding_forward", "residual_norm_forward", "linear_forward", "linear_gelu_forward", "head_logits",
            "head_loss")  # fmt: skip
 CASES = [case for name in CHANGED for case in cases(name) if not (name == "head_loss" and case.args["dx"] is not None)]
@@ -210,13 +210,13 @@ def test_a_second_call_allocates_nothing(opened, name):
 
 def logits_of(model, ids, prompt, S=1):
     """Logits behind the first ``prompt`` ids, and then behind one more each time, of the last of S equal sequences."""
-    stepper = Stepper(model, Cache(model, 1, len(ids), prompt))
-    found = [stepper.read(ids[:prompt])[-1].copy()]
+    decoder = Decoder(model, KVCache(model.config, model.kernels, 1, len(ids), prompt))
+    found = [decoder.prefill(ids[:prompt])[-1].copy()]
     if S > 1:
-        stepper = Stepper(model, Cache(model, S, len(ids), S))
+        decoder = Decoder(model, KVCache(model.config, model.kernels, S, len(ids), S))
         for token in ids[:prompt]:
-            stepper.step([token] * S)
-    return np.stack(found + [stepper.step([token] * S)[-1].copy() for token in ids[prompt:]])
+            decoder.step([token] * S)
+    return np.stack(found + [decoder.step([token] * S)[-1].copy() for token in ids[prompt:]])
 
 
 @pytest.mark.parametrize("name", NAMES)

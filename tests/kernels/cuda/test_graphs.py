@@ -14,9 +14,9 @@ from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models.files import load_model
-from llmc_cli.models.kv_cache import Cache
-from llmc_cli.sampling.filters import Settings
-from llmc_cli.sampling.generation import Stepper, generate, sample_tokens
+from llmc_cli.models.kv_cache import KVCache
+from llmc_cli.sampling.filters import SamplingOptions
+from llmc_cli.sampling.generation import Decoder, generate, sample_tokens
 from llmc_cli.training.optimizer import AdamW
 
 MODEL = FIXTURES / "sampling_model.bin"
@@ -35,22 +35,22 @@ def plain(monkeypatch):
     monkeypatch.setattr(CudaKernels, "recorded", lambda self, work: work)
 
 
-def logits_of(stepper, tokens=TOKENS):
+def logits_of(decoder, tokens=TOKENS):
     """Behind each of the tokens, which all sequences are given."""
-    stepper.cache.lengths[:] = 0
-    return np.stack([stepper.step([token] * stepper.cache.S).copy() for token in tokens])
+    decoder.cache.lengths[:] = 0
+    return np.stack([decoder.step([token] * decoder.cache.S).copy() for token in tokens])
 
 
-def new_stepper(model, S=1):
-    return Stepper(model, Cache(model, S, 16, S))
+def new_decoder(model, S=1):
+    return Decoder(model, KVCache(model.config, model.kernels, S, 16, S))
 
 
-def launches_of(stepper):
+def launches_of(decoder):
     """Of each token."""
-    counts, kernels = [], stepper.model.kernels
+    counts, kernels = [], decoder.model.kernels
     for token in TOKENS:
         before = kernels.device.launches
-        stepper.step([token] * stepper.cache.S)
+        decoder.step([token] * decoder.cache.S)
         counts.append(kernels.device.launches - before)
     return counts
 
@@ -59,22 +59,22 @@ def launches_of(stepper):
 @pytest.mark.parametrize("S", [1, 3, few_rows.MOST])
 def test_same_bits_with_and_without(opened, monkeypatch, precision, S):
     model = load_model(MODEL, opened(precision))
-    found = logits_of(new_stepper(model, S))
+    found = logits_of(new_decoder(model, S))
     plain(monkeypatch)
-    assert found.tobytes() == logits_of(new_stepper(model, S)).tobytes()
+    assert found.tobytes() == logits_of(new_decoder(model, S)).tobytes()
 
 
 def test_a_token_is_one_launch(opened):
     model = load_model(MODEL, opened())
-    stepper = new_stepper(model)
-    first, *others = launches_of(stepper)
+    decoder = new_decoder(model)
+    first, *others = launches_of(decoder)
     assert first == 8 * model.config.num_layers + 3  # two norms, four products, two of attention; embedding, norm, head
     assert others == [1] * (len(TOKENS) - 1)
-    assert len(stepper._token._graph._graph._nodes) == first
+    assert len(decoder._decode_token._graph._graph._nodes) == first
 
 
 def test_greedy_equals_the_reference(opened):
-    greedy = Settings(temperature=0)
+    greedy = SamplingOptions(temperature=0)
     wanted = list(generate(load_model(MODEL, ReferenceKernels()), [1, 2, 3], greedy, 64))
     kernels = opened()
     assert list(generate(load_model(MODEL, kernels), [1, 2, 3], greedy, 64)) == wanted
@@ -84,11 +84,11 @@ def test_greedy_equals_the_reference(opened):
 def test_more_sequences_than_few_rows_are_multiplied_by_cublas(opened):
     kernels = opened()
     model = load_model(MODEL, kernels)
-    stepper = new_stepper(model, few_rows.MOST + 1)
-    assert launches_of(stepper)[1:] == [1] * (len(TOKENS) - 1)
+    decoder = new_decoder(model, few_rows.MOST + 1)
+    assert launches_of(decoder)[1:] == [1] * (len(TOKENS) - 1)
     assert kernels.matmul._workspace is not None
-    few = logits_of(new_stepper(model))
-    assert np.abs(logits_of(stepper) - few).max() < 1e-4
+    few = logits_of(new_decoder(model))
+    assert np.abs(logits_of(decoder) - few).max() < 1e-4
 
 
 def train(model, steps=4, accumulated=2):
@@ -152,20 +152,20 @@ def test_memory_goes_with_a_model(opened):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_parameters_that_change(opened, precision):
     model = load_model(MODEL, opened(precision))
-    stepper = new_stepper(model)
-    before = logits_of(stepper)
+    decoder = new_decoder(model)
+    before = logits_of(decoder)
     with model.fill() as parameters:
         parameters.flat[:] *= np.float32(1.25)
-    after = logits_of(stepper)
-    assert after.tobytes() == logits_of(new_stepper(model)).tobytes()
+    after = logits_of(decoder)
+    assert after.tobytes() == logits_of(new_decoder(model)).tobytes()
     assert np.abs(after - before).max() > 0.1
 
 
 def test_samples_of_the_trainer(opened):
     """Twice, as training does, from one cache."""
     reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
-    cache = Cache(model, 1, 12, 1)
-    wanted = sample_tokens(reference, Cache(reference, 1, 12, 1), 119, 12)
+    cache = KVCache(model.config, model.kernels, 1, 12, 1)
+    wanted = sample_tokens(reference, KVCache(reference.config, reference.kernels, 1, 12, 1), 119, 12)
     assert sample_tokens(model, cache, 119, 12) == wanted
     assert sample_tokens(model, cache, 119, 12) == wanted
 
@@ -174,21 +174,21 @@ def test_several_samples_in_groups(opened, monkeypatch):
     """Caches come and go, of one sequence and of several; a row's bits depend on no other."""
     reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
     for together in (1, 2, 5):
-        monkeypatch.setattr("llmc_cli.sampling.generation.MOST_TOGETHER", together)
-        wanted, found = (list(generate(each, [1, 2, 3], Settings(), 6, 5)) for each in (reference, model))
+        monkeypatch.setattr("llmc_cli.sampling.generation.MAX_BATCH", together)
+        wanted, found = (list(generate(each, [1, 2, 3], SamplingOptions(), 6, 5)) for each in (reference, model))
         assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
 def test_memory_goes_with_what_is_sampled(opened):
     """At once, not when Python looks for cycles: a cache may be a gigabyte."""
     model = load_model(MODEL, opened())
-    logits_of(new_stepper(model))
+    logits_of(new_decoder(model))
     pool = cupy.get_default_memory_pool()
     gc.collect()
     before = pool.used_bytes()
     gc.disable()
     try:
-        logits_of(new_stepper(model))
+        logits_of(new_decoder(model))
         assert pool.used_bytes() == before
     finally:
         gc.enable()
@@ -308,10 +308,10 @@ def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
 
 
 def check_tokens(kernels):
-    reference = logits_of(new_stepper(load_model(MODEL, ReferenceKernels())))
-    stepper = new_stepper(load_model(MODEL, kernels))
+    reference = logits_of(new_decoder(load_model(MODEL, ReferenceKernels())))
+    decoder = new_decoder(load_model(MODEL, kernels))
     for _ in range(2):
-        assert np.abs(logits_of(stepper) - reference).max() < 1e-4
+        assert np.abs(logits_of(decoder) - reference).max() < 1e-4
 
 
 def lengths_of_the_capture(monkeypatch):
@@ -329,13 +329,13 @@ def lengths_of_the_capture(monkeypatch):
 
 
 def inputs_elsewhere_each_time(monkeypatch):
-    original = Cache.put
+    original = KVCache.append
 
-    def put(self, ids):
+    def append(self, ids):
         self._inputs = self.kernels.alloc(self._inputs.shape, np.int32)
         original(self, ids)
 
-    monkeypatch.setattr(Cache, "put", put)
+    monkeypatch.setattr(KVCache, "append", append)
 
 
 def launched_on_another_stream(monkeypatch):
@@ -403,8 +403,8 @@ def test_and_only_by_graphs(opened, monkeypatch, fault):
 @pytest.mark.parametrize("S", [1, few_rows.MOST + 1], ids=["few rows", "cuBLAS"])
 def test_on_a_card(monkeypatch, precision, S):
     model = load_model(MODEL, CudaKernels(Device(0, precision == "bf16"), precision))
-    stepper = new_stepper(model, S)
-    assert launches_of(stepper)[1:] == [1] * (len(TOKENS) - 1)
-    found = logits_of(stepper)
+    decoder = new_decoder(model, S)
+    assert launches_of(decoder)[1:] == [1] * (len(TOKENS) - 1)
+    found = logits_of(decoder)
     plain(monkeypatch)
-    assert found.tobytes() == logits_of(new_stepper(model, S)).tobytes()
+    assert found.tobytes() == logits_of(new_decoder(model, S)).tobytes()

@@ -114,13 +114,13 @@ def bench(
         recompute=recompute,
         peak_tflops=peak_tflops,
     )
-    benchmark = benchmark.run(asked, output.note)
+    benchmark = benchmark.run(asked, output.info)
     if save:
         benchmark.save(save)
     if plot:
         chart.draw(benchmark, plot)
     if json:
-        output.document(benchmark.document())
+        output.print_json(benchmark.document())
     else:
         show(output, benchmark)
     slower = [change for change in benchmark.changes if change.slowdown > tolerance]
@@ -137,23 +137,23 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
     rows = [(f"matmul {shape}", f"{flops / 1e9:.1f} GFLOP/s") for shape, flops in ceilings.matmul.items()]
     rows += [(f"memory {kind}", f"{rate / 1e9:.1f} GB/s") for kind, rate in ceilings.memory.items()]
     if benchmark.compile_seconds is not None:
-        rows.append(("kernels compiled in", render.seconds(benchmark.compile_seconds)))
+        rows.append(("kernels compiled in", render.format_duration(benchmark.compile_seconds)))
     title = benchmark.machine.get("card", benchmark.machine["processor"])
-    output.table(("ceiling", ceilings.precision), rows, title=str(title))
+    output.print_table(("ceiling", ceilings.precision), rows, title=str(title))
 
     modes = list(dict.fromkeys(mode for row in benchmark.rows for mode in row.torch))
     columns = ["row", "ms", "best", "runs", "rate", "share", "of"]
     for mode in modes:
         columns += [f"{mode} ms", "ratio"]
-    output.table(columns, [cells(row, modes) for row in benchmark.rows])
+    output.print_table(columns, [cells(row, modes) for row in benchmark.rows])
 
     if benchmark.sides:
-        output.table(
+        output.print_table(
             ("process", "peak memory", "configuration"),
             [
                 (
                     f"{side.section}: {side.side}",
-                    "unknown" if side.peak_memory is None else render.size(side.peak_memory),
+                    "unknown" if side.peak_memory is None else render.format_size(side.peak_memory),
                     ", ".join(f"{key} {value}" for key, value in side.configuration.items()),
                 )
                 for side in benchmark.sides
@@ -161,14 +161,14 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         )
     for row in benchmark.rows:
         if row.launches and not row.calls:
-            output.line(f"{row.name}: {row.launches} launches, of kernels, matrix products and graphs of both")
+            output.print_line(f"{row.name}: {row.launches} launches, of kernels, matrix products and graphs of both")
     for section, (ours, theirs) in benchmark.other_precisions.items():
-        output.line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
+        output.print_line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
     for section, absent in benchmark.absent.items():
         for mode, why in absent.items():
-            output.line(f"{section}: without {mode}: {why}")
+            output.print_line(f"{section}: without {mode}: {why}")
     if benchmark.changes:
-        output.table(
+        output.print_table(
             ("row", "before, ms", "now, ms", "change"),
             [
                 (change.name, milliseconds(change.before), milliseconds(change.now), f"{change.slowdown:+.1%}")
@@ -177,7 +177,7 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         )
     for row in benchmark.rows:
         if row.torch and not row.name.startswith("kernels/"):
-            output.line(verdict(row))
+            output.print_line(verdict(row))
 
 
 def cells(row: "Row", modes: list[str]) -> list[str]:

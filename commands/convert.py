@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llmc_cli.commands import options
-from llmc_cli.commands.render import Output, seconds, size
+from llmc_cli.commands.render import Output, format_duration, format_size
 
 if TYPE_CHECKING:
     from llmc_cli.conversion.conversion import Conversion
@@ -104,16 +104,16 @@ def convert(
         tokenizer=tokenizer,
     )
     with bars(output) as tell:
-        conversion = plan(request, tell, output.warn)
+        conversion = plan(request, tell, output.warning)
         files = []
         for file in conversion.run(tell):
             if not json:
-                output.line(f"writing {file.content} to {file.path}")
+                output.print_line(f"writing {file.content} to {file.path}")
             files.append(file)
     if json:
-        output.document(document(conversion, files))
+        output.print_json(document(conversion, files))
     total = sum(file.bytes for file in files)
-    output.note(f"{size(total)} in {seconds(time.monotonic() - start)}")
+    output.info(f"{format_size(total)} in {format_duration(time.monotonic() - start)}")
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def bars(output: Output) -> Iterator["OnProgress"]:
             nonlocal current, show
             if what != current:
                 stack.close()
-                current, show = what, stack.enter_context(output.progress(what, total, size))
+                current, show = what, stack.enter_context(output.progress(what, total, format_size))
             show(done)
 
         yield tell

@@ -77,10 +77,10 @@ def decode(
     output = Output(json, quiet)
     if json:
         text = "".join(texts).removesuffix("\n")
-        output.document({"tokens": stream.position - start, "text": text})
+        output.print_json({"tokens": stream.position - start, "text": text})
     else:
         for text in texts:
-            output.text(text)
+            output.write(text)
 
 
 def kind(word: str) -> str:

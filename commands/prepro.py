@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmc_cli.commands import options
-from llmc_cli.commands.render import Output, seconds, size
+from llmc_cli.commands.render import Output, format_duration, format_size
 from llmc_cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def prepro(
         from llmc_cli.data.documents import input_bytes, read_documents
 
         origin = " ".join(files)
-        with output.progress("encoding", input_bytes(files), size) as tell:
+        with output.progress("encoding", input_bytes(files), format_size) as tell:
             result = write_token_files(read_documents(files, sys.stdin.buffer, tell), encoder, plan)
     show(output, dataset, origin, encoder, result, time.monotonic() - start)
 
@@ -141,10 +141,10 @@ def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
     """Where the text came from, and its sections."""
     from llmc_cli.data.tinyshakespeare import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
 
-    with output.progress("downloading", TINY_SHAKESPEARE_BYTES, size) as tell:
+    with output.progress("downloading", TINY_SHAKESPEARE_BYTES, format_size) as tell:
         text = shakespeare_text(source, lambda done, total: tell(done))
     if text.shortfall:
-        output.warn(f"{text.shortfall}; the bundled plays are used instead of the original Tiny Shakespeare")
+        output.warning(f"{text.shortfall}; the bundled plays are used instead of the original Tiny Shakespeare")
     return text.origin, shakespeare_sections(text.text)
 
 
@@ -152,7 +152,7 @@ def show(
     output: Output, dataset: str, origin: str, tokenizer: "Tokenizer", result: "TokenFiles", elapsed: float
 ) -> None:
     if output.json:
-        output.document(
+        output.print_json(
             {
                 "dataset": dataset,
                 "source": origin,
@@ -168,10 +168,10 @@ def show(
         )
     else:
         for file in result.files:
-            output.line(f"writing {file.tokens:,} tokens to {file.path}")
+            output.print_line(f"writing {file.tokens:,} tokens to {file.path}")
     for path in result.removed:
-        output.note(f"removed {path}, a shard of an earlier run")
-    output.note(f"{result.tokens:,} tokens in {seconds(elapsed)}, {result.tokens / elapsed:,.0f} tokens/s")
+        output.info(f"removed {path}, a shard of an earlier run")
+    output.info(f"{result.tokens:,} tokens in {format_duration(elapsed)}, {result.tokens / elapsed:,.0f} tokens/s")
 
 
 def show_plan(
@@ -193,9 +193,9 @@ def show_plan(
         "files": paths,
     }
     if output.json:
-        output.document({"dry_run": True, **facts})
+        output.print_json({"dry_run": True, **facts})
         return
     told = {**facts, "files": ", ".join(paths)}
     if plan.val_tokens is None:
         told["val_tokens"] = "32768, or a tenth of a short text"
-    output.table(("what", "plan"), [(name, str(value)) for name, value in told.items()])
+    output.print_table(("what", "plan"), [(name, str(value)) for name, value in told.items()])

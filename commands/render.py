@@ -1,4 +1,4 @@
-"""What a person or a program sees: results on stdout, everything else on stderr."""
+"""Output of the commands: results on stdout; progress, messages and warnings on stderr."""
 
 import contextlib
 import json
@@ -10,73 +10,74 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = 1
-LINE_EVERY_S = 10.0  # how often progress is told where there is no terminal to draw a bar on
+PROGRESS_INTERVAL_S = 10.0  # between progress lines where stderr is not a terminal
 
 
-def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None, which JSON can say."""
+def nonfinite_to_none(value: Any) -> Any:
+    """Return ``value`` with every NaN and infinity replaced by None, because JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [nonfinite_to_none(item) for item in value]
     return value
 
 
-def seconds(value: float) -> str:
-    """A duration for people: ``8.3 s``, ``4 min 10 s``, ``3 h 20 min``."""
-    if value < 60:
-        return f"{value:.1f} s"
-    if value < 3600:
-        return f"{int(value) // 60} min {int(value) % 60} s"
-    return f"{int(value) // 3600} h {int(value) % 3600 // 60} min"
+def format_duration(seconds: float) -> str:
+    """Format a duration: ``8.3 s``, ``4 min 10 s``, ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
 
 
-def size(value: float) -> str:
-    """Bytes for people, in powers of ten as disks and memory are sold: ``497.9 MB``."""
+def format_size(size: float) -> str:
+    """Format a number of bytes with decimal units: ``497.9 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's words go. ``json``: stdout is for a program; ``quiet``: stderr is for errors only."""
+    """The output streams of a command. ``json``: stdout is JSON; ``quiet``: stderr shows errors only."""
 
     json: bool = False
     quiet: bool = False
 
-    def line(self, text: str) -> None:
-        """A line of the result, at once, also into a pipe."""
+    def print_line(self, text: str) -> None:
+        """Print one line of the result and flush it."""
         print(text, flush=True)
 
-    def text(self, part: str) -> None:
-        """A part of a result that is text, at once and as it is: UTF-8, no newline added or translated."""
+    def write(self, text: str) -> None:
+        """Write part of a text result as UTF-8 and flush it. Newlines are neither added nor translated."""
         sys.stdout.flush()
-        sys.stdout.buffer.write(part.encode())
+        sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
 
-    def document(self, content: dict[str, Any]) -> None:
-        """The result as JSON on one line: the whole of it, or one event of a stream."""
-        print(json.dumps({"schema": SCHEMA, **finite(content)}, allow_nan=False), flush=True)
+    def print_json(self, content: dict[str, Any]) -> None:
+        """Print a JSON object on one line: the whole result, or one event of a JSON Lines stream."""
+        print(json.dumps({"schema": SCHEMA, **nonfinite_to_none(content)}, allow_nan=False), flush=True)
 
-    def note(self, text: str) -> None:
-        """Something that accompanies the result."""
+    def info(self, text: str) -> None:
+        """Print a message to stderr, unless ``quiet``."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def warn(self, text: str) -> None:
-        self.note(f"llmc: warning: {text}")
+    def warning(self, text: str) -> None:
+        """Print a warning to stderr, unless ``quiet``."""
+        self.info(f"llmc: warning: {text}")
 
-    def table(
+    def print_table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", result: bool = True
     ) -> None:
-        """A table on stdout (``result``) or stderr: drawn on a terminal, tab-separated lines in a pipe.
+        """Print a table to stdout (``result``) or stderr: formatted on a terminal, tab-separated otherwise.
 
-        Columns whose cells all start like numbers are set flush right.
+        Columns are right-aligned if every cell starts like a number. ``title`` is shown on a terminal only.
         """
         stream = sys.stdout if result else sys.stderr
         if not result and self.quiet:
@@ -94,18 +95,24 @@ class Output:
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows]
             numeric = all(cell[:1] in "0123456789-+." for cell in cells if cell)
-            short = max(map(len, [column, *cells])) <= console.width // 3  # long ones share what the others leave
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
+            no_wrap = max(map(len, [column, *cells])) <= console.width // 3  # only wide columns may wrap
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=no_wrap)
         for row in rows:
             table.add_row(*row)
         console.print(table)
 
     @contextlib.contextmanager
     def progress(
-        self, what: str, total: float | None, unit: Callable[[float], str] = str, terminal_only: bool = False
+        self,
+        description: str,
+        total: float | None,
+        format_amount: Callable[[float], str] = str,
+        terminal_only: bool = False,
     ) -> Iterator[Callable[[float], None]]:
-        """Yields a function that takes the amount done so far, of ``total`` (None: unknown), told through ``unit``:
-        a bar on a terminal, elsewhere a line now and then, or nothing with ``terminal_only``."""
+        """Yield a function that updates the progress to the given amount of ``total`` (None: unknown).
+
+        Progress is a bar on a terminal and a line every 10 seconds elsewhere, or nothing with ``terminal_only``.
+        """
         if self.quiet or (terminal_only and not sys.stderr.isatty()):
             yield lambda done: None
         elif sys.stderr.isatty():
@@ -118,17 +125,18 @@ class Output:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # results go above the bar, but never from a file to the terminal
+                redirect_stdout=sys.stdout.isatty(),  # print results above the bar; leave a redirected stdout alone
             ) as bar:
-                task = bar.add_task(what, total=total, amount="")
-                yield lambda done: bar.update(task, completed=done, amount=unit(done))
+                task = bar.add_task(description, total=total, amount="")
+                yield lambda done: bar.update(task, completed=done, amount=format_amount(done))
         else:
             last = time.monotonic()
 
-            def tell(done: float) -> None:
+            def update(done: float) -> None:
                 nonlocal last
-                if time.monotonic() - last >= LINE_EVERY_S:
+                if time.monotonic() - last >= PROGRESS_INTERVAL_S:
                     last = time.monotonic()
-                    self.note(f"{what}: {unit(done)}" + (f" of {unit(total)}" if total else ""))
+                    of_total = f" of {format_amount(total)}" if total else ""
+                    self.info(f"{description}: {format_amount(done)}{of_total}")
 
-            yield tell
+            yield update

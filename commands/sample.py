@@ -95,7 +95,7 @@ def sample(
     start = starting_ids(prompt, prompt_ids, words)
     max_tokens = resolve_max_tokens(config, start, max_tokens)  # before the model is loaded, which may take a while
     spin_between_calls()
-    loaded = load_model(model, open_sampling(device, precision, threads, output.note).kernels)
+    loaded = load_model(model, open_sampling(device, precision, threads, output.info).kernels)
 
     begun, made = time.perf_counter(), 0
     pieces = generate(loaded, start, sampling_options, max_tokens, num, words, stop or ())
@@ -103,9 +103,9 @@ def sample(
 
     def announce(number: int) -> None:
         if num > 1 and not ids and not json and sys.stdout.isatty():  # elsewhere stderr does not stand between them
-            output.note(f"sample {number + 1} of {num}:")
+            output.info(f"sample {number + 1} of {num}:")
 
-    blocks = Blocks(output.text, announce, num)
+    blocks = Blocks(output.write, announce, num)
     for number, voice in enumerate(voices):
         blocks.add(number, voice.begin(), over=False)
     for piece in pieces:
@@ -115,7 +115,7 @@ def sample(
             text += voices[piece.sample].end(piece.finish_reason)
         blocks.add(piece.sample, text, over=bool(piece.finish_reason))
     seconds = time.perf_counter() - begun
-    output.note(f"{made} tokens in {render.seconds(seconds)}, {made / seconds:.1f} tokens/s")
+    output.info(f"{made} tokens in {render.format_duration(seconds)}, {made / seconds:.1f} tokens/s")
 
 
 def refuse_broken_text(*texts: str | None) -> None:

@@ -152,7 +152,7 @@ def train(
     from llmc_cli.training.trainer import Training
 
     output = render.Output(json, quiet)
-    backend = open_kernels(device, precision, threads, output.note, training=True)
+    backend = open_kernels(device, precision, threads, output.info, training=True)
     training = Training(
         TrainOptions(
             model=model, data=data, val_data=val_data, out=out, checkpoint_every=checkpoint_every, keep=keep,
@@ -169,7 +169,7 @@ def train(
     if dry_run:
         return
     if out is None:
-        output.warn("without --out nothing of this run is kept")
+        output.warning("without --out nothing of this run is kept")
     follow(output, training)
 
 
@@ -178,13 +178,13 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
     import sys
 
     if not dry_run and not sys.stderr.isatty():
-        output.note(
+        output.info(
             f"{plan.model}: {plan.parameters:,} parameters, {plan.steps - plan.first_step:,} steps of "
-            f"{plan.tokens_per_step:,} tokens, {render.size(plan.total_memory)}, {backend.description}"
+            f"{plan.tokens_per_step:,} tokens, {render.format_size(plan.total_memory)}, {backend.description}"
         )
         return
     if dry_run and output.json:
-        output.document(
+        output.print_json(
             {
                 "model": plan.model, "parameters": plan.parameters, "device": plan.device, "precision": plan.precision,
                 "threads": plan.threads, "batch": plan.batch, "seq_len": plan.seq_len,
@@ -205,11 +205,11 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
         ("batch", f"{plan.batch} x {plan.seq_len} x {plan.accumulation} = {plan.tokens_per_step:,} tokens per step"),
         ("steps", f"{plan.steps:,}" + (f", from {plan.first_step:,}" if plan.first_step else "")),
         ("FLOPs per token", f"{plan.flops_per_token:,}"),
-        *((f"memory: {use}", render.size(count)) for use, count in plan.memory.items()),
-        ("memory: total", render.size(plan.total_memory)),
-        ("expected time", f"{render.seconds(plan.expected_seconds)} without validation and samples"),
+        *((f"memory: {use}", render.format_size(count)) for use, count in plan.memory.items()),
+        ("memory: total", render.format_size(plan.total_memory)),
+        ("expected time", f"{render.format_duration(plan.expected_seconds)} without validation and samples"),
     ]
-    output.table(("plan", "value"), rows, result=dry_run)
+    output.print_table(("plan", "value"), rows, result=dry_run)
 
 
 def follow(output: render.Output, training: "Training") -> None:
@@ -225,7 +225,7 @@ def follow(output: render.Output, training: "Training") -> None:
             raise SystemExit(128 + signum)
         received.append(signum)
         training.stop()
-        output.note("finishing this step; once more stops at once")
+        output.info("finishing this step; once more stops at once")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
         signum = getattr(signal, name, None)
@@ -252,7 +252,7 @@ def follow(output: render.Output, training: "Training") -> None:
     if broken:
         raise broken
     if training.plan.first_step >= steps:
-        output.note(f"nothing to do: {training.options.out} already holds step {training.plan.first_step} of {steps}")
+        output.info(f"nothing to do: {training.options.out} already holds step {training.plan.first_step} of {steps}")
     if received:
         sys.stdout.flush()
         raise SystemExit(128 + received[0])
@@ -273,17 +273,17 @@ class Printer:
         from llmc_cli.training.reports import CheckpointReport, SampleReport, StepReport, ValidationReport
 
         if self.output.json:
-            self.output.document(report.metrics())
+            self.output.print_json(report.metrics())
         elif isinstance(report, StepReport):
-            self.output.line(self.row(report) if self.aligned else step_line(report))
+            self.output.print_line(self.row(report) if self.aligned else step_line(report))
             if report.skipped:
-                self.output.warn(f"step {report.step}: update skipped: {report.skipped}")
+                self.output.warning(f"step {report.step}: update skipped: {report.skipped}")
         elif isinstance(report, ValidationReport):
-            self.output.line(f"val loss {report.val_loss:.6f}")
+            self.output.print_line(f"val loss {report.val_loss:.6f}")
         elif isinstance(report, SampleReport):
-            self.output.line(self.sample(report.ids))
+            self.output.print_line(self.sample(report.ids))
         elif isinstance(report, CheckpointReport):
-            self.output.note(f"step {report.step}: saved {report.path}")
+            self.output.info(f"step {report.step}: saved {report.path}")
 
     def row(self, report: "StepReport") -> str:
         heading = ""

@@ -69,7 +69,7 @@ def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) ->
     from llmc_cli.kernels.backend import open_kernels
     from llmc_cli.verification.kernel_checks import check_kernels, kernel_check_count
 
-    backend = open_kernels(*where, output.note)
+    backend = open_kernels(*where, output.info)
     show_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
 
 
@@ -90,7 +90,7 @@ def verify_state(
     if losses is not None:
         content = sys.stdin.buffer.read() if losses == "-" else Path(losses).read_bytes()
         expected = parse_losses(content.decode("utf-8", "replace"), "stdin" if losses == "-" else losses, steps)
-    backend = open_kernels(*where, output.note)
+    backend = open_kernels(*where, output.info)
     checks = check_state(model, state, backend.kernels, steps, expected, backend.precision)
     show_checks(output, backend, checks, state_check_count(steps), {"model": str(model), "state": str(state)})
 
@@ -112,7 +112,7 @@ def show_checks(
         **versions(),
     }
     if not output.json:
-        output.table(("environment", "value"), list(machine.items()))
+        output.print_table(("environment", "value"), list(machine.items()))
     done: list[Check] = []
     with output.progress("checks", total, lambda count: f"{count:.0f}") as tell:
         for check in checks:
@@ -121,10 +121,10 @@ def show_checks(
     failed = [check for check in done if not check.ok]
     if output.json:
         rows = [{**dataclasses.asdict(check), "ok": check.ok} for check in done]
-        output.document({"environment": machine, "checks": rows, "okay": not failed})
+        output.print_json({"environment": machine, "checks": rows, "okay": not failed})
     else:
-        output.table(CHECK_COLUMNS, [check_row(check) for check in done])
-        output.line(f"overall okay: {int(not failed)}")
+        output.print_table(CHECK_COLUMNS, [check_row(check) for check in done])
+        output.print_line(f"overall okay: {int(not failed)}")
     if failed:
         names = ", ".join(dict.fromkeys(f"{check.name} {check.what}".strip() for check in failed[:5]))
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -148,7 +148,7 @@ def verify_files(output: render.Output, paths: list[Path]) -> None:
             tell(len(reports))
     errors = [report.error for report in reports if report.error is not None]
     if output.json:
-        output.document({"files": [dataclasses.asdict(report) for report in reports], "okay": not errors})
+        output.print_json({"files": [dataclasses.asdict(report) for report in reports], "okay": not errors})
     else:
         rows = [
             [
@@ -160,7 +160,7 @@ def verify_files(output: render.Output, paths: list[Path]) -> None:
             ]
             for report in reports
         ]
-        output.table(FILE_COLUMNS, rows)
+        output.print_table(FILE_COLUMNS, rows)
     if errors:
         raise DataError("\nllmc: ".join(errors))
 

@@ -167,7 +167,7 @@ def test_json(gpt2):
 
 def test_text_streams(gpt2, monkeypatch):
     parts = []
-    monkeypatch.setattr(Output, "text", lambda self, part: parts.append(part))
+    monkeypatch.setattr(Output, "write", lambda self, part: parts.append(part))
     llmc("sample", gpt2, "Hello", "--max-tokens", 6, "--temperature", 0)
     assert parts[0] == "Hello" and len(parts) == 7
 

@@ -182,8 +182,8 @@ def _check_peak(options: BenchOptions) -> None:
 
 def _card(backend: Backend) -> dict[str, str]:
     """Of the machine, what computes if that is no processor of it."""
-    device = getattr(backend.kernels, "device", None)
-    return {} if device is None else {"card": device.name}
+    name = backend.kernels.device_name
+    return {"card": name} if name else {}
 
 
 def _require_torch(sections: tuple[str, ...]) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.kernels.backend import Backend
-from llmc_cli.kernels.peak import _release, best_time, matmul_flops
+from llmc_cli.kernels.operations import adamw_use
+from llmc_cli.kernels.peak import best_time, matmul_flops
+from llmc_cli.kernels.random_arrays import random_arguments
 from llmc_cli.kernels.spec import Array, Kernels
 
 CEILING_REPEATS = 10  # for what everything is a share of, also on a busy machine
@@ -46,9 +48,7 @@ def memory_bandwidth(kernels: Kernels, threads: int, elements: int = BANDWIDTH_E
     read: our sum of squares; copy: NumPy, a piece of the array on each thread, or on a GPU its own way of copying;
     update: our AdamW, which reads four arrays and writes three.
     """
-    from llmc_cli.benchmark.workloads import adamw_arguments
-
-    master, m, v, g, *rest = adamw_arguments(kernels, elements)
+    master, m, v, g, *rest = random_arguments(kernels, "adamw", adamw_use(elements))
     out, size, repeats = kernels.alloc((1,), np.float64), g.nbytes, CEILING_REPEATS
     found = {"read": size / best_time(kernels, lambda: kernels.sum_squares(out, g), repeats)}
     found["copy"] = 2 * size / _copy_time(kernels, m, g, threads)
@@ -75,5 +75,5 @@ def measure_ceilings(backend: Backend) -> Ceilings:
         shapes, elements = CUDA_SHAPES, min(CUDA_ELEMENTS, (backend.memory or 0) // CUDA_MEMORY)
     matmul = {" x ".join(map(str, shape)): matmul_flops(kernels, *shape, CEILING_REPEATS) for shape in shapes}
     memory = memory_bandwidth(kernels, backend.threads, elements)
-    _release(kernels)
+    kernels.release_memory()
     return Ceilings(backend.precision, matmul, memory)

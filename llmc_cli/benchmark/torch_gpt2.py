@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmc_cli.benchmark.workloads import STD
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.gpt2 import STD
 
 
 class Block(nn.Module):

@@ -15,11 +15,14 @@ from torch.nn import functional as F
 
 from llmc_cli.benchmark.job import Work
 from llmc_cli.benchmark.torch_gpt2 import GPT2
-from llmc_cli.benchmark.workloads import LR, STD, TOKENS, WEIGHT_DECAY, Detail, Task, Workload
+from llmc_cli.benchmark.workloads import LR, TOKENS, WEIGHT_DECAY, Detail, Task, Workload, model_sizes
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import SAMPLING_PRECISIONS
+from llmc_cli.kernels.operation import Sizes
+from llmc_cli.kernels.operations import model_uses
 from llmc_cli.kernels.random_arrays import SEED
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.gpt2 import STD
 
 MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}
 """What ``torch.compile`` is asked for. The latter makes CUDA graphs, as ours are where tokens are sampled."""
@@ -160,44 +163,25 @@ class SampleWorkload:
 
 
 class KernelsWorkload:
-    """What PyTorch would run in the place of each operation of ours; a backward pass without the forward pass.
+    """What PyTorch runs in place of each operation, by the names and shapes of ``operations``.
 
-    Two have no like: the embedding's backward pass, which makes a whole table of gradients where ours adds to the one
-    that the head has made, and attention through a cache, which is part of ``sample``. A bias is added with the product
-    before it, where ours leaves that to the norm behind it. In bf16 an operation gets
-    float32 or bfloat16 as it does within a step under autocast, and casts its weight as it does there.
+    Each method named after an operation returns the call to time; an operation without a method has no equivalent. A
+    backward pass is timed without its forward pass. Biases are added with the matrix product, where llmc leaves some
+    to the next norm. In bf16 an input is float32 or bfloat16 and weights are cast, as in a training step under
+    autocast.
     """
 
     def __init__(self, config: ModelConfig, B: int, T: int, precision: str = "fp32", device: str = "cpu") -> None:
         self.B, self.T, self.config, self.precision, self.device = B, T, config, precision, device
-        self.handed_on = torch.bfloat16 if precision == "bf16" else torch.float32  # what linear layers put out
-        C, F4 = config.channels, 4 * config.channels
-        self._made: dict[str, Callable[[], Callable[[], Any]]] = {
-            "embedding_forward": lambda: self._forward(*self._embedding()),
-            "residual_norm_forward": lambda: self._forward(*self._norm()),
-            "residual_norm_backward": lambda: self._backward(*self._norm()),
-            "linear_forward qkv": lambda: self._forward(*self._linear(C, 3 * C)),
-            "linear_forward attproj": lambda: self._forward(*self._linear(C, C, self.handed_on)),
-            "linear_forward fcproj": lambda: self._forward(*self._linear(F4, C, self.handed_on)),
-            "linear_backward qkv": lambda: self._backward(*self._linear(C, 3 * C)),
-            "linear_backward attproj": lambda: self._backward(*self._linear(C, C, self.handed_on)),
-            "linear_backward fc": lambda: self._backward(*self._linear(C, F4)),
-            "linear_gelu_forward fc": lambda: self._forward(*self._linear_gelu()),
-            "gelu_forward": lambda: self._forward(*self._gelu()),
-            "gelu_linear_backward fcproj": lambda: self._backward(*self._gelu_linear()),
-            "attention_forward": lambda: self._forward(*self._attention()),
-            "attention_backward": lambda: self._backward(*self._attention()),
-            "head_loss": lambda: self._forward(*self._head()),
-            "head_loss gradient": self._loss_and_gradient,
-            "head_logits": self._head_logits,
-            "sum_squares": self._norm_of_gradients,
-            "adamw": self._adamw,
-        }
-        self.tasks = tuple(self._made)
+        self.linear_dtype = torch.bfloat16 if precision == "bf16" else torch.float32  # of a linear layer's output
+        uses = model_uses(model_sizes(config, B, T))
+        self._uses = {task: (name, sizes) for name, task, sizes in uses if hasattr(self, name)}
+        self.tasks = tuple(self._uses)
 
     def prepare(self, task: str) -> Task:
+        name, sizes = self._uses[task]
         with torch.device(self.device):
-            run = self._made[task]()
+            run = getattr(self, name)(task, sizes)
 
         def once() -> Detail:
             run()
@@ -207,7 +191,7 @@ class KernelsWorkload:
         return Task(once)
 
     def _forward(self, function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:  # with a graph, as in training
+        def run() -> Tensor:  # records the graph for backward, as in training
             with autocast(self.precision, self.device):
                 return function()
 
@@ -222,44 +206,55 @@ class KernelsWorkload:
     def _leaf(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(shape) * std).to(dtype).requires_grad_()
 
-    def _embedding(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def embedding_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         C, V = self.config.channels, self.config.vocab_size
         wte, wpe = self._leaf(V, C), self._leaf(self.config.max_seq_len, C)
         ids, positions = torch.randint(V, (self.B, self.T)), torch.arange(self.T)
-        return lambda: F.embedding(ids, wte) + F.embedding(positions, wpe), [wte, wpe]
+        return self._forward(lambda: F.embedding(ids, wte) + F.embedding(positions, wpe), [wte, wpe])
+
+    # no embedding_backward: PyTorch makes a whole table of gradients, llmc adds to the one the head has written
 
     def _norm(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         C = self.config.channels
-        x, delta = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C, dtype=self.handed_on)
+        x, delta = self._leaf(self.B, self.T, C), self._leaf(self.B, self.T, C, dtype=self.linear_dtype)
         w, b = self._leaf(C), self._leaf(C)
         return lambda: F.layer_norm(x + delta, (C,), w, b, self.config.norm_eps), [x, delta, w, b]
 
-    def _linear(
-        self,
-        I: int,  # noqa: E741
-        O: int,  # noqa: E741
-        dtype: torch.dtype = torch.float32,
-    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        x, w, b = self._leaf(self.B * self.T, I, dtype=dtype), self._leaf(O, I, std=STD), self._leaf(O)
+    def residual_norm_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._forward(*self._norm())
+
+    def residual_norm_backward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._backward(*self._norm())
+
+    def _linear(self, task: str, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        after_norm = task.endswith((" qkv", " fc"))  # LayerNorm returns float32 under autocast
+        N, I, O = (sizes[axis] for axis in "NIO")  # noqa: E741
+        x = self._leaf(N, I, dtype=torch.float32 if after_norm else self.linear_dtype)
+        w, b = self._leaf(O, I, std=STD), self._leaf(O)
         return lambda: F.linear(x, w, b), [x, w, b]
 
-    def _linear_gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        linear, inputs = self._linear(self.config.channels, 4 * self.config.channels)
-        return lambda: F.gelu(linear(), approximate="tanh"), inputs
+    def linear_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._forward(*self._linear(task, sizes))
 
-    def _gelu(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        pre = self._leaf(self.B * self.T, 4 * self.config.channels, dtype=self.handed_on)
-        return lambda: F.gelu(pre, approximate="tanh"), [pre]
+    def linear_backward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._backward(*self._linear(task, sizes))
 
-    def _gelu_linear(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        C = self.config.channels
-        pre = self._leaf(self.B * self.T, 4 * C, dtype=self.handed_on)
-        w, b = self._leaf(C, 4 * C, std=STD), self._leaf(C)
-        return lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b]
+    def linear_gelu_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        linear, inputs = self._linear(task, sizes)
+        return self._forward(lambda: F.gelu(linear(), approximate="tanh"), inputs)
+
+    def gelu_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        pre = self._leaf(sizes["N"], sizes["O"], dtype=self.linear_dtype)
+        return self._forward(lambda: F.gelu(pre, approximate="tanh"), [pre])
+
+    def gelu_linear_backward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        N, I, O = (sizes[axis] for axis in "NIO")  # noqa: E741
+        pre, w, b = self._leaf(N, I, dtype=self.linear_dtype), self._leaf(O, I, std=STD), self._leaf(O)
+        return self._backward(lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b])
 
     def _attention(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
         B, T, C, NH = self.B, self.T, self.config.channels, self.config.num_heads
-        qkv = self._leaf(B, T, 3 * C, dtype=self.handed_on)
+        qkv = self._leaf(B, T, 3 * C, dtype=self.linear_dtype)
 
         def attend() -> Tensor:
             q, k, v = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=2))
@@ -267,19 +262,23 @@ class KernelsWorkload:
 
         return attend, [qkv]
 
-    def _head(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        N, C, V = self.B * self.T, self.config.channels, self.config.vocab_size
+    def attention_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._forward(*self._attention())
+
+    def attention_backward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        return self._backward(*self._attention())
+
+    # no attention_cached: it is part of ``SampleWorkload``
+
+    def head_loss(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        N, C, V = sizes["N"], self.config.channels, self.config.vocab_size
         x, w, targets = self._leaf(N, C), self._leaf(V, C, std=STD), torch.randint(V, (N,))
-        return lambda: F.cross_entropy(F.linear(x, w), targets), [x, w]
+        loss = self._forward(lambda: F.cross_entropy(F.linear(x, w), targets), [x, w])
+        return (lambda: torch.autograd.grad(loss(), [x, w])) if task.endswith(" gradient") else loss
 
-    def _loss_and_gradient(self) -> Callable[[], Any]:
-        head, inputs = self._head()
-        loss = self._forward(head, inputs)
-        return lambda: torch.autograd.grad(loss(), inputs)
-
-    def _head_logits(self) -> Callable[[], Any]:
-        x = torch.randn(self.B, self.config.channels).to(self.handed_on)
-        w = (torch.randn(self.config.vocab_size, self.config.channels) * STD).to(self.handed_on)
+    def head_logits(self, task: str, sizes: Sizes) -> Callable[[], Any]:
+        x = torch.randn(sizes["N"], self.config.channels).to(self.linear_dtype)
+        w = (torch.randn(self.config.vocab_size, self.config.channels) * STD).to(self.linear_dtype)
         return torch.inference_mode()(lambda: F.linear(x, w))
 
     def _parameters(self) -> list[Tensor]:
@@ -288,11 +287,11 @@ class KernelsWorkload:
             parameter.grad = torch.randn_like(parameter) * STD
         return [*parameters]
 
-    def _norm_of_gradients(self) -> Callable[[], Any]:
+    def sum_squares(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         return lambda: torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
 
-    def _adamw(self) -> Callable[[], Any]:
+    def adamw(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         return torch.optim.AdamW(self._parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
 
 

@@ -62,8 +62,7 @@ def our_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":
 
 
 def _memory(kernels: Any) -> Memory:
-    device = getattr(kernels, "device", None)
-    return OF_THE_PROCESS if device is None else Memory(device.held_bytes, device.release)
+    return Memory(kernels.held_bytes, kernels.release_memory) if kernels.device_name else OF_THE_PROCESS
 
 
 def torch_side(work: Work) -> "tuple[Workload, dict[str, Any], Memory]":

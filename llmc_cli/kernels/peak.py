@@ -55,12 +55,5 @@ def peak_flops(kernels: Kernels) -> float:
     found = matmul_flops(kernels)
     if 2 * MATMUL_SIZE**3 / found < LAUNCH_S:
         found = matmul_flops(kernels, LARGE_MATMUL, LARGE_MATMUL, LARGE_MATMUL)
-    _release(kernels)
+    kernels.release_memory()
     return found
-
-
-def _release(kernels: Kernels) -> None:
-    """Let others have the memory of a GPU that measuring took."""
-    device = getattr(kernels, "device", None)
-    if device is not None:
-        device.release()

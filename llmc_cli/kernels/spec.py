@@ -29,10 +29,11 @@ HYPER = ("lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2", "
 """Slots of ``adamw``'s ``hyper``: correction1 = 1 - beta1^t, correction2 = 1 - beta2^t; max_norm 0: no clipping."""
 
 
-class Kernels(Protocol):
-    """One backend. Where it keeps scratch memory, it grows to the largest call and stays so."""
+class Runtime(Protocol):
+    """Memory, transfers and weights of one backend. Its scratch memory grows to the largest call and is then kept."""
 
     name: str
+    device_name: str  # the GPU's name; empty on the CPU
     dtype: Any
     activation_dtype: Any
 
@@ -68,6 +69,18 @@ class Kernels(Protocol):
         and with the same numbers each time; what differs are the contents. A GPU may take it as one launch then."""
         ...
 
+    def launch_count(self) -> int:
+        """Return the number of GPU launches so far: kernels, matrix products and graphs of them. 0 on the CPU."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Return the bytes of GPU memory held, including freed blocks kept for later arrays. 0 on the CPU."""
+        ...
+
+    def release_memory(self) -> None:
+        """Return freed blocks of GPU memory to the device. Does nothing on the CPU."""
+        ...
+
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to, without allocating any."""
         ...
@@ -83,6 +96,10 @@ class Kernels(Protocol):
     def publish(self, weights: list[Weight]) -> None:
         """Tell the backend that the masters of ``weights`` have changed."""
         ...
+
+
+class Kernels(Runtime, Protocol):
+    """The operations of one backend, each with an entry in the table of ``operations``."""
 
     def embedding_forward(self, x: Array, wte: Array, wpe: Array, ids: Array, positions: Array) -> None:
         """x (N,C) = wte (Vp,C)[ids (N,)] + wpe (T,C)[positions (N,)]; x overwritten."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmc_cli.formats.weights import TENSORS
-from llmc_cli.kernels.cases import OPERATIONS, REFERENCE, as_kept, bound, cases, run
+from llmc_cli.kernels.cases import cases, run, with_bf16_activations
+from llmc_cli.kernels.operations import OPERATIONS
+from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2
@@ -58,11 +60,11 @@ def check_operation(kernels: Kernels, operation: str, precision: str = "fp32") -
     """Per output the worst of the operation's cases."""
     worst: dict[str, Check] = {}
     rounded = kernels.activation_dtype == np.uint16
-    for case in map(as_kept, cases(operation)) if rounded else cases(operation):
+    for case in map(with_bf16_activations, cases(operation)) if rounded else cases(operation):
         found, expected = run(kernels, case), run(REFERENCE, case)
         for output, values in found.items():
             what = f"{output}: {case.label}"
-            limit = bound(operation, output, precision, rounded)
+            limit = OPERATIONS[operation].bound(output, precision, rounded)
             check = compare(operation, what, values, expected[output], limit)
             if output not in worst or check.badness > worst[output].badness:
                 worst[output] = check

@@ -8,7 +8,7 @@ import numpy as np
 from llmc_cli.errors import DataError
 from llmc_cli.formats.debug_state import DebugState, read_debug_state
 from llmc_cli.formats.weights import TENSORS, read_header
-from llmc_cli.kernels.cases import REFERENCE
+from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models.arena import Tokens
 from llmc_cli.models.files import load_model

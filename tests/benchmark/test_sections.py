@@ -17,8 +17,9 @@ from llmc_cli.benchmark.sections import measure
 from llmc_cli.benchmark.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import open_sampling
-from llmc_cli.kernels.costs import COSTS, Cost
 from llmc_cli.kernels.cuda.kernels import CudaKernels
+from llmc_cli.kernels.operation import Cost
+from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.kernels.peak import matmul_flops
 from llmc_cli.models.layout import parameter_count
 
@@ -43,7 +44,7 @@ def test_ceilings_are_measured(backend):
 
 def test_kernels_workload_covers_every_operation_and_runs(backend):
     workload = KernelsWorkload(backend.kernels, CONFIG, 2, 8)
-    assert {task.split()[0] for task in workload.tasks} == set(COSTS)
+    assert {task.split()[0] for task in workload.tasks} == set(OPERATIONS)
     for name in workload.tasks:
         task = workload.prepare(name)
         for _ in range(2):
@@ -62,7 +63,6 @@ def test_train_workload_makes_the_trainers_steps(backend):
     assert split["residual_norm_forward"]["calls"] == 2 * CONFIG.num_layers + 1
     for _ in range(3):
         assert workload.step()["loss"] < first["loss"]
-    assert workload.model.kernels is backend.kernels
     assert step.cost.flops == 16 * (6 * parameter_count(CONFIG) + 6 * 2 * 16 * 8)
 
 

@@ -10,6 +10,7 @@ from support.benchmark_inputs import CEILINGS, CONFIG, quiet, work
 from llmc_cli.benchmark import interleave, sections
 from llmc_cli.benchmark.sections import measure
 from llmc_cli.errors import MissingError
+from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.models.layout import parameter_count
 
 pytestmark = pytest.mark.witness
@@ -21,6 +22,13 @@ def test_torch_takes_turns_at_the_same_operations(monkeypatch):
     alone = {row.name for row in measured.rows if not row.torch}
     assert alone == {"kernels/attention_cached", "kernels/embedding_backward"}
     assert measured.absent == {}
+
+
+def test_every_equivalent_is_named_after_an_operation():
+    from llmc_cli.benchmark.torch_workloads import KernelsWorkload
+
+    public = {name for name in vars(KernelsWorkload) if not name.startswith("_")}
+    assert public - {"prepare"} <= set(OPERATIONS)
 
 
 @pytest.mark.parametrize("section", ["train", "sample"])
@@ -85,7 +93,8 @@ def test_torch_in_bf16_runs_under_autocast(section):
         assert all(parameter.dtype == torch.float32 for parameter in made.parameters)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         workload = KernelsWorkload(CONFIG, 2, 8, precision)
-        assert workload._forward(*workload._linear(16, 16))().dtype == dtype
+        name, sizes = workload._uses["linear_forward attproj"]
+        assert workload.linear_forward(name, sizes)().dtype == dtype
 
 
 def test_torchs_model_is_the_same_model():

@@ -14,7 +14,7 @@ from llmc_cli.app import app
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.kernels import backend as device
 from llmc_cli.kernels.backend import Backend
-from llmc_cli.kernels.cases import OPERATIONS
+from llmc_cli.kernels.operations import OPERATIONS
 
 MODEL, STATE, LOSSES = (str(TINY_GPT2 / name) for name in ("model.bin", "debug_state.bin", "losses.txt"))
 BITS = [

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from llmc_cli.kernels.backend import open_kernels
-from llmc_cli.kernels.cases import OPERATIONS, REFERENCE, Case, bound, cases, prepare, run
+from llmc_cli.kernels.cases import Case, cases, prepare, run
+from llmc_cli.kernels.operations import OPERATIONS
+from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.verification.comparison import compare
 
 USES_BLAS = ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward",
@@ -40,7 +42,7 @@ def test_against_reference(precise, case):
     kernels, precision = precise
     found, expected = run(kernels, case), run(REFERENCE, case)
     for name, values in found.items():
-        limit = bound(case.operation, name, precision)
+        limit = OPERATIONS[case.operation].bound(name, precision)
         check = compare(case.operation, name, values, expected[name], limit)
         assert check.ok, check
 

@@ -9,8 +9,8 @@ import pytest
 from support.cuda_emulator import emulator
 
 from llmc_cli.formats import bfloat16
-from llmc_cli.kernels.cases import OPERATIONS
 from llmc_cli.kernels.cuda.source import source
+from llmc_cli.kernels.operations import OPERATIONS
 
 SCHEDULES = (None, 1, 2)
 BF16 = 2.0**-8  # the bound on what is stored as bf16: half a unit in the last of its 8 bits, and as much for arithmetic

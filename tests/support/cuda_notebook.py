@@ -31,7 +31,7 @@ class Notebook:
     """In the place of a ``Device``: keeps account of launches, products and copies, and does nothing."""
 
     def __init__(self, bf16, capability):
-        self.bf16, self.capability = bf16, capability
+        self.name, self.bf16, self.capability = "notebook", bf16, capability
         self.real = np.uint16 if bf16 else np.float32
         self.tensor_cores = capability >= TENSOR_CORES
         self.stream = MagicMock()

@@ -33,6 +33,7 @@ class CpuKernels:
     """
 
     name: str = "cpu"
+    device_name: str = ""
     dtype: Any = np.float32
     activation_dtype: Any = np.float32
 
@@ -115,6 +116,15 @@ class CpuKernels:
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory held now."""
         return sum(flat.nbytes for flat in self._scratch.values()) + self.matmul.scratch_bytes()
+
+    def launch_count(self) -> int:
+        return 0
+
+    def held_bytes(self) -> int:
+        return 0
+
+    def release_memory(self) -> None:
+        pass
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""

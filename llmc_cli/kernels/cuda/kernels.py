@@ -45,12 +45,13 @@ class CudaKernels:
     """
 
     name: str = "cuda"
+    device_name: str
     dtype: Any = np.float32
     activation_dtype: Any
 
     def __init__(self, device: Device, precision: str) -> None:
         self.device, self.precision = device, precision
-        self.activation_dtype = device.real
+        self.device_name, self.activation_dtype = device.name, device.real
         self.matmul = Blas(device, precision)
         self._scratch: dict[str, Array] = {}
         self._published: tuple[tuple[int, int, int], ...] = ()
@@ -75,6 +76,15 @@ class CudaKernels:
 
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         return Recorded(self.device, work)
+
+    def launch_count(self) -> int:
+        return self.device.launches
+
+    def held_bytes(self) -> int:
+        return self.device.held_bytes()
+
+    def release_memory(self) -> None:
+        self.device.release()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Memory that the next call of the same name may overwrite; its content is whatever it was."""

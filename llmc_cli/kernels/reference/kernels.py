@@ -52,6 +52,7 @@ class ReferenceKernels:
     """``spec.Kernels`` in float64. Weights are the master arrays themselves."""
 
     name: str = "reference"
+    device_name: str = ""
     dtype: Any = np.float64
     activation_dtype: Any = np.float64
 
@@ -76,6 +77,15 @@ class ReferenceKernels:
 
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
+
+    def launch_count(self) -> int:
+        return 0
+
+    def held_bytes(self) -> int:
+        return 0
+
+    def release_memory(self) -> None:
+        pass
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         return 0  # it keeps none: what it needs it makes and drops
@@ -230,3 +240,6 @@ class ReferenceKernels:
         for offset, length, decayed in segments:
             part = slice(offset, offset + length)
             master[part] -= lr * (update[part] + decay * decayed * master[part])
+
+
+REFERENCE = ReferenceKernels()

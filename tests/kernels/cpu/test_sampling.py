@@ -16,7 +16,9 @@ from support.paths import FIXTURES
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats import bfloat16
 from llmc_cli.kernels.backend import open_kernels, open_sampling
-from llmc_cli.kernels.cases import OPERATIONS, REFERENCE, Case, cases, run
+from llmc_cli.kernels.cases import Case, cases, run
+from llmc_cli.kernels.operations import OPERATIONS
+from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.sampling.filters import SamplingOptions

@@ -12,9 +12,10 @@ from support.cuda_checks import SCHEDULES, EmulatedDevice, as_float
 from support.cuda_emulator import emulator
 from support.cuda_emulator.emulator import EmulatorError
 
-from llmc_cli.kernels.cases import CACHED, OPERATIONS, REFERENCE
 from llmc_cli.kernels.cuda import attention
 from llmc_cli.kernels.cuda.source import source
+from llmc_cli.kernels.operations import CACHED_SIZES, OPERATIONS
+from llmc_cli.kernels.reference.kernels import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -161,7 +162,7 @@ def test_head_too_large():
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("sizes", [*CACHED, *LONGER], ids=lambda sizes: "-".join(map(str, sizes.values())))
+@pytest.mark.parametrize("sizes", [*CACHED_SIZES, *LONGER], ids=lambda sizes: "-".join(map(str, sizes.values())))
 def test_cached(sizes, bf16):
     run(check_cached, with_reals(bf16), **sizes)
 

@@ -89,11 +89,11 @@ def test_a_graph_that_is_refused_is_told_of(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kernels(tiny_config, precision):
-    from llmc_cli.kernels.costs import COSTS
+    from llmc_cli.kernels.operations import OPERATIONS
 
     found = document("kernels", tiny_config, "--precision", precision)
     rows = {row["name"]: row for row in found["rows"]}
-    assert {name.removeprefix("kernels/").split()[0] for name in rows} == set(COSTS)
+    assert {name.removeprefix("kernels/").split()[0] for name in rows} == set(OPERATIONS)
     assert all(row["seconds"] > 0 and row["share"] > 0 for row in rows.values())
 
 

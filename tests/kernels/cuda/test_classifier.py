@@ -16,13 +16,13 @@ from support.cuda_checks import (
     rows_of,
 )
 
-from llmc_cli.kernels.cases import HEAD
 from llmc_cli.kernels.cuda import classifier
+from llmc_cli.kernels.operations import HEAD_SIZES
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
-HEADS = [{k: row[k] for k in ("N", "V", "Vp")} for row in HEAD] + rows_of(
+HEADS = [{k: row[k] for k in ("N", "V", "Vp")} for row in HEAD_SIZES] + rows_of(
     "N V Vp", (3, 4999, 5003), (3, 5000, 5056), (2, 50257, 50304)
 )
 

@@ -17,15 +17,15 @@ from support.cuda_checks import (
 )
 
 from llmc_cli.formats import bfloat16
-from llmc_cli.kernels.cases import LINEAR
 from llmc_cli.kernels.cuda import elementwise, norm
+from llmc_cli.kernels.operations import LINEAR_SIZES
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
 LINEARS = [
-    *({"N": row["N"], "O": row["O"]} for row in LINEAR),
+    *({"N": row["N"], "O": row["O"]} for row in LINEAR_SIZES),
     *rows_of("N O", (300, 64), (9, 768), (5, 3072), (2, 2304)),
 ]
 

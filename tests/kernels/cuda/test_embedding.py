@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions, rows_of
 
-from llmc_cli.kernels.cases import EMBEDDING, REFERENCE
 from llmc_cli.kernels.cuda import embedding
+from llmc_cli.kernels.operations import EMBEDDING_SIZES
+from llmc_cli.kernels.reference.kernels import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
-EMBEDDINGS = [*EMBEDDING, *rows_of("V T N C", (40, 30, 300, 64), (9, 6, 20, 768), (4, 3, 2100, 8), (3, 3, 5, 2304))]
+EMBEDDINGS = [
+    *EMBEDDING_SIZES,
+    *rows_of("V T N C", (40, 30, 300, 64), (9, 6, 20, 768), (4, 3, 2100, 8), (3, 3, 5, 2304)),
+]
 
 
 def check_embedding_forward(device, rng, V, T, N, C):

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions, rows_of
 
-from llmc_cli.kernels.cases import EPS, NORM, REFERENCE
 from llmc_cli.kernels.cuda import norm
 from llmc_cli.kernels.cuda.geometry import row_threads
+from llmc_cli.kernels.operations import EPS, NORM_SIZES
+from llmc_cli.kernels.reference.kernels import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
-NORMS = [*NORM, *rows_of("N C", (300, 64), (9, 768), (3, 2056), (9001, 8))]
+NORMS = [*NORM_SIZES, *rows_of("N C", (300, 64), (9, 768), (3, 2056), (9001, 8))]
 
 
 def check_norm_forward(device, rng, N, C, delta=True, bias=True, in_place=False):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions
 
-from llmc_cli.kernels.cases import FLAT, REFERENCE
 from llmc_cli.kernels.cuda import optimizer
+from llmc_cli.kernels.operations import FLAT_SIZES
+from llmc_cli.kernels.reference.kernels import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -47,9 +48,9 @@ def check_adamw(device, rng, P, max_norm=0.3, cuts=None):
 
 
 CASES = [
-    *((check_sum_squares, sizes) for sizes in FLAT),
-    *((check_adamw, {**FLAT[k], "max_norm": max_norm}) for k in (0, 1, 2) for max_norm in (0.0, 0.3, 1e9)),
-    (check_adamw, FLAT[3]),
+    *((check_sum_squares, sizes) for sizes in FLAT_SIZES),
+    *((check_adamw, {**FLAT_SIZES[k], "max_norm": max_norm}) for k in (0, 1, 2) for max_norm in (0.0, 0.3, 1e9)),
+    (check_adamw, FLAT_SIZES[3]),
     (check_adamw, {"P": 9000, "cuts": MANY}),
 ]
 
@@ -60,7 +61,7 @@ def test_against_reference(case, bf16):
     hold(case, bf16)
 
 
-@pytest.mark.parametrize("case", [(check_sum_squares, FLAT[1]), (check_adamw, FLAT[1])], ids=label)
+@pytest.mark.parametrize("case", [(check_sum_squares, FLAT_SIZES[1]), (check_adamw, FLAT_SIZES[1])], ids=label)
 @precisions
 def test_where_vectors_would_fit_but_for_the_address(case, bf16):
     hold(case, bf16, shift=1)
@@ -68,16 +69,18 @@ def test_where_vectors_would_fit_but_for_the_address(case, bf16):
 
 FAULTS = [
     Fault("squares in float", "optimizer",
-          "sum += (double)values[k] * values[k];", "sum += values[k] * values[k];", (check_sum_squares, FLAT[1])),
+          "sum += (double)values[k] * values[k];", "sum += values[k] * values[k];", (check_sum_squares, FLAT_SIZES[1])),
     Fault("what lies between segments updated", "optimizer",
           "if (k < K && segments[3 * k] <= i) {", "if (k < K) {", (check_adamw, {"P": 9000, "cuts": MANY})),
     Fault("four elements with the decay of the first", "optimizer",
           "here[0] <= first && first + LANES <= here[0] + here[1]", "here[0] <= first && first + LANES <= P",
-          (check_adamw, FLAT[1])),
+          (check_adamw, FLAT_SIZES[1])),
     Fault("no barrier before the hyperparameters are read", "optimizer",
-          "    }\n    __syncthreads();\n    const Step step", "    }\n    const Step step", (check_adamw, FLAT[1])),
+          "    }\n    __syncthreads();\n    const Step step", "    }\n    const Step step",
+          (check_adamw, FLAT_SIZES[1])),
     Fault("gradients not clipped", "optimizer",
-          "clipped ? (float)(max_norm / sqrt(sumsq)) : 1.0f", "1.0f", (check_adamw, {**FLAT[1], "max_norm": 0.3})),
+          "clipped ? (float)(max_norm / sqrt(sumsq)) : 1.0f", "1.0f",
+          (check_adamw, {**FLAT_SIZES[1], "max_norm": 0.3})),
 ]  # fmt: skip
 
 

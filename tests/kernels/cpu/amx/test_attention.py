@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from support.emulated_tiles import emulated
 
-from llmc_cli.kernels.cases import REFERENCE, bound, cases, run
+from llmc_cli.kernels.cases import cases, run
 from llmc_cli.kernels.cpu import loading
+from llmc_cli.kernels.operations import OPERATIONS
+from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.verification.comparison import compare
 
 
@@ -21,7 +23,7 @@ def test_against_reference(kernels, operation):
     for case in cases(operation):
         found, expected = run(kernels, case), run(REFERENCE, case)
         for name, values in found.items():
-            check = compare(operation, name, values, expected[name], bound(operation, name, "bf16"))
+            check = compare(operation, name, values, expected[name], OPERATIONS[operation].bound(name, "bf16"))
             assert check.ok, (case.label, check)
 
 

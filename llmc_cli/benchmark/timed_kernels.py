@@ -22,7 +22,7 @@ class TimedKernels:
         self.calls: dict[str, int] = {}
         self.launches: dict[str, int] = {}
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         return work  # the operations within a CUDA graph could not be timed
 
     def __getattr__(self, name: str) -> Any:

@@ -1,15 +1,20 @@
-"""The operations that a backend offers, one signature each.
+"""The interface of a backend: its memory (``Runtime``) and its operations (``Kernels``).
 
-Letters: B sequences, T positions, N = B·T rows, C channels, NH heads, HS = C/NH head size, F hidden width,
-V vocabulary, Vp its padded size, S sequences in a cache. Outputs come first, then inputs, then options. Every array is
-C-contiguous and lies where the backend computes. Token ids and positions are int32. Activations, their gradients, keys
-and values are of the backend's ``activation_dtype``; parameters, their gradients and moments, means, rstd, lse, losses
-and logits of its ``dtype``: float64 in the reference, float32 elsewhere. An operation allocates nothing once warm,
-prints nothing and knows nothing of models. Each docstring says per output whether it is *overwritten* or *added to*;
-``acc`` switches the outputs it names from the first to the second. Outputs must not overlap inputs unless a docstring
-allows it.
+Axes: B sequences, T positions, N = B·T rows, C channels, NH heads, HS = C/NH head size, I and O input and output width
+of a linear layer, F hidden width of the MLP, V vocabulary size, Vp padded vocabulary size, S sequences in a cache of
+Tmax positions, P parameters.
 
-The names, signatures and their order are the same in every backend; a test compares them.
+Arguments come in the order outputs, inputs, options. Every array is C-contiguous and resides in the backend's memory.
+Token ids and positions are int32. Activations, their gradients, keys and values have the backend's
+``activation_dtype``. Parameters, their gradients and moments, mean, rstd, lse, losses and logits have its ``dtype``:
+float64 in the reference, float32 elsewhere.
+
+Each docstring says whether an output is *overwritten* or *accumulated* (added to). With ``acc`` the outputs that it
+names are accumulated instead of overwritten. Outputs must not overlap inputs unless a docstring allows it. After the
+first call with given shapes an operation allocates nothing. Operations may run asynchronously, in the order of the
+calls, until ``synchronize`` or ``download``.
+
+Every backend has the same names, signatures and order; a test compares them.
 """
 
 from collections.abc import Callable
@@ -19,18 +24,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = Any
-"""A backend's own array: numpy.ndarray on the CPU. Of others the engine takes shapes, slices of leading axes and
-``reshape`` only; ``upload`` and ``download`` are the way to their numbers."""
+"""A backend's array: numpy.ndarray on the CPU. Code outside the backend uses only its shape, slices of leading axes and
+``reshape``, and accesses elements through ``upload`` and ``download``."""
 
 Weight: TypeAlias = Any
-"""A matrix (out, in) in the form a backend likes best, made by ``bind``; opaque to its callers."""
+"""An opaque handle of a matrix (O,I), returned by ``bind``; it may hold a copy in another layout or precision."""
 
 HYPER = ("lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2", "max_norm")
-"""Slots of ``adamw``'s ``hyper``: correction1 = 1 - beta1^t, correction2 = 1 - beta2^t; max_norm 0: no clipping."""
+"""Elements of ``hyper`` in ``adamw``: correction1 = 1 - beta1^t, correction2 = 1 - beta2^t at step t; max_norm 0
+disables clipping."""
 
 
 class Runtime(Protocol):
-    """Memory, transfers and weights of one backend. Its scratch memory grows to the largest call and is then kept."""
+    """Memory, transfers and weights of one backend. Scratch memory grows to the largest call and is then kept."""
 
     name: str
     device_name: str  # the GPU's name; empty on the CPU
@@ -38,35 +44,42 @@ class Runtime(Protocol):
     activation_dtype: Any
 
     def alloc(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A zeroed array whose first element is aligned to 64 bytes."""
+        """Return a zeroed array, aligned to 64 bytes."""
         ...
 
     def upload(self, array: Array, values: "NDArray[Any]") -> None:
-        """Overwrite ``array`` with values of its shape from the host, converted to its dtype. Where these are what
-        ``download`` gave, nothing is left to do on a backend whose memory is the host's."""
+        """Overwrite ``array`` with host values of the same shape, converted to its dtype.
+
+        If the backend's memory is the host's and ``values`` is the array itself, as ``download`` returned it, this does
+        nothing.
+        """
         ...
 
-    def upload_ahead(self, array: Array, values: "NDArray[Any]") -> None:
-        """As ``upload``, of a few numbers, behind all that has been asked for so far: they may be on their way while
-        that runs."""
+    def upload_async(self, array: Array, values: "NDArray[Any]") -> None:
+        """Overwrite a small ``array`` with host values after all calls so far; the transfer may overlap with them."""
         ...
 
     def download(self, array: Array) -> "NDArray[Any]":
-        """The numbers of ``array`` on the host, bfloat16 as float32: the array itself where it lies there, else a
-        copy, made after everything that has been asked for is done."""
+        """Return the elements of ``array`` on the host after all calls so far, bfloat16 as float32.
+
+        If the backend's memory is the host's, this is the array itself; otherwise a copy.
+        """
         ...
 
     def copy(self, target: Array, source: Array) -> None:
-        """Overwrite ``target`` with ``source``, of the same shape and dtype."""
+        """Overwrite ``target`` with ``source``, which has the same shape and dtype."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything that has been asked for is done."""
+        """Wait until all calls so far have completed."""
         ...
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work``, to be called again and again in the place of it: the same operations and copies, on the same arrays
-        and with the same numbers each time; what differs are the contents. A GPU may take it as one launch then."""
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a replayable version of ``work`` (a CUDA graph on GPUs).
+
+        ``work`` must call the same operations and copies with the same arrays and numbers each time; only the contents
+        of the arrays may change. It must neither upload nor download.
+        """
         ...
 
     def launch_count(self) -> int:
@@ -82,19 +95,19 @@ class Runtime(Protocol):
         ...
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
-        """Bytes of scratch memory that training steps of this size come to, without allocating any."""
+        """Return the bytes of scratch memory that training steps of this size need, without allocating it."""
         ...
 
-    def bound_bytes(self, numbers: int) -> int:
-        """Bytes that ``bind`` allocates for weights of so many numbers."""
+    def bind_bytes(self, numbers: int) -> int:
+        """Return the bytes that ``bind`` allocates for weights of ``numbers`` elements in total."""
         ...
 
     def bind(self, master: Array) -> Weight:
-        """The weight whose values are ``master`` (out, in), a view that the caller keeps and updates."""
+        """Return the weight of ``master`` (O,I), a view that the caller keeps and updates; see ``publish``."""
         ...
 
     def publish(self, weights: list[Weight]) -> None:
-        """Tell the backend that the masters of ``weights`` have changed."""
+        """Update ``weights`` from their masters. Must be called after every change of a master."""
         ...
 
 
@@ -102,82 +115,111 @@ class Kernels(Runtime, Protocol):
     """The operations of one backend, each with an entry in the table of ``operations``."""
 
     def embedding_forward(self, x: Array, wte: Array, wpe: Array, ids: Array, positions: Array) -> None:
-        """x (N,C) = wte (Vp,C)[ids (N,)] + wpe (T,C)[positions (N,)]; x overwritten."""
+        """x (N,C) = wte (Vp,C)[ids (N,)] + wpe (T,C)[positions (N,)].
+
+        x is overwritten.
+        """
         ...
 
     def embedding_backward(self, dwte: Array, dwpe: Array, dx: Array, ids: Array, positions: Array, acc: bool) -> None:
-        """dwte (Vp,C)[ids] += dx (N,C), always added to, since the tied head has written it before; dwpe (T,C) the
-        same by position, overwritten (rows that no position names become 0), or added to with ``acc``."""
+        """dwte (Vp,C)[ids (N,)] += dx (N,C); dwpe (T,C)[positions (N,)] += dx.
+
+        dwte is always accumulated, since the tied output head has written it before. dwpe is overwritten (rows of no
+        position become 0), or accumulated with ``acc``.
+        """
         ...
 
     def residual_norm_forward(
         self, res: Array, y: Array, mean: Array, rstd: Array,
         x: Array, delta: Array | None, bias: Array | None, w: Array, b: Array, eps: float,
     ) -> None:  # fmt: skip
-        """res (N,C) = x (N,C) + delta (N,C) + bias (C,), then y (N,C) = (res - mean) · rstd · w (C,) + b (C,) with each
-        row's mean (N,) and rstd (N,) = 1/sqrt(variance + eps), the population variance. bias is that of the product
-        that gave delta, added here since this reads delta anyway. res may be x itself; without delta, and then without
-        bias, it is not written, and x is what is normalized. All outputs overwritten. Layer normalization: Ba et al.
-        2016, arXiv:1607.06450."""
+        """Residual addition and layer normalization (Ba et al. 2016, arXiv:1607.06450).
+
+        res (N,C) = x (N,C) + delta (N,C) + bias (C,); y (N,C) = (res - mean) · rstd · w (C,) + b (C,), where mean (N,)
+        is the mean of each row and rstd (N,) = 1/sqrt(population variance + eps). bias is that of the matrix product
+        that computed delta, added here because delta is read here anyway.
+
+        All outputs are overwritten. res may be x. Without delta there must be no bias; x is then normalized and res is
+        not written.
+        """
         ...
 
     def residual_norm_backward(
         self, dx: Array, dw: Array, db: Array,
         dy: Array, res: Array, mean: Array, rstd: Array, w: Array, dres: Array | None, acc: bool,
     ) -> None:  # fmt: skip
-        """dx (N,C) = dres (N,C, the gradient that reaches ``res`` past the norm; absent: 0) + the norm's gradient of dy
-        (N,C). dx is the gradient of both x and delta, and its sum over rows that of bias; it is overwritten and may be
-        dres or dy itself. dw (C,), db (C,) overwritten, or added to with ``acc``."""
+        """dx (N,C) = dres (N,C) + the gradient of the norm at dy (N,C); dw (C,), db (C,) are those of its parameters.
+
+        dres is the gradient of res from the residual stream; None is 0. dx is the gradient of both x and delta, and its
+        sum over rows is that of bias. dx is overwritten and may be dres or dy. dw and db are overwritten, or
+        accumulated with ``acc``.
+        """
         ...
 
     def linear_forward(self, y: Array, x: Array, w: Weight, b: Array | None) -> None:
-        """y (N,O) = x (N,I) · w (O,I)ᵀ + b (O,); y overwritten."""
+        """y (N,O) = x (N,I) · w (O,I)ᵀ + b (O,).
+
+        y is overwritten.
+        """
         ...
 
     def linear_backward(
         self, dx: Array | None, dw: Array, db: Array | None, dy: Array, x: Array, w: Weight, acc: bool
     ) -> None:
-        """dx (N,I) = dy (N,O) · w (O,I), overwritten; dw (O,I) = dyᵀ · x, db (O,) = the sum of dy over rows, both
-        overwritten, or added to with ``acc``."""
+        """dx (N,I) = dy (N,O) · w (O,I); dw (O,I) = dyᵀ · x (N,I); db (O,) = the sum of dy over rows.
+
+        dx is overwritten. dw and db are overwritten, or accumulated with ``acc``. dx and db are skipped if None.
+        """
         ...
 
     def linear_gelu_forward(self, act: Array, pre: Array, x: Array, w: Weight, b: Array) -> None:
-        """pre (N,F) = x (N,C) · w (F,C)ᵀ + b (F,); act (N,F) = gelu(pre) in the tanh form (Hendrycks and Gimpel 2016,
-        arXiv:1606.08415). Both overwritten."""
+        """pre (N,F) = x (N,C) · w (F,C)ᵀ + b (F,); act (N,F) = gelu(pre).
+
+        gelu is the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415). Both outputs are overwritten.
+        """
         ...
 
     def gelu_forward(self, act: Array, pre: Array) -> None:
-        """act (N,F) = gelu(pre (N,F)), the same bits as ``linear_gelu_forward`` gave; overwritten."""
+        """act (N,F) = gelu(pre (N,F)), bit for bit as ``linear_gelu_forward`` computes it.
+
+        act is overwritten.
+        """
         ...
 
     def gelu_linear_backward(
         self, dpre: Array, dw: Array, db: Array, dy: Array, act: Array, pre: Array, w: Weight, acc: bool
     ) -> None:
-        """Back through y = act · wᵀ + b, act = gelu(pre), with w (C,F) the projection *behind* the activation:
-        dpre (N,F) = (dy (N,C) · w) · gelu'(pre), overwritten; dw (C,F) = dyᵀ · act, db (C,) = the sum of dy over rows,
-        both overwritten, or added to with ``acc``. dpre may be act, which is not needed behind this."""
+        """The gradient of y (N,C) = act · w (C,F)ᵀ + b, where act (N,F) = gelu(pre (N,F)) is the layer's input.
+
+        dpre (N,F) = (dy (N,C) · w) · gelu'(pre); dw (C,F) = dyᵀ · act; db (C,) = the sum of dy over rows. dpre is
+        overwritten and may be act. dw and db are overwritten, or accumulated with ``acc``.
+        """
         ...
 
     def attention_forward(self, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
-        """Causal attention: out (B,T,C), lse (B,NH,T) from qkv (B,T,3C), whose last axis is q, k, v, each by head.
-        out = softmax(q·kᵀ/sqrt(HS)) · v over the positions up to one's own; lse = log of the sum of the exponentials
-        of the scaled scores, kept for the backward pass. No (T,T) matrix is stored (Dao et al. 2022,
-        arXiv:2205.14135). Both overwritten."""
+        """Causal self-attention: out (B,T,C) = softmax(q·kᵀ/sqrt(HS)) · v for each head.
+
+        The last axis of qkv (B,T,3C) is q, k and v, each of NH heads. A position attends to itself and those before it.
+        lse (B,NH,T) = the logarithm of the sum of the exponentials of the scaled scores, for the backward pass. No
+        (T,T) matrix is stored (Dao et al. 2022, arXiv:2205.14135). Both outputs are overwritten.
+        """
         ...
 
     def attention_backward(self, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int) -> None:
-        """dqkv (B,T,3C) from dout (B,T,C) and what forward left, scores recomputed; overwritten. It may be qkv."""
+        """dqkv (B,T,3C) from dout (B,T,C) and the arrays of ``attention_forward``; scores are recomputed.
+
+        dqkv is overwritten and may be qkv.
+        """
         ...
 
     def attention_cached(
         self, out: Array, keys: Array, values: Array, qkv: Array, lengths: Array, num_heads: int
     ) -> None:
-        """Causal attention of T new positions per sequence behind those already in the cache.
+        """Causal self-attention of T new positions per sequence with a cache; T > 1 for prompts, 1 for single tokens.
 
-        qkv (S,T,3C) holds the new positions; keys and values (S,NH,Tmax,HS) hold lengths (S,) int32 earlier ones and
-        take the new ones behind them (written in place; the rest is left as it is; the caller advances lengths).
-        Position t of sequence s attends to its lengths[s] + t + 1 first keys. out (S,T,C) overwritten. Serves prompts
-        (T > 1) and single tokens (T = 1).
+        keys and values (S,NH,Tmax,HS) hold the first lengths (S,) int32 positions of each sequence. The new keys and
+        values in qkv (S,T,3C) are written after them; the rest of the cache is unchanged, and the caller advances
+        lengths. Position t of sequence s attends to its first lengths[s] + t + 1 keys. out (S,T,C) is overwritten.
         """
         ...
 
@@ -185,30 +227,38 @@ class Kernels(Runtime, Protocol):
         self, losses: Array, dx: Array | None, dw: Array | None,
         x: Array, w: Weight, targets: Array, vocab_size: int, dloss: float, acc: bool,
     ) -> None:  # fmt: skip
-        """Cross-entropy of logits = x (N,C) · w (Vp,C)ᵀ over the first V = vocab_size rows of w, and its gradient.
+        """Cross-entropy of logits = x (N,C) · w (Vp,C)ᵀ over the first V = vocab_size rows of w, and its gradients.
 
-        losses (N,) = the loss of each row, 0 where targets (N,) int32 is -1 (ignored); overwritten. dx (N,C) =
-        dloss · the gradient of the sum of the losses, overwritten; dw (Vp,C) likewise, overwritten (padding rows
-        become 0), or added to with ``acc``. Both absent: the loss only. Works through chunks of rows, so that the whole
-        logits need not exist; softmax and its gradient replace the logits in place.
+        losses (N,) = the loss of each row, 0 where targets (N,) int32 is -1 (ignored). dx (N,C) and dw (Vp,C) are dloss
+        times the gradients of the sum of the losses; if both are None, only losses is computed. losses and dx are
+        overwritten. dw is overwritten (padding rows become 0), or accumulated with ``acc``. Rows are processed in
+        chunks, so that the logits (N,V) need not exist as a whole; the gradient replaces the logits in place.
         """
         ...
 
     def head_logits(self, logits: Array, x: Array, w: Weight) -> None:
-        """logits (R,V) = x (R,C) · w (Vp,C)ᵀ, the first V columns, V taken from logits; overwritten."""
+        """logits (N,V) = x (N,C) · w (Vp,C)ᵀ, restricted to the first V rows of w; V is taken from logits.
+
+        logits is overwritten.
+        """
         ...
 
     def sum_squares(self, out: Array, g: Array) -> None:
-        """out (1,) float64 = the sum of the squares of g (P,), added up in double precision in an order that does not
-        depend on the number of threads; overwritten."""
+        """out (1,) float64 = the sum of the squares of g (P,).
+
+        The sum is computed in double precision, in an order that does not depend on the number of threads. out is
+        overwritten.
+        """
         ...
 
     def adamw(self, master: Array, m: Array, v: Array, g: Array, segments: Array, hyper: Array, sumsq: Array) -> None:
-        """One AdamW update in place of master, m, v (P,) (Loshchilov and Hutter 2019, arXiv:1711.05101).
+        """One AdamW update of master, m and v (P,) in place (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-        g (P,) is scaled by min(1, max_norm / sqrt(sumsq[0])) first (sumsq (1,) float64 as ``sum_squares`` gives it).
-        segments (K,3) int64 rows are offset, length, decay (0 or 1): they cover the P elements. hyper (8,) float64 as
-        ``HYPER`` names it. m = beta1·m + (1-beta1)·g; v = beta2·v + (1-beta2)·g²;
-        master -= lr · (m/correction1 / (sqrt(v/correction2) + eps) + decay · master). g is left as it is.
+        The gradient is g (P,) scaled by min(1, max_norm / sqrt(sumsq[0])), where sumsq (1,) float64 is the result of
+        ``sum_squares``; the array itself is not changed. m = beta1·m + (1-beta1)·g; v = beta2·v + (1-beta2)·g²;
+        master -= lr · (m/correction1 / (sqrt(v/correction2) + eps) + decay · master).
+
+        hyper (8,) float64 holds the values named by ``HYPER``. Rows of segments (K,3) int64 are offset, length and
+        whether decay applies (0 or 1); together they cover the P elements.
         """
         ...

@@ -112,7 +112,7 @@ class GPT2:
         key = (self.kernels, method, *arguments)
         if key not in self._recorded:
             model = weakref.proxy(self)  # else the two would hold each other, and the memory of both
-            self._recorded[key] = self.kernels.recorded(lambda: method(model, *arguments))
+            self._recorded[key] = self.kernels.record(lambda: method(model, *arguments))
         self._recorded[key]()
 
     def prefetch(self, ids: Tokens, targets: Tokens) -> None:
@@ -121,8 +121,8 @@ class GPT2:
         The next ``forward`` and ``backward`` use the upload if they are called with these same arrays, which must not
         be modified until then.
         """
-        self.kernels.upload_ahead(self.ids, ids.reshape(-1))
-        self.kernels.upload_ahead(self.targets, targets.reshape(-1))
+        self.kernels.upload_async(self.ids, ids.reshape(-1))
+        self.kernels.upload_async(self.targets, targets.reshape(-1))
         self._prefetched = ids, targets
 
     def forward(self, ids: Tokens) -> None:

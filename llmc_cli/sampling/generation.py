@@ -50,7 +50,7 @@ class Decoder:
         def decode_token() -> None:
             model.kernels.head_logits(logits, model.forward_cached(cache, 1), model.head)
 
-        self._decode_token = model.kernels.recorded(decode_token)
+        self._decode_token = model.kernels.record(decode_token)
 
     def prefill(self, prompt: Sequence[int]) -> NDArray[np.floating]:
         """Return the logits (1,V) after a prompt, for a cache of one sequence. The next call overwrites them."""

@@ -75,7 +75,7 @@ def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) 
     scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     shapes = parameter_shapes(config)
-    bound = backend.kernels.bound_bytes(sum(math.prod(shapes[name]) for name in ("wte", *gpt2.MATRICES)))
+    bound = backend.kernels.bind_bytes(sum(math.prod(shapes[name]) for name in ("wte", *gpt2.MATRICES)))
     uses = {
         "parameters": parameters + bound,
         "gradients": parameters,

@@ -57,7 +57,7 @@ class Notebook:
     def upload(self, array, values):
         self.copies.append("upload")
 
-    def upload_ahead(self, array, values):
+    def upload_async(self, array, values):
         self.copies += ["upload", "copy"]  # to the device, and there into place
 
     def download(self, array):

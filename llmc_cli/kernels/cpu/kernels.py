@@ -90,7 +90,7 @@ class CpuKernels:
         if array is not values:
             array[...] = values
 
-    def upload_ahead(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+    def upload_async(self, array: NDArray[Any], values: NDArray[Any]) -> None:
         self.upload(array, values)
 
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -102,7 +102,7 @@ class CpuKernels:
     def synchronize(self) -> None:
         pass
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
@@ -138,7 +138,7 @@ class CpuKernels:
         sizes += [(R, into, out) for out, into, R in layers] + layers
         return 4 * (work + logits + sums) + 8 * SUM_PIECES + self.matmul.workspace_bytes(sizes, self.threads)
 
-    def bound_bytes(self, numbers: int) -> int:
+    def bind_bytes(self, numbers: int) -> int:
         return 0
 
     def bind(self, master: Float32) -> Float32:

@@ -121,7 +121,7 @@ class Device:
         staging = self._staged(array, values)
         self._copy_staged(array, staging, values.nbytes, self.stream)
 
-    def upload_ahead(self, array: Array, values: NDArray[Any]) -> None:
+    def upload_async(self, array: Array, values: NDArray[Any]) -> None:
         """As ``upload``. The values are carried over to the device at once, on a stream of their own, and put in place
         behind all that has been launched."""
         self._forbid_while_capturing("values come from the host")

@@ -62,8 +62,8 @@ class CudaKernels:
     def upload(self, array: Array, values: NDArray[Any]) -> None:
         self.device.upload(array, values)
 
-    def upload_ahead(self, array: Array, values: NDArray[Any]) -> None:
-        self.device.upload_ahead(array, values)
+    def upload_async(self, array: Array, values: NDArray[Any]) -> None:
+        self.device.upload_async(array, values)
 
     def download(self, array: Array) -> NDArray[Any]:
         return self.device.download(array)
@@ -74,7 +74,7 @@ class CudaKernels:
     def synchronize(self) -> None:
         self.device.synchronize()
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         return Recorded(self.device, work)
 
     def launch_count(self) -> int:
@@ -104,7 +104,7 @@ class CudaKernels:
         scratch = logits + 4 * columns + 4 * attended + N * C * real + 8 * optimizer.SQUARE_PARTS
         return scratch + self.matmul.workspace_bytes
 
-    def bound_bytes(self, numbers: int) -> int:
+    def bind_bytes(self, numbers: int) -> int:
         return 2 * numbers if self.precision == "bf16" else 0
 
     def bind(self, master: Array) -> CudaWeight:

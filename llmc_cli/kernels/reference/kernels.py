@@ -63,7 +63,7 @@ class ReferenceKernels:
         if array is not values:
             array[...] = values
 
-    def upload_ahead(self, array: NDArray[Any], values: NDArray[Any]) -> None:
+    def upload_async(self, array: NDArray[Any], values: NDArray[Any]) -> None:
         self.upload(array, values)
 
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -75,7 +75,7 @@ class ReferenceKernels:
     def synchronize(self) -> None:
         pass
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
     def launch_count(self) -> int:
@@ -90,7 +90,7 @@ class ReferenceKernels:
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         return 0  # it keeps none: what it needs it makes and drops
 
-    def bound_bytes(self, numbers: int) -> int:
+    def bind_bytes(self, numbers: int) -> int:
         return 0
 
     def bind(self, master: Float64) -> Float64:

@@ -32,7 +32,7 @@ def opened(monkeypatch, compiler, played):
 
 def plain(monkeypatch):
     """Nothing is captured from now on."""
-    monkeypatch.setattr(CudaKernels, "recorded", lambda self, work: work)
+    monkeypatch.setattr(CudaKernels, "record", lambda self, work: work)
 
 
 def logits_of(decoder, tokens=TOKENS):
@@ -219,7 +219,7 @@ class NormGradient:
 def check_scratch_that_grows(kernels):
     """A graph goes on using what it was captured with."""
     small = NormGradient(kernels)
-    recorded = kernels.recorded(small.work)
+    recorded = kernels.record(small.work)
     for _ in range(3):
         small.check(recorded)
     large = NormGradient(kernels, 300, 64)
@@ -259,11 +259,11 @@ def test_what_cannot_be_captured_is_an_error(opened, refused, words):
         if len(calls) > 1:
             refused(kernels)
 
-    recorded = kernels.recorded(work)
+    recorded = kernels.record(work)
     gradient.check(recorded)
     with pytest.raises((RuntimeError, UserWarning), match=words):
         recorded()
-    recorded = kernels.recorded(gradient.work)
+    recorded = kernels.record(gradient.work)
     for _ in range(3):
         gradient.check(recorded)
 
@@ -292,7 +292,7 @@ def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
     """Said once, and the results are the same."""
     kernels = opened()
     gradient = NormGradient(kernels)
-    recorded = kernels.recorded(gradient.work)
+    recorded = kernels.record(gradient.work)
     gradient.check(recorded)
 
     refuse(monkeypatch)

@@ -25,7 +25,7 @@ def seen(opened):
     found, memory = [], np.empty(50, np.int32)
     for values in VALUES:
         memory[:] = values
-        opened.upload_ahead(array, memory)
+        opened.upload_async(array, memory)
         memory[:] = -1
         found.append(opened.alloc((50,), np.int32))
         opened.copy(found[-1], array)
@@ -39,7 +39,7 @@ def test_each_in_its_turn(opened):
 def test_with_plain_uploads_between(opened):
     array = opened.alloc((50,), np.int32)
     for turn, values in enumerate(VALUES):
-        (opened.upload if turn % 2 else opened.upload_ahead)(array, values)
+        (opened.upload if turn % 2 else opened.upload_async)(array, values)
         if turn % 3:
             assert opened.download(array).tolist() == values.tolist()
     assert opened.download(array).tolist() == VALUES[-1].tolist()
@@ -66,9 +66,9 @@ def test_the_address_of_an_array_that_is_gone(opened, sizes):
     array = opened.alloc((50,), np.int32)
     there = array[: sizes[0]], array[: sizes[1]]
     opened.upload(array, np.full(50, 7))
-    opened.upload_ahead(there[0], first)
+    opened.upload_async(there[0], first)
     opened.upload(array, np.full(50, 7))
-    opened.upload_ahead(there[1], second)
+    opened.upload_async(there[1], second)
     expected = [*second, *[7] * (50 - sizes[1])]
     assert opened.download(array).tolist() == expected
 
@@ -76,7 +76,7 @@ def test_the_address_of_an_array_that_is_gone(opened, sizes):
 def test_carried_over_before_its_turn(opened):
     array = opened.alloc((50,), np.int32)
     opened.upload(array, VALUES[0])
-    opened.upload_ahead(array, VALUES[1])
+    opened.upload_async(array, VALUES[1])
     opened._ahead.synchronize()
     near = opened._staging[array.data.ptr].near
     there = (ctypes.c_int32 * 50).from_address(near.data.ptr)

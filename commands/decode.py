@@ -1,4 +1,4 @@
-"""`llmc decode`: token ids to text."""
+"""`llmc decode`: decode token ids to text."""
 
 import sys
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from llmc_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from llmc_cli.tokenizer.text_stream import TextStream
 
-BLOCK = 1 << 16
-LONGEST_ID = 10  # digits; more are no id of any vocabulary
-END_OF_BLOCK = None
+BLOCK = 1 << 16  # bytes read from stdin, or tokens decoded from a shard, at once
+MAX_DIGITS = 10  # of a token id
+TEXT_BREAK = None
 
 Ids = Iterator[list[int] | None]
-"""Ids as they come, and END_OF_BLOCK where a text ends and another begins."""
+"""Lists of ids; TEXT_BREAK separates one text from the next."""
 
 
 class Special(StrEnum):
@@ -31,30 +31,37 @@ class Special(StrEnum):
 def decode(
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IDS|FILE.bin", help="Token ids, or token shards; without any, or with -, stdin."),
+        typer.Argument(
+            metavar="IDS|FILE.bin",
+            help="Token ids, or token shards. Without arguments, or with -, ids are read from stdin.",
+        ),
     ] = None,
     tokenizer: Annotated[
         str,
         typer.Option(
-            "--tokenizer", metavar="gpt2|FILE", help="GPT-2's, a tokenizer.json, or a tokenizer table (.bin)."
+            "--tokenizer",
+            metavar="gpt2|FILE",
+            help="Tokenizer: gpt2, a tokenizer.json (or a folder that contains one), or a tokenizer table (.bin).",
         ),
     ] = "gpt2",
     special: Annotated[
-        Special, typer.Option("--special", help="Special tokens such as end-of-text: leave them out, or show them.")
+        Special, typer.Option("--special", help="Whether to show or skip special tokens such as end-of-text.")
     ] = Special.skip,
     offset: Annotated[
-        int | None, typer.Option("--offset", metavar="N", min=0, help="Tokens of the shards to pass over.")
+        int | None, typer.Option("--offset", metavar="N", min=0, help="Number of tokens to skip at the start.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=0, help="Tokens of the shards to decode, at most.")
+        int | None,
+        typer.Option("--limit", metavar="N", min=0, help="Maximum number of tokens to decode."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Turn token ids into text.
+    """Decode token ids to text.
 
-    Ids on stdin are separated by white space and decoded as they come. A line of several ids is a text of its own; ids
-    one a line are one text. Each text ends with a newline; bytes that are not UTF-8 become U+FFFD.
+    Ids on stdin are separated by white space and decoded as they arrive. A line of several ids is a separate text;
+    consecutive lines of one id each form one text. Each text is followed by a newline. Bytes that are not UTF-8 are
+    replaced by U+FFFD.
     """
     from llmc_cli.tokenizer.text_stream import TextStream
     from llmc_cli.tokenizer.tokenizer import load_tokenizer
@@ -62,9 +69,9 @@ def decode(
     words = ids or ["-"]
     kinds = {kind(word) for word in words}
     if len(kinds) > 1:
-        raise UsageError(f"found {' and '.join(sorted(kinds))} together; decode one kind at a time")
+        raise UsageError(f"found {' and '.join(sorted(kinds))} together; give only one kind of input")
     if kinds != {"shards"} and (offset is not None or limit is not None):
-        raise UsageError("--offset and --limit are for shards")
+        raise UsageError("--offset and --limit are only for shards (FILE.bin)")
     start = offset or 0
     stream = TextStream(load_tokenizer(tokenizer), special is Special.show, start)
     if kinds == {"shards"}:
@@ -72,8 +79,8 @@ def decode(
     elif kinds == {"stdin"}:
         source = from_stream(sys.stdin.buffer)
     else:
-        source = iter([parsed(" ".join(words).split(), 0)])
-    texts = decoded(source, stream)
+        source = iter([parse_ids(" ".join(words).split(), 0)])
+    texts = decode_stream(source, stream)
     output = Output(json, quiet)
     if json:
         text = "".join(texts).removesuffix("\n")
@@ -84,75 +91,78 @@ def decode(
 
 
 def kind(word: str) -> str:
-    """What an argument is."""
+    """Return the kind of input that an argument names."""
     if word == "-":
         return "stdin"
     return "shards" if word.endswith(".bin") else "ids"
 
 
-def parsed(words: list[str], position: int) -> list[int]:
-    """The ids that ``words`` say, the first of which is number ``position``. Raises DataError for what says none."""
+def parse_ids(words: list[str], position: int) -> list[int]:
+    """Return the ids written in ``words``. Raises DataError for a word that is not a token id.
+
+    ``position`` is the position of the first id, for error messages.
+    """
     for index, word in enumerate(words):
-        if not (word.isascii() and word.isdigit() and len(word) <= LONGEST_ID):
-            shown = word if len(word) <= 2 * LONGEST_ID else f"{word[: 2 * LONGEST_ID]}…"
+        if not (word.isascii() and word.isdigit() and len(word) <= MAX_DIGITS):
+            shown = word if len(word) <= 2 * MAX_DIGITS else f"{word[: 2 * MAX_DIGITS]}…"
             raise DataError(f"found {shown!r} at position {position + index}, expected a token id")
     return [int(word) for word in words]
 
 
 def from_stream(file: BinaryIO) -> Ids:
-    """The ids in ``file``, as soon as white space or its end shows that they are whole.
+    """Yield the ids in ``file``, each as soon as white space or the end of the file follows it.
 
-    A line break behind several ids ends a text, so that `llmc sample --num 2 --ids` gives two; behind a single one it
-    is white space like any other.
+    A newline after a line of several ids ends a text, so that `llmc sample --num 2 --ids` gives two texts. After a
+    line with one id it is ordinary white space.
     """
     position = 0
-    in_line = 0  # ids on this line so far
-    rest = ""  # of a word that may go on
+    in_line = 0  # ids on the current line so far
+    rest = ""  # a word that may continue in the next block
     while chunk := file.read1(BLOCK):  # type: ignore[attr-defined]
         *lines, last = (rest + chunk.decode("ascii", "replace")).split("\n")
         for line in lines:
-            ids = parsed(line.split(), position)
+            ids = parse_ids(line.split(), position)
             position += len(ids)
             in_line += len(ids)
             yield ids
             if in_line > 1:
-                yield END_OF_BLOCK
+                yield TEXT_BREAK
             in_line = 0
         words = last.split()
-        rest = words.pop() if words and not last[-1].isspace() and len(words[-1]) <= LONGEST_ID else ""
-        ids = parsed(words, position)
+        rest = words.pop() if words and not last[-1].isspace() and len(words[-1]) <= MAX_DIGITS else ""
+        ids = parse_ids(words, position)
         position += len(ids)
         in_line += len(ids)
         yield ids
-    yield parsed(rest.split(), position)
+    yield parse_ids(rest.split(), position)
 
 
 def from_shards(paths: list[Path], offset: int, limit: int | None) -> Ids:
-    """The ids of all shards together, from ``offset`` on, ``limit`` of them or fewer."""
+    """Yield at most ``limit`` ids of the concatenated shards, starting at ``offset``."""
     from llmc_cli.formats.shard import read_shard
 
     shards = [read_shard(path).tokens for path in paths]
     count = sum(tokens.size for tokens in shards)
     if offset > count:
-        raise UsageError(f"--offset {offset}: found only {count:,} tokens")
-    left = count - offset if limit is None else min(limit, count - offset)
+        raise UsageError(f"--offset {offset:,} is beyond the end of the shards: found {count:,} tokens")
+    remaining = count - offset if limit is None else min(limit, count - offset)
     for tokens in shards:
-        wanted = tokens[offset : offset + left]
+        selected = tokens[offset : offset + remaining]
         offset = max(0, offset - tokens.size)
-        left -= wanted.size
-        for start in range(0, wanted.size, BLOCK):
-            yield wanted[start : start + BLOCK].tolist()
+        remaining -= selected.size
+        for start in range(0, selected.size, BLOCK):
+            yield selected[start : start + BLOCK].tolist()
 
 
-def decoded(source: Ids, stream: "TextStream") -> Iterator[str]:
-    """The text of ``source`` as it comes, each text with a newline at its end. No ids give nothing at all."""
-    begun = False
+def decode_stream(source: Ids, stream: "TextStream") -> Iterator[str]:
+    """Yield the text of ``source`` incrementally, with a newline after each text. Without ids, yield nothing."""
+    started = False
     for ids in source:
-        if ids is END_OF_BLOCK:
+        if ids is TEXT_BREAK:
             yield stream.finish() + "\n"
-            begun = False
+            started = False
         elif ids:
             yield stream.feed(ids)
-            begun = True
-    if begun:
+            started = True
+    if started:
         yield stream.finish() + "\n"

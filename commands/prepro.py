@@ -1,4 +1,4 @@
-"""`llmc prepro`: text to token files."""
+"""`llmc prepro`: encode text to token files."""
 
 import sys
 import time
@@ -10,17 +10,28 @@ import typer
 
 from llmc_cli.commands import options
 from llmc_cli.commands.render import Output, format_duration, format_size
+from llmc_cli.data.shard_plan import SHARD_TOKENS, VAL_FRACTION, VAL_TOKENS, ShardPlan
 from llmc_cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from llmc_cli.data.documents import Piece
-    from llmc_cli.data.shards import ShardPlan, TokenFiles
+    from llmc_cli.data.shards import TokenFiles
     from llmc_cli.tokenizer.base import Tokenizer
 
-FILE_NAMES = {"tinyshakespeare": "tiny_shakespeare", "text": "text"}
-LATER = ("tinystories", "fineweb", "fineweb-edu", "hellaswag", "mmlu")
+FILE_PREFIXES = {
+    "tinyshakespeare": "tiny_shakespeare",
+    "text": "text",
+    "tinystories": None,
+    "fineweb": None,
+    "fineweb-edu": None,
+    "hellaswag": None,
+    "mmlu": None,
+}
+"""Data sets, and how the names of their token files begin; None: not implemented yet."""
+
+DEFAULT_VAL_TOKENS = f"{VAL_TOKENS}; 1/{VAL_FRACTION} of a short text"
 
 
 class Format(StrEnum):
@@ -29,69 +40,87 @@ class Format(StrEnum):
 
 
 def prepro(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="tinyshakespeare, or text with files of your own.")],
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Data set: tinyshakespeare, or text for files of your own.")
+    ],
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE", help="For text: .txt and .jsonl files, or - for text from stdin."),
+        typer.Argument(metavar="FILE", help="Input files of the data set text: .txt, .jsonl, or - for stdin."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", show_default="data/DATASET", help="Where to.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", show_default="data/DATASET", help="Output directory.")] = None,
     tokenizer: Annotated[
         str,
-        typer.Option("--tokenizer", metavar="gpt2|FILE", help="GPT-2's, or a tokenizer.json (or a folder with one)."),
+        typer.Option(
+            "--tokenizer",
+            metavar="gpt2|FILE",
+            help="Tokenizer: gpt2, a tokenizer.json, or a folder that contains one.",
+        ),
     ] = "gpt2",
     format_: Annotated[
-        Format, typer.Option("--format", help="shard: with a header, uint16. headerless: bare int32.")
+        Format,
+        typer.Option(
+            "--format",
+            help="Output format. shard: a header and uint16 tokens (uint32 for more than 65,536 token ids). "
+            "headerless: int32 tokens only.",
+        ),
     ] = Format.shard,
     shard_tokens: Annotated[
-        int, typer.Option("--shard-tokens", metavar="N", min=1, help="Tokens in a file, at most.")
-    ] = 100_000_000,
+        int, typer.Option("--shard-tokens", metavar="N", min=1, help="Maximum number of tokens per file.")
+    ] = SHARD_TOKENS,
     val_tokens: Annotated[
         int | None,
         typer.Option(
             "--val-tokens",
             metavar="N",
             min=0,
-            show_default="32768; of a short text a tenth",
-            help="The first N tokens are for validation.",
+            show_default=DEFAULT_VAL_TOKENS,
+            help="Number of tokens, from the start of the text, to use for validation.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", min=1, show_default="the cores it may use", help="Processes."),
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=1,
+            show_default="the cores this process may use",
+            help="Number of worker processes.",
+        ),
     ] = None,
     source: Annotated[
         str,
         typer.Option(
             "--source",
             metavar="auto|bundled|download|PATH",
-            help="For tinyshakespeare: the original by download, the plays that come with the program, or a file. "
-            "auto: the original, or the bundled text where it cannot be had.",
+            help="Text for tinyshakespeare. download: the original. bundled: a similar text that is installed with "
+            "llmc. auto: the original, or the bundled text if the download fails. PATH: a text file.",
         ),
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Turn text into files of tokens to train on.
+    """Encode text to token files for training.
 
-    `llmc prepro tinyshakespeare` makes data/tinyshakespeare/tiny_shakespeare_{train,val}.bin.
+    `llmc prepro tinyshakespeare` writes data/tinyshakespeare/tiny_shakespeare_{train,val}.bin.
 
-    `llmc prepro text FILE...` makes data/text/text_{train,val}.bin, or, where the tokens for training do not fit into
-    one file, text_val_000000.bin, text_train_000001.bin and on. A .txt file is one document, or several where lines
-    that hold only <|endoftext|> separate them; each line of a .jsonl file is one, the string under "text".
+    `llmc prepro text FILE...` writes data/text/text_{train,val}.bin. If the training tokens do not fit into one file,
+    it writes text_val_000000.bin, text_train_000001.bin and so on. A .txt file is one document, or several documents
+    separated by lines that contain only <|endoftext|>. Each line of a .jsonl file is one document: the string under
+    "text".
     """
-    from llmc_cli.data.shards import ShardPlan, write_token_files
+    from llmc_cli.data.shards import write_token_files
     from llmc_cli.machine.cores import available_cores
     from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     files = files or []
     output = Output(json, quiet)
-    check(dataset, files, source)
+    prefix = check(dataset, files, source)
     if dataset == "tinyshakespeare" and val_tokens is None:
-        val_tokens = 32_768
+        val_tokens = VAL_TOKENS
     plan = ShardPlan(
         folder=out or Path("data") / dataset,
-        name=FILE_NAMES[dataset],
+        name=prefix,
         headerless=format_ is Format.headerless,
         shard_tokens=shard_tokens,
         val_tokens=val_tokens,
@@ -110,42 +139,50 @@ def prepro(
         from llmc_cli.data.documents import input_bytes, read_documents
 
         origin = " ".join(files)
-        with output.progress("encoding", input_bytes(files), format_size) as tell:
-            result = write_token_files(read_documents(files, sys.stdin.buffer, tell), encoder, plan)
+        with output.progress("encoding", input_bytes(files), format_size) as on_progress:
+            result = write_token_files(read_documents(files, sys.stdin.buffer, on_progress), encoder, plan)
     show(output, dataset, origin, encoder, result, time.monotonic() - start)
 
 
-def check(dataset: str, files: list[str], source: str) -> None:
-    """Raise UsageError or MissingError for a data set that is not there, and files that do not go with it."""
-    if dataset in LATER:
-        raise MissingError(f"{dataset}: not yet; there are {' and '.join(FILE_NAMES)}")
-    if dataset not in FILE_NAMES:
-        raise UsageError(f"{dataset}: no such data set; known are {', '.join((*FILE_NAMES, *LATER))}")
+def check(dataset: str, files: list[str], source: str) -> str:
+    """Return the prefix of the data set's file names.
+
+    Raises UsageError or MissingError for an unknown or unimplemented data set and for input that does not fit it.
+    """
+    if dataset not in FILE_PREFIXES:
+        raise UsageError(f"unknown data set {dataset!r}: expected one of {', '.join(FILE_PREFIXES)}")
+    prefix = FILE_PREFIXES[dataset]
+    if prefix is None:
+        available = " and ".join(name for name, prefix in FILE_PREFIXES.items() if prefix)
+        raise MissingError(f"data set {dataset}: not implemented yet; available are {available}")
     if dataset == "tinyshakespeare":
         if files:
-            raise UsageError(f"tinyshakespeare takes no files (found {files[0]}); give --source PATH, or `prepro text`")
+            raise UsageError(
+                f"tinyshakespeare takes no files (found {files[0]}); use --source PATH, or `llmc prepro text FILE`"
+            )
         if source not in ("auto", "bundled", "download"):
             with Path(source).open("rb"):
                 pass
-        return
+        return prefix
     from llmc_cli.data.documents import check_files
 
     if source != "auto":
-        raise UsageError("text takes its files as arguments; --source is for tinyshakespeare")
+        raise UsageError("--source is only for tinyshakespeare; give the files of `llmc prepro text` as arguments")
     if not files:
-        raise UsageError("text takes files: .txt, .jsonl, or - for text from stdin")
+        raise UsageError("`llmc prepro text` needs at least one FILE: .txt, .jsonl, or - for text from stdin")
     check_files(files)
+    return prefix
 
 
 def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
-    """Where the text came from, and its sections."""
-    from llmc_cli.data.tinyshakespeare import TINY_SHAKESPEARE_BYTES, shakespeare_sections, shakespeare_text
+    """Return the origin of the text and its sections."""
+    from llmc_cli.data import tinyshakespeare
 
-    with output.progress("downloading", TINY_SHAKESPEARE_BYTES, format_size) as tell:
-        text = shakespeare_text(source, lambda done, total: tell(done))
-    if text.shortfall:
-        output.warning(f"{text.shortfall}; the bundled plays are used instead of the original Tiny Shakespeare")
-    return text.origin, shakespeare_sections(text.text)
+    with output.progress("downloading", tinyshakespeare.SIZE, format_size) as on_progress:
+        text = tinyshakespeare.shakespeare_text(source, lambda done, total: on_progress(done))
+    if text.fallback_reason:
+        output.warning(f"{text.fallback_reason}; using the bundled plays instead of the original Tiny Shakespeare")
+    return text.origin, tinyshakespeare.shakespeare_sections(text.text)
 
 
 def show(
@@ -170,19 +207,19 @@ def show(
         for file in result.files:
             output.print_line(f"writing {file.tokens:,} tokens to {file.path}")
     for path in result.removed:
-        output.info(f"removed {path}, a shard of an earlier run")
+        output.info(f"removed {path}, written by an earlier run")
     output.info(f"{result.tokens:,} tokens in {format_duration(elapsed)}, {result.tokens / elapsed:,.0f} tokens/s")
 
 
 def show_plan(
-    output: Output, dataset: str, files: list[str], source: str, tokenizer: "Tokenizer", plan: "ShardPlan"
+    output: Output, dataset: str, files: list[str], source: str, tokenizer: "Tokenizer", plan: ShardPlan
 ) -> None:
-    """What would be done. Tokens are not counted: that is the work itself."""
+    """Print the plan. Tokens are not counted, because that requires encoding the text."""
     from llmc_cli.data.shards import shard_kind
 
     splits = ("val", "train") if plan.val_tokens != 0 else ("train",)
     paths = [str(plan.folder / f"{plan.name}_{split}.bin") for split in splits]
-    facts: dict[str, str | int | list[str] | None] = {
+    values: dict[str, str | int | list[str] | None] = {
         "dataset": dataset,
         "source": source if dataset == "tinyshakespeare" else " ".join(files),
         "tokenizer": tokenizer.name,
@@ -193,9 +230,9 @@ def show_plan(
         "files": paths,
     }
     if output.json:
-        output.print_json({"dry_run": True, **facts})
+        output.print_json({"dry_run": True, **values})
         return
-    told = {**facts, "files": ", ".join(paths)}
+    shown = {**values, "files": ", ".join(paths)}
     if plan.val_tokens is None:
-        told["val_tokens"] = "32768, or a tenth of a short text"
-    output.print_table(("what", "plan"), [(name, str(value)) for name, value in told.items()])
+        shown["val_tokens"] = DEFAULT_VAL_TOKENS
+    output.print_table(("setting", "value"), [(name, str(value)) for name, value in shown.items()])

@@ -177,7 +177,8 @@ class PreproWorkload:
         return Task(self.write_files if task == "files" else self.encode, Cost(0, self.bytes))
 
     def write_files(self) -> Detail:
-        from llmc_cli.data.shards import ShardPlan, write_token_files
+        from llmc_cli.data.shard_plan import ShardPlan
+        from llmc_cli.data.shards import write_token_files
 
         with tempfile.TemporaryDirectory() as folder:
             files = write_token_files(self.sections(self.text), self.tokenizer, ShardPlan(Path(folder), "bench"))

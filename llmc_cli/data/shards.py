@@ -1,7 +1,7 @@
-"""Documents to token files: encoded by several processes, written in order, in place only when all is there.
+"""Write documents to token files: encode them in worker processes and write the ids in order.
 
-Memory is bounded by the workers' batches, whatever the size of the input; the files do not depend on the number of
-workers.
+The files are moved into place only after all of them are complete. Memory use is bounded by the batches of the workers
+and does not depend on the input size; the files do not depend on the number of workers.
 """
 
 import contextlib
@@ -16,41 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from llmc_cli.data.documents import Piece
-from llmc_cli.data.encoding import Tokens, _batches, encoded
-from llmc_cli.errors import DataError, UsageError
+from llmc_cli.data.encoding import Tokens, encode_batches, group_pieces
+from llmc_cli.data.shard_plan import VAL_FRACTION, VAL_TOKENS, ShardPlan
+from llmc_cli.errors import DataError
 from llmc_cli.formats.registry import Kind
-from llmc_cli.formats.shard import MAX_TOKENS, ShardWriter
+from llmc_cli.formats.shard import ShardWriter
 from llmc_cli.tokenizer.base import Tokenizer
-
-SHARD_TOKENS = 10**8
-VAL_TOKENS = 32_768
-VAL_SHARE = 10  # a text shorter than this many times VAL_TOKENS gives this fraction of itself, unless told otherwise
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What files are to be made in ``folder``.
-
-    ``name``_val.bin and ``name``_train.bin, or, where one file cannot hold the training tokens, ``name``_val_000000.bin
-    and ``name``_train_000001.bin and on. ``headerless``: int32 ids without a header. ``val_tokens`` None: VAL_TOKENS,
-    or a tenth of a short text; 0: no validation file.
-    """
-
-    folder: Path
-    name: str
-    headerless: bool = False
-    shard_tokens: int = SHARD_TOKENS
-    val_tokens: int | None = None
-    workers: int = 1
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot be."""
-        if not 0 < self.shard_tokens <= MAX_TOKENS:
-            raise UsageError(f"a shard of {self.shard_tokens:,} tokens: expected 1 to {MAX_TOKENS:,}")
-        if self.val_tokens is not None and not 0 <= self.val_tokens <= self.shard_tokens:
-            raise UsageError(
-                f"{self.val_tokens:,} validation tokens: expected 0 to the {self.shard_tokens:,} of a shard"
-            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +34,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """The files that were made, validation first, and those of an earlier, longer run that had to go."""
+    """The files written, validation first, and the files of an earlier run that were removed."""
 
     files: tuple[TokenFile, ...]
     removed: tuple[Path, ...]
@@ -74,47 +45,47 @@ class TokenFiles:
 
 
 def write_token_files(pieces: Iterable[Piece], tokenizer: Tokenizer, plan: ShardPlan) -> TokenFiles:
-    """Encode ``pieces`` and make the files of ``plan``.
+    """Encode ``pieces`` and write the files of ``plan``. The first tokens are the validation split.
 
-    The first tokens are for validation. Earlier files of these names are replaced when all new ones are complete;
-    shards of an earlier run that the new set does not have are removed, or a trainer would mix the two. Raises
-    UsageError for a tokenizer that cannot encode, DataError where the text gives nothing to train on.
+    Existing files with these names are replaced once all new files are complete. Other shards of an earlier run with
+    the same ``plan.name`` are removed, because a trainer would read them too. Raises UsageError for a tokenizer that
+    cannot encode, DataError if no tokens remain for training.
     """
     plan.check()
-    tokenizer.encode("")  # a tokenizer that cannot encode says so before anything is begun
+    tokenizer.encode("")  # fail before any work if the tokenizer cannot encode
     kind = Kind.HEADERLESS if plan.headerless else shard_kind(tokenizer)
-    with contextlib.closing(encoded(_batches(pieces), tokenizer, plan.workers)) as arrays:
+    with contextlib.closing(encode_batches(group_pieces(pieces), tokenizer, plan.workers)) as arrays:
         val, train = _split(arrays, plan.val_tokens)
         plan.folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{plan.name}.", suffix=".part", dir=plan.folder))
         try:
             written = _write(iter([val]), staging, "val", kind, plan.shard_tokens)
             written += _write(train, staging, "train", kind, plan.shard_tokens)
-            return _put_in_place(written, plan)
+            return _move_into_place(written, plan)
         finally:
             shutil.rmtree(staging)
 
 
 def shard_kind(tokenizer: Tokenizer) -> Kind:
-    """The shard that can hold the tokenizer's ids: uint16 as for GPT-2, else uint32 as for Llama 3."""
+    """Return the shard format that holds the tokenizer's ids: uint16 as for GPT-2, else uint32 as for Llama 3."""
     return Kind.SHARD_GPT2 if tokenizer.vocab_size <= 1 << 16 else Kind.SHARD_LLAMA3
 
 
 def _split(arrays: Iterator[Tokens], val_tokens: int | None) -> tuple[Tokens, Iterator[Tokens]]:
-    """The validation tokens, and the rest as a stream that is not empty."""
-    enough = VAL_SHARE * VAL_TOKENS if val_tokens is None else val_tokens + 1
+    """Return the validation tokens and a non-empty stream of the training tokens."""
+    required = VAL_FRACTION * VAL_TOKENS if val_tokens is None else val_tokens + 1
     head: list[Tokens] = []
     length = 0
-    while length < enough and (array := next(arrays, None)) is not None:
+    while length < required and (array := next(arrays, None)) is not None:
         head.append(array)
         length += array.size
     if length == 0:
-        raise DataError("there is no text to encode: the input is empty or white space only")
+        raise DataError("there is no text to encode: the input is empty or contains only white space")
     if val_tokens is None:
-        val_tokens = min(VAL_TOKENS, length // VAL_SHARE)
+        val_tokens = min(VAL_TOKENS, length // VAL_FRACTION)
     if length <= val_tokens:
         raise DataError(
-            f"the text gives {length:,} tokens, of which {val_tokens:,} for validation leave nothing to train on; "
+            f"the text has {length:,} tokens; {val_tokens:,} validation tokens leave none for training: "
             "give more text or a smaller --val-tokens"
         )
     tokens = np.concatenate(head)
@@ -122,36 +93,36 @@ def _split(arrays: Iterator[Tokens], val_tokens: int | None) -> tuple[Tokens, It
 
 
 def _write(arrays: Iterator[Tokens], folder: Path, split: str, kind: Kind, shard_tokens: int) -> list[TokenFile]:
-    """The tokens in files of ``shard_tokens`` each, the last one shorter; none where there are none."""
+    """Write the tokens to files of ``shard_tokens`` each; the last file may be shorter. No tokens give no file."""
     paths: list[Path] = []
     counts: list[int] = []
     with contextlib.ExitStack() as stack:
-        room = 0
+        remaining = 0
         for array in arrays:
-            at = 0
-            while at < array.size:
-                if room == 0:
-                    stack.close()  # the full shard is complete
+            start = 0
+            while start < array.size:
+                if remaining == 0:
+                    stack.close()  # completes the previous shard
                     paths.append(folder / f"{split}_{len(paths):06d}")
                     counts.append(0)
                     writer = stack.enter_context(ShardWriter(paths[-1], kind))
-                    room = shard_tokens
-                taken = array[at : at + room]
-                writer.write(taken)
-                counts[-1] += taken.size
-                at += taken.size
-                room -= taken.size
+                    remaining = shard_tokens
+                tokens = array[start : start + remaining]
+                writer.write(tokens)
+                counts[-1] += tokens.size
+                start += tokens.size
+                remaining -= tokens.size
     return [TokenFile(path, split, count, path.stat().st_size) for path, count in zip(paths, counts, strict=True)]
 
 
-def _put_in_place(written: list[TokenFile], plan: ShardPlan) -> TokenFiles:
-    """Give all files their names, and remove those of an earlier run that are none of them."""
-    several = sum(file.split == "train" for file in written) > 1
+def _move_into_place(written: list[TokenFile], plan: ShardPlan) -> TokenFiles:
+    """Rename the files to their final names, then remove other files of an earlier run."""
+    numbered = sum(file.split == "train" for file in written) > 1
     files: list[TokenFile] = []
-    number = 1  # of the next training shard; 0 is the validation shard's
+    number = 1  # of the next training shard; the validation shard has number 0
     for file in written:
         suffix = ""
-        if several:
+        if numbered:
             suffix = "_000000" if file.split == "val" else f"_{number:06d}"
             number += file.split == "train"
         path = plan.folder / f"{plan.name}_{file.split}{suffix}.bin"

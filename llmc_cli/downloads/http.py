@@ -1,4 +1,4 @@
-"""Files from the network: resumed, checked, and never half under their final name."""
+"""Download files over HTTP: resume, verify, and move into place only when complete."""
 
 import errno
 import hashlib
@@ -17,14 +17,14 @@ from llmc_cli.machine.cache_folder import cache_folder
 if TYPE_CHECKING:
     import requests
 
-Progress = Callable[[int, int | None], None]
-"""Takes the bytes there are so far and the bytes in all, None where the server does not say."""
+OnProgress = Callable[[int, int | None], None]
+"""Called with the number of bytes received so far and the total, None if the server does not send it."""
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-"""Waits between attempts that bring nothing; one that brings bytes starts the row anew."""
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
+"""Delays between failed attempts. An attempt that receives data starts the sequence again."""
 
-BLOCK = 1 << 14  # bytes; those of a block that a broken connection cuts off are lost
-PASSING = (408, 425, 429)  # statuses below 500 that a later attempt may not meet
+BLOCK = 1 << 14  # bytes; an incomplete block is lost when the connection breaks
+RETRYABLE_STATUSES = (408, 425, 429)  # besides 5xx
 
 
 def download(
@@ -32,35 +32,35 @@ def download(
     dest: str | Path,
     sha256: str | None = None,
     size: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     timeout_s: float = 30.0,
-    pauses_s: tuple[float, ...] | None = None,
+    retry_delays_s: tuple[float, ...] | None = None,
 ) -> Path:
-    """Fetch ``url`` into ``dest``; nothing is done where a file with the known ``sha256`` is there already.
+    """Download ``url`` to ``dest`` and return ``dest``. Does nothing if a file with hash ``sha256`` exists there.
 
-    What has come so far waits in the cache as a ``.part`` file, which a later call goes on with where the server can
-    and its file is still the same. ``timeout_s`` is for connecting and for each silence; between failed attempts it
-    waits ``pauses_s``, else ``PAUSES_S``. Raises MissingError where the network or the server fails, DataError where
-    what came is not of ``size`` bytes or has not ``sha256``.
+    Received data is stored in the cache as a ``.part`` file. A later attempt or call resumes from it if the server
+    supports ranges and its file has not changed. ``timeout_s`` limits connecting and each wait for data. Failed
+    attempts are repeated after ``retry_delays_s`` (default RETRY_DELAYS_S). Raises MissingError if the network or the
+    server fails, DataError if the file has not ``size`` bytes or another hash than ``sha256``.
     """
     import filelock
 
     dest = Path(dest)
-    if _is_there(dest, sha256):
+    if _exists(dest, sha256):
         return dest
     parts = cache_folder() / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    part = _Part(parts / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.part")
+    part = _PartialFile(parts / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.part")
     with filelock.FileLock(part.path.with_suffix(".lock")):
-        if not _is_there(dest, sha256):  # another process may have fetched it while this one waited
+        if not _exists(dest, sha256):  # another process may have downloaded it while this one waited for the lock
             transfer = _Transfer(url, part, sha256, size, on_progress or (lambda done, total: None), timeout_s)
-            transfer.run(PAUSES_S if pauses_s is None else pauses_s)
+            transfer.run(RETRY_DELAYS_S if retry_delays_s is None else retry_delays_s)
             _move(part.path, dest)
             part.remove()
     return dest
 
 
-def _is_there(dest: Path, sha256: str | None) -> bool:
+def _exists(dest: Path, sha256: str | None) -> bool:
     return sha256 is not None and dest.is_file() and _digest(dest) == sha256
 
 
@@ -70,7 +70,7 @@ def _digest(path: Path) -> str:
 
 
 def _move(source: Path, dest: Path) -> None:
-    """Rename, or copy where the cache lies on another file system."""
+    """Rename the file, or copy it if the cache is on another file system."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     try:
         source.replace(dest)
@@ -81,8 +81,8 @@ def _move(source: Path, dest: Path) -> None:
             shutil.copyfileobj(old, new, BLOCK)
 
 
-class _Part:
-    """The bytes so far, and beside them which version of the server's file they belong to."""
+class _PartialFile:
+    """The data received so far and, in a ``.json`` file beside it, the version of the server's file it belongs to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class _Part:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def version(self) -> str | None:
-        """The ETag or date of the file that the bytes came from, as If-Range takes it."""
+        """Return the ETag or modification date of the server's file, as used in If-Range."""
         try:
             found = json.loads(self._version.read_text("utf-8"))
         except (OSError, ValueError):
@@ -100,7 +100,7 @@ class _Part:
         return found if isinstance(found, str) else None
 
     def restart(self, version: str | None) -> None:
-        """Forget all bytes; those to come are of ``version``."""
+        """Discard all data. New data belongs to ``version``."""
         self.path.write_bytes(b"")
         self._version.write_text(json.dumps(version), "utf-8")
 
@@ -109,33 +109,40 @@ class _Part:
         self._version.unlink(missing_ok=True)
 
 
-class _Interrupted(Exception):
-    """An attempt failed in a way that another may not; the text says how."""
+class _TemporaryError(Exception):
+    """An attempt failed for a reason that a retry may resolve. The text gives the reason."""
 
 
 class _Transfer:
+    """The download of one URL into a partial file."""
+
     def __init__(
-        self, url: str, part: _Part, sha256: str | None, size: int | None, on_progress: Progress, timeout_s: float
+        self,
+        url: str,
+        part: _PartialFile,
+        sha256: str | None,
+        size: int | None,
+        on_progress: OnProgress,
+        timeout_s: float,
     ) -> None:
         self.url, self.part, self.sha256, self.size = url, part, sha256, size
         self.on_progress, self.timeout_s = on_progress, timeout_s
 
-    def run(self, pauses_s: tuple[float, ...]) -> None:
-        """Attempts until the part file is whole and right."""
+    def run(self, retry_delays_s: tuple[float, ...]) -> None:
+        """Repeat attempts until the partial file is complete and verified."""
         failures = 0
         resumed = self.part.length() > 0
         while True:
             before = self.part.length()
             try:
                 self._attempt()
-            except _Interrupted as error:
-                failures = 1 if self.part.length() > before else failures + 1
-                if failures > len(pauses_s):
-                    kept = f"{self.part.length():,} bytes are kept: run it again to go on from there"
-                    raise MissingError(
-                        f"{self.url}: {error}; {kept if self.part.length() else 'is there a network?'}"
-                    ) from None
-                time.sleep(pauses_s[failures - 1])
+            except _TemporaryError as error:
+                length = self.part.length()
+                failures = 1 if length > before else failures + 1
+                if failures > len(retry_delays_s):
+                    advice = f"{length:,} bytes are kept: run it again to resume" if length else "is there a network?"
+                    raise MissingError(f"{self.url}: {error}; {advice}") from None
+                time.sleep(retry_delays_s[failures - 1])
                 resumed = True
                 continue
             found = _digest(self.part.path) if self.sha256 else None
@@ -143,17 +150,17 @@ class _Transfer:
                 return
             self.part.remove()
             if not resumed:
-                raise DataError(f"{self.url}: found sha256 {found}, expected {self.sha256}; nothing was kept")
-            resumed = False  # the pieces may be of two versions of the file: once more in one go
+                raise DataError(f"{self.url}: found SHA-256 {found}, expected {self.sha256}; the data was discarded")
+            resumed = False  # the data may mix two versions of the file: download it again in one attempt
 
     def _attempt(self) -> None:
-        """Ask for what is missing and append it."""
+        """Request the missing part of the file and append it."""
         import requests
 
         have, version = self.part.length(), self.part.version()
-        headers = {"Accept-Encoding": "identity"}  # lengths and ranges must be those of the file
+        headers = {"Accept-Encoding": "identity"}  # lengths and ranges must refer to the uncompressed file
         if have and version is None and self.sha256 is None:
-            have = 0  # nothing could tell whether the rest belongs to the same file
+            have = 0  # without version or hash, a changed file would go unnoticed
         if have:
             headers["Range"] = f"bytes={have}-"
             if version is not None:
@@ -165,7 +172,7 @@ class _Transfer:
         except requests.exceptions.SSLError as error:
             raise MissingError(f"{self.url}: {_reason(error)}") from None
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise _Interrupted(_reason(error)) from None
+            raise _TemporaryError(_reason(error)) from None
         except requests.RequestException as error:
             raise MissingError(f"{self.url}: {_reason(error)}") from None
 
@@ -173,14 +180,14 @@ class _Transfer:
         status = response.status_code
         start, total = _content_range(response)
         if status == 416 and have and total == have:
-            return  # whole already: an earlier run stopped between the last byte and the rename
+            return  # already complete: an earlier run stopped before the rename
         if status == 416 or (status == 206 and start != have):
             self.part.remove()
-            raise _Interrupted(f"the server does not continue at byte {have}")
-        if status >= 500 or status in PASSING:
-            raise _Interrupted(f"the server answers {status} {response.reason}")
+            raise _TemporaryError(f"the server did not resume at byte {have:,}")
+        if status >= 500 or status in RETRYABLE_STATUSES:
+            raise _TemporaryError(f"the server returned {status} {response.reason}")
         if status not in (200, 206):
-            raise MissingError(f"{self.url}: the server answers {status} {response.reason}")
+            raise MissingError(f"{self.url}: the server returned {status} {response.reason}")
         if status == 200:
             have = 0
             length = response.headers.get("Content-Length", "")
@@ -188,16 +195,16 @@ class _Transfer:
             self.part.restart(_version(response))
         if total is not None and self.size is not None and total != self.size:
             self.part.remove()
-            raise DataError(f"{self.url}: found a file of {total:,} bytes, expected {self.size:,}; nothing was kept")
+            raise DataError(f"{self.url}: found a file of {total:,} bytes, expected {self.size:,}")
         have = self._append(response, have, total := self.size if total is None else total)
         if total is not None and have < total:
-            raise _Interrupted(f"the connection ended after {have:,} of {total:,} bytes")
+            raise _TemporaryError(f"the connection ended after {have:,} of {total:,} bytes")
         if total is not None and have > total:
             self.part.remove()
-            raise DataError(f"{self.url}: found more than the expected {total:,} bytes; nothing was kept")
+            raise DataError(f"{self.url}: found more than the expected {total:,} bytes; the data was discarded")
 
     def _append(self, response: "requests.Response", have: int, total: int | None) -> int:
-        """The length of the part file once everything that comes is in it."""
+        """Append the response body at byte ``have`` and return the new length of the partial file."""
         with self.part.path.open("r+b") as file:
             file.truncate(have)
             file.seek(have)
@@ -210,7 +217,7 @@ class _Transfer:
 
 
 def _content_range(response: "requests.Response") -> tuple[int | None, int | None]:
-    """The first byte and the length of the file as ``Content-Range`` gives them."""
+    """Return the first byte and the file size given by the Content-Range header; None for missing values."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     if not match:
         return None, None
@@ -219,7 +226,8 @@ def _content_range(response: "requests.Response") -> tuple[int | None, int | Non
 
 
 def _version(response: "requests.Response") -> str | None:
-    """What If-Range may name this version of the file by; weak ETags (RFC 9110, 13.1.5) do not count."""
+    """Return a value for If-Range that identifies this version of the file. Weak ETags are not allowed (RFC 9110,
+    13.1.5)."""
     etag = response.headers.get("ETag")
     if etag and not etag.startswith("W/"):
         return etag
@@ -227,7 +235,7 @@ def _version(response: "requests.Response") -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause, which says more to a person than the layers around it."""
+    """Return the message of the innermost cause, which is more informative than the exceptions that wrap it."""
     inner: BaseException = error
     while True:
         deeper = inner.__cause__ or inner.__context__ or getattr(inner, "reason", None)

@@ -1,6 +1,7 @@
-"""Models from the Hugging Face hub, through its own client: with its cache, its token, its mirror and its offline mode.
+"""Download models from the Hugging Face Hub with its own client, huggingface_hub.
 
-The client reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE from the environment when it is first imported.
+The client manages the cache. It reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE from the environment when it is
+first imported.
 """
 
 import contextlib
@@ -20,49 +21,49 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
-"""What transformers may keep a byte-level tokenizer in."""
+"""Files in which transformers stores a byte-level tokenizer."""
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-"""What an id on the hub looks like: a name, or an owner and a name."""
+"""A repository id: a name, or an owner and a name."""
 
-OnBytes = Callable[[str, int, int | None], None]
-"""Takes the name of a file, the bytes of it there are so far, and the bytes in all, None where unknown."""
+OnProgress = Callable[[str, int, int | None], None]
+"""Called with a file name, the number of bytes received so far, and the total, None if unknown."""
 
 
-def fetch_model(repository: str, tokenizer: bool, on_bytes: OnBytes = lambda name, done, total: None) -> Path:
-    """The folder in the client's cache that holds config and weights of ``repository``, and with ``tokenizer`` its
-    tokenizer files, as far as it has any. What is in the cache and still current is not fetched again.
+def fetch_model(repository: str, tokenizer: bool, on_progress: OnProgress = lambda name, done, total: None) -> Path:
+    """Download the config and weights of ``repository`` and return their folder in the client's cache.
 
-    Raises MissingError where the network, the server or the permission is missing, DataError where there is no such
-    repository, it holds no weights, or a file arrives damaged.
+    ``tokenizer``: also download the tokenizer files that exist. Cached files that are current are not downloaded again.
+    Raises MissingError if the network, the server or the permission is missing, DataError if the repository does not
+    exist, has no config or weights, or a file is damaged.
     """
-    fetch = _Fetch(repository, on_bytes)
-    with _explained(repository):
+    fetch = _Fetch(repository, on_progress)
+    with _converted_errors(repository):
         config = fetch.file("config.json")
         if config is None:
-            raise DataError(f"{repository}: there is no config.json in it, so it is no model of transformers")
+            raise DataError(f"{repository}: found no config.json; expected a model for transformers")
         weights = next((path for name in CHECKPOINT_FILES if (path := fetch.file(name))), None)
         if weights is None:
-            raise DataError(f"{repository}: there are no weights in it ({', '.join(CHECKPOINT_FILES)})")
+            raise DataError(f"{repository}: found no weights, expected one of {', '.join(CHECKPOINT_FILES)}")
         if weights.name.endswith(".index.json"):
-            for name in _parts(weights):
+            for name in _shard_names(weights):
                 if fetch.file(name) is None:
-                    raise DataError(f"{repository}: {weights.name} names {name}, which is not in it")
+                    raise DataError(f"{repository}: {weights.name} lists {name}, which is missing")
         for name in TOKENIZER_FILES if tokenizer else ():
             fetch.file(name)
     return config.parent
 
 
 class _Fetch:
-    """Files of one repository, all of the revision that the first of them had."""
+    """Downloads files of one repository, all from the revision of the first file."""
 
-    def __init__(self, repository: str, on_bytes: OnBytes) -> None:
-        self.repository, self.on_bytes = repository, on_bytes
+    def __init__(self, repository: str, on_progress: OnProgress) -> None:
+        self.repository, self.on_progress = repository, on_progress
         self.revision: str | None = None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def file(self, name: str) -> Path | None:
-        """Where the file lies, or None where the repository has none of this name."""
+        """Return the path of the file in the cache, or None if the repository has no such file."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.constants import HF_HUB_OFFLINE
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -73,7 +74,7 @@ class _Fetch:
         except LocalEntryNotFoundError:
             if self.revision is None or not HF_HUB_OFFLINE:
                 raise
-            return None  # offline, only what is in the cache counts
+            return None  # offline: a file that is not cached counts as missing
         except EntryNotFoundError:
             return None
         if not known:
@@ -82,25 +83,27 @@ class _Fetch:
         return path
 
     def _progress(self, name: str) -> dict[str, Any]:
-        """The client's option that reports through ``on_bytes`` instead of drawing; older clients cannot, and are told
-        to draw nothing."""
+        """Return the client option that reports progress to ``on_progress`` instead of drawing a bar.
+
+        Older clients have no such option; their progress bars are disabled.
+        """
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         if "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
             disable_progress_bars()
             return {}
-        on_bytes = self.on_bytes
+        on_progress = self.on_progress
 
         class Bar:
-            """As much of tqdm as the client uses."""
+            """The part of tqdm's interface that the client uses."""
 
             def __init__(self, *, total: int | None = None, initial: int = 0, **style: Any) -> None:
                 self.done, self.total = initial, total
 
             def update(self, count: int = 1) -> None:
                 self.done += count
-                on_bytes(name, self.done, self.total)
+                on_progress(name, self.done, self.total)
 
             def __enter__(self) -> Self:
                 return self
@@ -112,7 +115,7 @@ class _Fetch:
 
 
 def _check_sha256(repository: str, path: Path) -> None:
-    """A large file lies in the cache under its SHA-256: hold it against that, and remove it where it differs."""
+    """Verify a file against its SHA-256, which is its name in the cache if it is large. Remove it if it differs."""
     blob = path.resolve()
     if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return
@@ -122,22 +125,24 @@ def _check_sha256(repository: str, path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise DataError(
-            f"{repository}: {path.name} came with sha256 {found}, expected {blob.name}; it is removed, try again"
+            f"{repository}: {path.name}: found SHA-256 {found}, expected {blob.name}; the file was removed, try again"
         )
 
 
-def _parts(index: Path) -> list[str]:
-    """The files that an index of weights names."""
+def _shard_names(index: Path) -> list[str]:
+    """Return the names of the weight files listed in an index."""
     try:
         return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from None
+        raise DataError(f"{index}: not a valid weight index ({type(error).__name__}: {error})") from None
 
 
 @contextlib.contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Turn the client's exceptions into ours. Its network library is not ours to know, and has changed before: what is
-    neither of the client's own classes nor the disk's is the network's."""
+def _converted_errors(repository: str) -> Iterator[None]:
+    """Convert the client's exceptions to DataError and MissingError; errors of the file system pass through.
+
+    Other exceptions count as network errors: the client's HTTP library differs between versions.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -146,18 +151,19 @@ def _explained(repository: str) -> Iterator[None]:
         raise
     except GatedRepoError:
         raise MissingError(
-            f"{repository}: access to it has to be granted; ask for it on its page, and set HF_TOKEN"
+            f"{repository}: access is restricted; request it on the model's page, and set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
         raise DataError(
-            f"{repository}: no such file or folder, and no such model on the hub (or a private one: set HF_TOKEN)"
+            f"{repository}: no such file or folder, and no such model on the Hugging Face Hub "
+            "(for a private model, set HF_TOKEN)"
         ) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = error.__cause__ or error
         raise MissingError(
-            f"{repository}: it cannot be fetched from the Hugging Face hub ({_first_line(cause)}); "
+            f"{repository}: download from the Hugging Face Hub failed ({_first_line(cause)}); "
             "try again, or give a folder"
         ) from None
 

@@ -20,7 +20,7 @@ def decode(*arguments, **more):
 
 @pytest.fixture
 def shards(tmp_path):
-    """The ids 0 to 99 and 100 to 149."""
+    """Two shards with the ids 0 to 99 and 100 to 149."""
     write_shard(tmp_path / "a.bin", np.arange(100))
     write_shard(tmp_path / "b.bin", np.arange(100, 150))
     return tmp_path / "a.bin", tmp_path / "b.bin"
@@ -44,39 +44,39 @@ def test_ids_on_stdin(arguments, content):
     assert decode(*arguments, input=content).stdout == "Hello world!\n"
 
 
-def test_a_line_of_several_ids_is_a_text():
-    """`llmc sample --num 2 --ids` gives two lines; ids one a line are one text."""
+def test_line_of_several_ids_is_a_separate_text():
+    """As written by `llmc sample --num 2 --ids`. Consecutive lines of one id form one text."""
     assert decode(input="50256 15496 995\n50256 15496 0\n").stdout == "Hello world\nHello!\n"
     assert decode(input="15496 995\n0").stdout == "Hello world\n!\n"
     assert decode(input="15496\n995\n0 0\n").stdout == "Hello world!!\n"
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_stdin_in_small_pieces(monkeypatch, block):
+def test_stdin_read_in_small_blocks(monkeypatch, block):
     monkeypatch.setattr(command, "BLOCK", block)
     assert decode(input="15496 995\n\n50256 15496 0 \n15496\n995").stdout == "Hello world\nHello!\nHello world\n"
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_no_ids(content):
+def test_empty_input_gives_empty_output(content):
     result = decode(input=content)
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_half_a_character_at_the_end_of_a_text():
+def test_incomplete_character_at_the_end_of_a_text():
     ids = load_tokenizer("gpt2").encode("🙂").tolist()
     assert decode(*ids).stdout == "🙂\n"
     assert decode(input=f"0 {ids[0]}\n{ids[1]} 0\n").stdout == f"!\ufffd\n{text_of(ids[1:])}!\n"
 
 
-def test_special_tokens():
+def test_special_tokens_are_skipped_or_shown():
     ids = ["50256", "15496", "50256"]
     assert decode(*ids).stdout == decode(*ids, "--special", "skip").stdout == "Hello\n"
     assert decode(*ids, "--special", "show").stdout == "<|endoftext|>Hello<|endoftext|>\n"
     assert decode("50256").stdout == "\n"
 
 
-def test_shards(shards):
+def test_shards_are_concatenated(shards):
     first, second = shards
     assert decode(first).stdout == text_of(range(100)) + "\n"
     assert decode(first, second).stdout == text_of(range(150)) + "\n"
@@ -85,16 +85,19 @@ def test_shards(shards):
 @pytest.mark.parametrize(
     ("offset", "limit"), [(0, 10), (90, 20), (100, 10), (120, 1000), (150, 5), (0, 0), (5, None), (0, 150)]
 )
-def test_a_part_of_shards(shards, offset, limit, monkeypatch):
+def test_offset_and_limit(shards, offset, limit, monkeypatch):
     monkeypatch.setattr(command, "BLOCK", 7)
     options = ["--offset", offset] + ([] if limit is None else ["--limit", limit])
     expected = text_of(list(range(150))[offset:][:limit])
     assert decode(*shards, *options).stdout == (expected + "\n" if expected else "")
 
 
-def test_offset_behind_the_end(shards):
+def test_offset_beyond_the_end_is_rejected(shards):
     result = decode(*shards, "--offset", 151)
-    assert (result.exit_code, result.stderr) == (2, "llmc: --offset 151: found only 150 tokens\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "llmc: --offset 151 is beyond the end of the shards: found 150 tokens\n",
+    )
 
 
 def test_other_tokenizers(tmp_path):
@@ -104,7 +107,7 @@ def test_other_tokenizers(tmp_path):
     assert decode("15496", "995", "--tokenizer", tmp_path / "gpt2.bin").stdout == "Hello world\n"
 
 
-def test_json(shards):
+def test_json_output(shards):
     assert json.loads(decode("15496", "995", "--json").stdout) == {"schema": 1, "tokens": 2, "text": "Hello world"}
     result = decode("--json", input="15496 995\n15496 0\n")
     assert json.loads(result.stdout) == {"schema": 1, "tokens": 4, "text": "Hello world\nHello!"}
@@ -133,33 +136,33 @@ def test_json(shards):
         (["none.bin"], "", 3, "none.bin: No such file or directory"),
         (["1", "none.bin"], "", 2, "found ids and shards together"),
         (["1", "-"], "", 2, "found ids and stdin together"),
-        (["1", "--offset", "1"], "", 2, "--offset and --limit are for shards"),
-        (["--limit", "1"], "1 2", 2, "--offset and --limit are for shards"),
+        (["1", "--offset", "1"], "", 2, "--offset and --limit are only for shards"),
+        (["--limit", "1"], "1 2", 2, "--offset and --limit are only for shards"),
         (["1", "--tokenizer", "none"], "", 3, "none: no such tokenizer"),
     ],
 )
-def test_refusals(arguments, content, status, message):
+def test_invalid_input_is_rejected(arguments, content, status, message):
     result = decode(*arguments, input=content)
     assert result.exit_code == status
     assert result.stderr.startswith("llmc: ") and message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_bad_id_in_a_shard(tmp_path):
+def test_position_of_an_invalid_id_in_a_shard(tmp_path):
     write_shard(tmp_path / "a.bin", [1, 2, 60000, 3])
     assert "token id 60000 at position 2 " in decode(tmp_path / "a.bin").stderr
     assert "token id 60000 at position 2 " in decode(tmp_path / "a.bin", "--offset", 1).stderr
     assert decode(tmp_path / "a.bin", "--limit", 2).exit_code == 0
 
 
-def test_what_is_no_shard(tmp_path):
+def test_file_that_is_not_a_shard_is_rejected(tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(2000))
     result = decode(tmp_path / "a.bin")
     assert result.exit_code == 3
     assert "a.bin: found magic 0 (unknown), expected " in result.stderr
 
 
-def test_options_out_of_range():
+def test_options_out_of_range_are_rejected():
     for option in (["--special", "x"], ["--limit", "-1"]):
         assert decode("1", *option).exit_code == 2
 
@@ -167,7 +170,7 @@ def test_options_out_of_range():
 LLMC = [sys.executable, "-m", "llmc_cli.app"]
 
 
-def test_a_slow_pipe_is_decoded_as_it_comes():
+def test_stdin_is_decoded_as_it_arrives():
     pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     with subprocess.Popen([*LLMC, "decode"], bufsize=0, **pipes) as process:
         process.stdin.write(b"15496 9")
@@ -180,14 +183,14 @@ def test_a_slow_pipe_is_decoded_as_it_comes():
     assert process.returncode == 0
 
 
-def test_the_output_is_utf8_whatever_the_locale():
+def test_output_is_utf8_in_any_locale():
     ids = load_tokenizer("gpt2").encode("é的").tolist()
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     output = subprocess.run([*LLMC, "decode", *map(str, ids)], check=True, capture_output=True, env=environment).stdout
     assert output == "é的\n".encode()
 
 
-def test_a_reader_that_goes(tmp_path):
+def test_closed_stdout_ends_quietly(tmp_path):
     write_shard(tmp_path / "a.bin", np.zeros(1_000_000, np.int32))
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([*LLMC, "decode", str(tmp_path / "a.bin")], **pipes) as process:

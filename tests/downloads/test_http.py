@@ -1,6 +1,6 @@
 import hashlib
-import http.server
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,17 @@ CUT = 18 * http.BLOCK
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers each request by the next of ``script``, the last of them for ever; ``asked`` keeps the headers."""
+class Server(ThreadingHTTPServer):
+    """Handles each request with the next function of ``script``; the last one is repeated.
+
+    ``requests`` lists the headers of all requests.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.asked, self.body, self.etag = [whole], [], BODY, '"one"'
+        self.script, self.requests, self.body, self.etag = [send_file], [], BODY, '"one"'
 
     @property
     def url(self):
@@ -32,9 +35,9 @@ class Server(http.server.ThreadingHTTPServer):
         pass
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.asked.append(dict(self.headers))
+        self.server.requests.append(dict(self.headers))
         script = self.server.script
         (script.pop(0) if len(script) > 1 else script[0])(self)
 
@@ -52,11 +55,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def whole(handler, cut=None):
-    """The file, or the range that was asked for; with ``cut`` the connection ends after so many bytes."""
-    body, asked = handler.server.body, handler.headers
-    start = int(asked.get("Range", "bytes=0-")[len("bytes=") : -1])
-    if asked.get("If-Range", handler.server.etag) != handler.server.etag:
+def send_file(handler, cut=None):
+    """Send the file or the requested range. ``cut``: close the connection after this number of bytes."""
+    body, headers = handler.server.body, handler.headers
+    start = int(headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+    if headers.get("If-Range", handler.server.etag) != handler.server.etag:
         start = 0
     if start >= len(body):
         handler.head(416, 0, Content_Range=f"bytes */{len(body)}")
@@ -67,26 +70,26 @@ def whole(handler, cut=None):
     handler.wfile.write(body[start:][:cut])
 
 
-def dropping(handler):
-    whole(handler, cut=CUT)
+def drop_connection(handler):
+    send_file(handler, cut=CUT)
 
 
-def ignoring_range(handler):
+def ignore_range(handler):
     handler.head(200, len(BODY))
     handler.wfile.write(BODY)
 
 
-def without_length(handler):
+def send_without_length(handler):
     handler.head(200, None)
     handler.wfile.write(BODY)
 
 
-def wrong_range(handler):
+def send_wrong_range(handler):
     handler.head(206, 10, Content_Range=f"bytes 5-14/{len(BODY)}")
     handler.wfile.write(BODY[5:15])
 
 
-def answering(status):
+def respond(status):
     return lambda handler: handler.head(status, 0)
 
 
@@ -101,242 +104,226 @@ def server():
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
+def environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(http, "PAUSES_S", (0.001, 0.002))
+    monkeypatch.setattr(http, "RETRY_DELAYS_S", (0.001, 0.002))
 
 
 def parts():
     return [path for path in (cache_folder() / "parts").iterdir() if path.suffix != ".lock"]
 
 
-def half_done(server, dest):
-    """A download that is given up after CUT bytes."""
-    server.script = [dropping, answering(503)]
+def interrupt_download(server, dest):
+    """Start a download that fails after CUT bytes."""
+    server.script = [drop_connection, respond(503)]
     with pytest.raises(MissingError):
         download(server.url, dest, SHA256)
     assert not dest.exists()
-    server.script = [whole]
-    server.asked.clear()
-
-
-def test_the_cache_folder(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    monkeypatch.setenv("LLMC_CACHE", "/c")
-    assert cache_folder() == Path("/c")
-    monkeypatch.delenv("LLMC_CACHE")
-    assert cache_folder() == Path("/x/llmc")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "llmc"
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(FileNotFoundError, match="LLMC_CACHE"):
-        cache_folder()
+    server.script = [send_file]
+    server.requests.clear()
 
 
 @pytest.mark.parametrize("checks", [{}, {"sha256": SHA256}, {"size": len(BODY)}, {"sha256": SHA256, "size": len(BODY)}])
-def test_a_plain_download(server, tmp_path, checks):
-    told = []
+def test_download_reports_progress(server, tmp_path, checks):
+    reported = []
     dest = tmp_path / "new" / "file"
-    assert download(server.url, dest, **checks, on_progress=lambda *amounts: told.append(amounts)) == dest
+    assert download(server.url, dest, **checks, on_progress=lambda *amounts: reported.append(amounts)) == dest
     assert dest.read_bytes() == BODY
-    assert told[0] == (0, len(BODY)) and told[-1] == (len(BODY), len(BODY)) and told == sorted(told)
+    assert reported[0] == (0, len(BODY)) and reported[-1] == (len(BODY), len(BODY))
+    assert reported == sorted(reported)
     assert not parts()
-    assert server.asked[0]["Accept-Encoding"] == "identity"
+    assert server.requests[0]["Accept-Encoding"] == "identity"
 
 
-def test_what_is_there_is_not_fetched_again(server, tmp_path):
+def test_existing_file_with_the_right_hash_is_kept(server, tmp_path):
     (tmp_path / "file").write_bytes(BODY)
     download(server.url, tmp_path / "file", SHA256)
-    assert not server.asked
+    assert not server.requests
     (tmp_path / "file").write_bytes(b"another")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_dropped_connections_are_resumed(server, tmp_path):
-    server.script = [dropping]
+def test_dropped_connection_is_resumed(server, tmp_path):
+    server.script = [drop_connection]
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert [asked.get("Range") for asked in server.asked] == [
+    assert [headers.get("Range") for headers in server.requests] == [
         None, "bytes=294912-", "bytes=589824-", "bytes=884736-",
     ]  # fmt: skip
-    assert {asked.get("If-Range") for asked in server.asked[1:]} == {'"one"'}
+    assert {headers.get("If-Range") for headers in server.requests[1:]} == {'"one"'}
 
 
-def test_a_later_run_resumes(server, tmp_path):
-    half_done(server, tmp_path / "file")
+def test_later_call_resumes(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert [asked.get("Range") for asked in server.asked] == ["bytes=294912-"]
+    assert [headers.get("Range") for headers in server.requests] == ["bytes=294912-"]
 
 
-def test_a_server_that_ignores_ranges(server, tmp_path):
-    half_done(server, tmp_path / "file")
-    server.script = [ignoring_range]
+def test_server_that_ignores_ranges(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
+    server.script = [ignore_range]
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_a_file_that_changed(server, tmp_path):
-    half_done(server, tmp_path / "file")
+def test_changed_file_is_downloaded_again(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
     server.body, server.etag = BODY[::-1], '"two"'
     download(server.url, tmp_path / "file", size=len(BODY))
     assert (tmp_path / "file").read_bytes() == BODY[::-1]
-    assert server.asked[0]["If-Range"] == '"one"'
+    assert server.requests[0]["If-Range"] == '"one"'
 
 
-def test_a_file_that_changed_under_a_server_without_versions(server, tmp_path):
-    """Only the hash can tell: the pieces are thrown away, and the file is fetched in one go."""
+def test_changed_file_without_etag_is_detected_by_its_hash(server, tmp_path):
+    """The partial data is discarded, and the file is downloaded in one request."""
     server.etag = None
-    half_done(server, tmp_path / "file")
+    interrupt_download(server, tmp_path / "file")
     server.body = BODY[::-1]
     download(server.url, tmp_path / "file", hashlib.sha256(BODY[::-1]).hexdigest())
     assert (tmp_path / "file").read_bytes() == BODY[::-1]
-    assert [asked.get("Range") for asked in server.asked] == ["bytes=294912-", None]
+    assert [headers.get("Range") for headers in server.requests] == ["bytes=294912-", None]
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_nothing_to_tell_versions_by(server, tmp_path, etag):
-    """Neither ETag nor hash: a second piece could belong to another file, so it starts anew."""
+def test_without_etag_and_hash_nothing_is_resumed(server, tmp_path, etag):
+    """The rest could belong to another version of the file, so the download starts again."""
     server.etag = etag
-    half_done(server, tmp_path / "file")
+    interrupt_download(server, tmp_path / "file")
     download(server.url, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == BODY
-    assert [asked.get("Range") for asked in server.asked] == [None]
+    assert [headers.get("Range") for headers in server.requests] == [None]
 
 
-def test_a_part_that_is_whole(server, tmp_path):
-    """An earlier run ended between the last byte and the rename."""
-    half_done(server, tmp_path / "file")
+def test_complete_partial_file_is_used(server, tmp_path):
+    """An earlier run stopped after the last byte, before the rename."""
+    interrupt_download(server, tmp_path / "file")
     next(path for path in parts() if path.suffix == ".part").write_bytes(BODY)
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_a_part_that_is_too_long(server, tmp_path):
-    half_done(server, tmp_path / "file")
+def test_partial_file_that_is_too_long_is_discarded(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
     next(path for path in parts() if path.suffix == ".part").write_bytes(BODY + b"more")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_a_damaged_note_of_the_version(server, tmp_path):
-    half_done(server, tmp_path / "file")
+def test_damaged_version_file_is_ignored(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
     next(path for path in parts() if path.suffix == ".json").write_text("{")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_a_range_that_was_not_asked_for(server, tmp_path):
-    half_done(server, tmp_path / "file")
-    server.script = [wrong_range, whole]
+def test_wrong_range_restarts_the_download(server, tmp_path):
+    interrupt_download(server, tmp_path / "file")
+    server.script = [send_wrong_range, send_file]
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert [asked.get("Range") for asked in server.asked] == ["bytes=294912-", None]
+    assert [headers.get("Range") for headers in server.requests] == ["bytes=294912-", None]
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 408, 429])
-def test_passing_troubles(server, tmp_path, status):
-    server.script = [answering(status), answering(status), whole]
+def test_temporary_errors_are_retried(server, tmp_path, status):
+    server.script = [respond(status), respond(status), send_file]
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
-def test_pauses_grow_and_progress_starts_them_anew(server, tmp_path, monkeypatch):
+def test_received_data_resets_the_retry_delays(server, tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr(http.time, "sleep", slept.append)
-    server.script = [answering(500), answering(500), dropping, answering(500), whole]
+    server.script = [respond(500), respond(500), drop_connection, respond(500), send_file]
     download(server.url, tmp_path / "file", SHA256)
     assert slept == [0.001, 0.002, 0.001, 0.002]
 
 
-def test_giving_up(server, tmp_path):
-    server.script = [answering(503)]
-    with pytest.raises(MissingError, match=rf"{server.url}: the server answers 503 .*; is there a network\?"):
+def test_gives_up_after_the_last_retry(server, tmp_path):
+    server.script = [respond(503)]
+    with pytest.raises(MissingError, match=rf"{server.url}: the server returned 503 .*; is there a network\?"):
         download(server.url, tmp_path / "file", SHA256)
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
     assert not (tmp_path / "file").exists()
 
 
-def test_giving_up_half_way(server, tmp_path):
-    server.script = [dropping, answering(503)]
-    with pytest.raises(MissingError, match="294,912 bytes are kept: run it again"):
+def test_error_says_that_partial_data_is_kept(server, tmp_path):
+    server.script = [drop_connection, respond(503)]
+    with pytest.raises(MissingError, match="294,912 bytes are kept: run it again to resume"):
         download(server.url, tmp_path / "file", SHA256)
 
 
 @pytest.mark.parametrize("status", [404, 403, 410, 304])
-def test_a_file_that_is_not_there(server, tmp_path, status):
-    server.script = [answering(status)]
-    with pytest.raises(MissingError, match=f"the server answers {status}"):
+def test_permanent_errors_are_not_retried(server, tmp_path, status):
+    server.script = [respond(status)]
+    with pytest.raises(MissingError, match=f"the server returned {status}"):
         download(server.url, tmp_path / "file", SHA256)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_short_without_a_length(server, tmp_path):
-    """Only the expected size shows that something is missing."""
+def test_truncated_file_without_content_length(server, tmp_path):
+    """Only the expected size shows that data is missing."""
 
-    def short(handler):
+    def send_truncated(handler):
         handler.head(200, None)
         handler.wfile.write(BODY[:1000])
 
-    server.script = [short]
+    server.script = [send_truncated]
     with pytest.raises(MissingError, match="the connection ended after 1,000 of 1,048,576 bytes"):
         download(server.url, tmp_path / "file", size=len(BODY))
-    server.script = [without_length]
+    server.script = [send_without_length]
     download(server.url, tmp_path / "file", size=len(BODY))
     assert (tmp_path / "file").read_bytes() == BODY
 
 
-def test_more_than_the_expected_size(server, tmp_path):
-    server.script = [without_length]
+def test_file_larger_than_expected_is_rejected(server, tmp_path):
+    server.script = [send_without_length]
     with pytest.raises(DataError, match="found more than the expected 1,000 bytes"):
         download(server.url, tmp_path / "file", size=1000)
     assert not parts()
 
 
-def test_another_size_is_not_even_fetched(server, tmp_path):
-    told = []
+def test_wrong_content_length_is_rejected_before_the_download(server, tmp_path):
+    reported = []
     with pytest.raises(DataError, match="found a file of 1,048,576 bytes, expected 1,000"):
-        download(server.url, tmp_path / "file", size=1000, on_progress=lambda *amounts: told.append(amounts))
-    assert not told and not parts()
+        download(server.url, tmp_path / "file", size=1000, on_progress=lambda *amounts: reported.append(amounts))
+    assert not reported and not parts()
 
 
-def test_another_hash(server, tmp_path):
-    with pytest.raises(DataError, match=f"found sha256 {SHA256}, expected 000"):
+def test_wrong_hash_is_rejected(server, tmp_path):
+    with pytest.raises(DataError, match=f"found SHA-256 {SHA256}, expected 000"):
         download(server.url, tmp_path / "file", "0" * 64)
     assert not parts() and not (tmp_path / "file").exists()
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_no_server(tmp_path):
+def test_refused_connection(tmp_path):
     with Server() as server:
         url = server.url
     with pytest.raises(MissingError, match=r"(?i)refused.*; is there a network\?"):
-        download(url, tmp_path / "file", pauses_s=())
+        download(url, tmp_path / "file", retry_delays_s=())
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1/x"])
-def test_no_address(tmp_path, url):
+def test_invalid_url(tmp_path, url):
     with pytest.raises(MissingError, match=url):
         download(url, tmp_path / "file")
 
 
-def test_silence(server, tmp_path):
+def test_timeout(server, tmp_path):
     wait = threading.Event()
     server.script = [lambda handler: wait.wait(10)]
     with pytest.raises(MissingError, match="timed out"):
-        download(server.url, tmp_path / "file", timeout_s=0.05, pauses_s=())
+        download(server.url, tmp_path / "file", timeout_s=0.05, retry_delays_s=())
     wait.set()
 
 
-def test_a_cache_on_another_file_system(server, tmp_path, monkeypatch):
+def test_cache_on_another_file_system(server, tmp_path, monkeypatch):
     real = Path.replace
 
     def replace(self, target):
@@ -350,12 +337,12 @@ def test_a_cache_on_another_file_system(server, tmp_path, monkeypatch):
     assert not parts()
 
 
-def test_two_at_once(server, tmp_path):
-    """The second waits for the first and finds the file there."""
+def test_concurrent_calls_download_once(server, tmp_path):
+    """The other calls wait for the first one and then find the file."""
     threads = [threading.Thread(target=download, args=(server.url, tmp_path / "file", SHA256)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (tmp_path / "file").read_bytes() == BODY
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1

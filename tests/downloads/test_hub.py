@@ -1,5 +1,7 @@
-"""Fetching from a server on this machine that answers as the hub does. The client reads its settings when it is
-imported, so each test runs it in a process of its own."""
+"""Downloads from a local server that imitates the Hugging Face Hub.
+
+The client reads its settings when it is imported, so each test runs it in a separate process.
+"""
 
 import errno
 import hashlib
@@ -21,13 +23,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """``files`` by repository and name; ``seen`` collects what is asked for, ``tokens`` what is shown to it."""
+    """Serves ``files[repository][name]``; ``downloads`` lists requested names, ``tokens`` authorization headers."""
 
     daemon_threads = True
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.seen, self.tokens = {}, [], set()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.downloads, self.tokens = {}, [], set()
         self.gated, self.damaged = set(), set()
 
     @property
@@ -35,7 +37,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
@@ -46,24 +48,24 @@ class Answer(http.server.BaseHTTPRequestHandler):
         repository, _, rest = self.path[1:].partition("/resolve/")
         name = rest.partition("/")[2]
         if not name:
-            return self.reply(404, b"", {})  # the client has other questions, which a mirror need not answer
+            return self.respond(404, b"", {})  # other API requests, which a mirror may not support
         hub.tokens.add(self.headers.get("Authorization"))
         if self.command == "GET":
-            hub.seen.append(name)
+            hub.downloads.append(name)
         if repository in hub.gated:
-            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
+            return self.respond(403, b"", {"X-Error-Code": "GatedRepo"})
         if repository not in hub.files:
-            return self.reply(401, b"", {"X-Error-Code": "RepoNotFound"})
+            return self.respond(401, b"", {"X-Error-Code": "RepoNotFound"})
         content = hub.files[repository].get(name)
         commit = {"X-Repo-Commit": COMMIT}
         if content is None:
-            return self.reply(404, b"", {**commit, "X-Error-Code": "EntryNotFound"})
+            return self.respond(404, b"", {**commit, "X-Error-Code": "EntryNotFound"})
         etag = hashlib.sha256(content).hexdigest()
         if name in hub.damaged:
             content = content[:-1] + b"?"
-        return self.reply(200, content, {**commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
+        return self.respond(200, content, {**commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
 
-    def reply(self, status, content, headers):
+    def respond(self, status, content, headers):
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -88,7 +90,7 @@ def hub():
 
 @pytest.fixture
 def llmc(hub, tmp_path):
-    """Runs ``llmc convert`` against the fake hub; returns its status, stdout and stderr."""
+    """A function that runs ``llmc convert`` against the fake hub and returns its status, stdout and stderr."""
 
     def run(*arguments, **settings):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -100,56 +102,56 @@ def llmc(hub, tmp_path):
     return run
 
 
-def test_a_model_is_fetched_once_and_only_what_is_needed(hub, llmc, tmp_path):
+def test_only_required_files_are_downloaded_once(hub, llmc, tmp_path):
     assert llmc("someone/tiny", "tiny.bin", HF_TOKEN="hf_secret")[0] == 0
     assert (tmp_path / "tiny.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
-    assert hub.seen == ["config.json", "model.safetensors"]
+    assert hub.downloads == ["config.json", "model.safetensors"]
     assert hub.tokens == {"Bearer hf_secret"}
     assert llmc("someone/tiny", "again.bin", HF_HUB_OFFLINE="1")[0] == 0
     assert (tmp_path / "again.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
-    assert len(hub.seen) == 2
+    assert len(hub.downloads) == 2
 
 
-def test_a_pickle_is_fetched_where_there_is_nothing_better(hub, llmc, tmp_path):
+def test_pickled_weights_are_downloaded_if_there_are_no_safetensors(hub, llmc, tmp_path):
     hub.files["someone/old"] = {path.name: path.read_bytes() for path in (TINY_GPT2 / "pytorch").iterdir()}
     assert llmc("someone/old", "tiny.bin", "--quiet") == (
         0,
         "writing 9,024 parameters (fp32, version 3) to tiny.bin\n",
         "",
     )
-    assert hub.seen == ["config.json", "pytorch_model.bin"]
+    assert hub.downloads == ["config.json", "pytorch_model.bin"]
     assert llmc("someone/old", "again.bin", HF_HUB_OFFLINE="1")[0] == 0
     assert (tmp_path / "again.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
 
 
-def test_the_parts_that_an_index_names_are_fetched(hub, llmc, tmp_path):
+def test_files_listed_in_a_weight_index_are_downloaded(hub, llmc, tmp_path):
     files = hub.files["someone/tiny"]
-    whole = files.pop("model.safetensors")
-    names = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    content = files.pop("model.safetensors")
+    names = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     index = {"weight_map": {name: "part-1.safetensors" for name in names if name != "__metadata__"}}
-    files |= {"part-1.safetensors": whole, "model.safetensors.index.json": json.dumps(index).encode()}
+    files |= {"part-1.safetensors": content, "model.safetensors.index.json": json.dumps(index).encode()}
     assert llmc("someone/tiny", "tiny.bin")[0] == 0
     assert (tmp_path / "tiny.bin").read_bytes() == (TINY_GPT2 / "model.bin").read_bytes()
     del files["part-1.safetensors"]
     status, _, error = llmc("someone/tiny", "again.bin", HF_HOME=str(tmp_path / "another"))
     assert status == 3
-    assert "model.safetensors.index.json names part-1.safetensors" in error
+    assert "model.safetensors.index.json lists part-1.safetensors" in error
 
 
-def test_a_tokenizer_comes_along_into_a_folder(hub, llmc, tmp_path):
+def test_tokenizer_files_are_downloaded_for_a_folder(hub, llmc, tmp_path):
     hub.files["someone/tiny"]["vocab.json"] = b'{"a": 0}'
     assert llmc("someone/tiny", "folder")[0] == 0
     assert (tmp_path / "folder" / "vocab.json").read_bytes() == b'{"a": 0}'
 
 
-def test_no_such_repository(llmc):
+def test_unknown_repository_is_rejected(llmc):
     status, out, error = llmc("someone/else", "tiny.bin")
     assert (status, out) == (3, "")
-    assert error.startswith("llmc: someone/else: no such file or folder, and no such model on the hub")
+    assert error.startswith("llmc: someone/else: no such file or folder, and no such model on the Hugging Face Hub")
     assert error.count("\n") == 1
 
 
-def test_a_gated_repository(hub, llmc):
+def test_gated_repository_needs_a_token(hub, llmc):
     hub.gated.add("someone/gated")
     status, _, error = llmc("someone/gated", "tiny.bin")
     assert status == 4
@@ -157,31 +159,31 @@ def test_a_gated_repository(hub, llmc):
 
 
 @pytest.mark.parametrize(("missing", "message"), [("config.json", "no config.json"), ("model.safetensors", "weights")])
-def test_a_repository_of_something_else(hub, llmc, missing, message):
+def test_repository_without_config_or_weights_is_rejected(hub, llmc, missing, message):
     del hub.files["someone/tiny"][missing]
     status, _, error = llmc("someone/tiny", "tiny.bin")
     assert status == 3
     assert message in error
 
 
-def test_a_file_that_arrives_damaged_is_not_kept(hub, llmc, tmp_path):
+def test_damaged_file_is_removed(hub, llmc, tmp_path):
     hub.damaged.add("model.safetensors")
     status, _, error = llmc("someone/tiny", "tiny.bin")
     assert status == 3
-    assert "sha256" in error
+    assert "SHA-256" in error
     assert not (tmp_path / "tiny.bin").exists()
     hub.damaged.clear()
     assert llmc("someone/tiny", "tiny.bin")[0] == 0
 
 
-def test_offline_without_a_copy(llmc):
+def test_offline_without_a_cached_copy(llmc):
     status, _, error = llmc("someone/tiny", "tiny.bin", HF_HUB_OFFLINE="1")
     assert status == 4
     assert "offline" in error
     assert error.count("\n") == 1
 
 
-def test_a_network_that_fails_is_told_from_a_disk_that_does(monkeypatch):
+def test_network_and_disk_errors_are_distinguished(monkeypatch):
     def fail(error):
         def download(*arguments, **options):
             raise error

@@ -1,9 +1,9 @@
-"""A worker process that fails; in a module of its own, since a new process has to import it by name."""
+"""A worker process that crashes. A separate module, because spawned processes import it by name."""
 
 import os
 
 
-def crash(connection, name):
-    """Wait for the first batch, then exit with status 7."""
+def crash(connection, tokenizer_name):
+    """Receive one batch, then exit with status 7."""
     connection.recv()
     os._exit(7)

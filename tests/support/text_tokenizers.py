@@ -1,9 +1,12 @@
-"""Tokenizers that tests share."""
+"""Tokenizers and documents that tests share."""
 
 import functools
 
+import numpy as np
 import tokenizers
 
+from llmc_cli.data.documents import Piece
+from llmc_cli.tokenizer.base import Tokenizer
 from llmc_cli.tokenizer.huggingface import BYTE_OF_CHAR
 from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
@@ -18,3 +21,18 @@ def byte_tokenizer(decoder=None, specials=("<|endoftext|>",), vocab=None):
     rust.decoder = decoder or tokenizers.decoders.ByteLevel()
     rust.add_special_tokens(list(specials))
     return rust
+
+
+class LetterTokenizer(Tokenizer):
+    """Encodes each letter as one id: a = 1, b = 2, …; end-of-text is 0."""
+
+    def __init__(self, vocab_size=27):
+        super().__init__("letters", (b"\0",) * vocab_size, 0, frozenset((0,)))
+
+    def encode(self, text):
+        return np.array([ord(char) - ord("a") + 1 for char in text], np.int32)
+
+
+def documents(*texts):
+    """Return each text as one document."""
+    return [Piece(text, True) for text in texts]

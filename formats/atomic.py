@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic file writes: a file is complete, or it does not exist."""
 
 import contextlib
 import errno
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the place of ``path`` when the block ends without an exception.
+    """Open a binary file that replaces ``path`` if the block ends without an exception.
 
-    The bytes go into a hidden file in the same folder, which is flushed to disk and renamed; on an exception it is
-    removed and ``path`` keeps what it held. The folder is made where it is missing. Raises FileExistsError where
-    ``path`` is a folder, or a device such as /dev/null, which would be gone for everybody.
+    The data is written to a hidden file in the same folder, which is flushed to disk and then renamed. After an
+    exception the hidden file is removed and ``path`` is unchanged. Missing parent folders are created. Raises
+    FileExistsError if ``path`` is a folder or a device such as /dev/null, which the rename would replace.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "no plain file, so it is not replaced", str(path))
+        raise FileExistsError(errno.EEXIST, "not a regular file, so it is not replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -34,22 +34,25 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             Path(name).unlink()
-        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
-            error.filename = str(path)  # writing to an open file does not say which
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRORS and error.filename is None:
+            error.filename = str(path)  # an error from write() does not name the file
         raise
     _sync_folder(path.parent)
 
 
 def _default_mode() -> int:
-    """The permission bits that a plain ``open`` would give (mkstemp gives 0o600)."""
+    """Return the permission bits of a file created with ``open`` (mkstemp uses 0o600)."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can: Windows cannot open folders, some network file systems
-    cannot flush them, and the file is in its place already."""
+    """Make the rename durable if the system supports it.
+
+    Errors are ignored: Windows cannot open folders, some network file systems cannot flush them, and the file has
+    already been renamed.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

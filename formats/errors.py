@@ -1,13 +1,13 @@
-"""What can be wrong with a file: one exception class per kind of failure."""
+"""Exceptions for invalid files: one class per kind of failure."""
 
 from pathlib import Path
 
 
 class FormatError(Exception):
-    """A file is not what it should be. Base of all errors of this package.
+    """Base class of all errors of this package: a file does not have the expected content.
 
-    ``path`` names the file, ``found`` and ``expected`` say what was met and what would have been right, ``remedy``
-    (may be empty) what to do about it. The text of the exception carries all four on one line.
+    ``path`` names the file, ``found`` and ``expected`` describe the mismatch, and ``remedy`` (may be empty) says what
+    to do about it. The message contains all four on one line.
     """
 
     def __init__(self, path: str | Path, found: str, expected: str, remedy: str = "") -> None:
@@ -17,11 +17,11 @@ class FormatError(Exception):
 
 
 class MagicError(FormatError):
-    """The first bytes are of no known format, or of another than the one asked for."""
+    """The magic number is unknown, or is that of another format than the one requested."""
 
 
 class VersionError(FormatError):
-    """The format is known, this version of it is not."""
+    """The format is supported, but this version of it is not."""
 
 
 class SizeError(FormatError):
@@ -29,7 +29,7 @@ class SizeError(FormatError):
 
 
 class RangeError(FormatError):
-    """A header slot, a token id or another value lies outside what is possible."""
+    """A header field, a token id or another value is outside its valid range."""
 
 
 class NonFiniteError(FormatError):
@@ -37,8 +37,8 @@ class NonFiniteError(FormatError):
 
 
 class RefusedError(FormatError):
-    """A variant that is known by name and deliberately not read, since reading it would be a guess."""
+    """A known variant that is not read, because its content would be ambiguous or is not supported."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickle asks for something other than tensors."""
+    """A pickle contains something other than tensors."""

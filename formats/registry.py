@@ -1,4 +1,4 @@
-"""Every file kind in one table: its magic, its versions and what their elements are; and which kind a file is."""
+"""The table of file formats (magic numbers, versions, element types), and the identification of files."""
 
 import zipfile
 from enum import Enum
@@ -9,7 +9,7 @@ from llmc_cli.formats.errors import MagicError, RefusedError
 
 
 class Kind(Enum):
-    """What a file is; the value is its name in messages."""
+    """The kind of a file. The value is its name in messages."""
 
     HEADERLESS = "headerless token file"
     SHARD_GPT2 = "GPT-2 token shard"
@@ -29,14 +29,14 @@ class Kind(Enum):
 class Version(NamedTuple):
     """One version of a format."""
 
-    dtype: str  # of the body's elements; of everything but the layernorms in a model
-    norm_dtype: str = ""  # models only: of the layernorms' weights and biases
+    dtype: str  # of the elements after the header; in models, of all tensors except the layernorms
+    norm_dtype: str = ""  # models only: of the layernorm weights and biases
     padded: bool = False  # models and debug states: wte has Vp rows, not V
-    written: bool = True
+    written: bool = True  # whether this package writes it
 
 
 class Format(NamedTuple):
-    """One kind of file that begins with a magic number (32 bits, little-endian)."""
+    """A file format that begins with a 32-bit little-endian magic number."""
 
     magic: int
     versions: dict[int, Version]
@@ -46,7 +46,7 @@ class Format(NamedTuple):
 FORMATS = {
     Kind.SHARD_GPT2: Format(20240520, {1: Version("uint16")}),
     Kind.SHARD_LLAMA3: Format(20240801, {7: Version("uint32")}),
-    Kind.EVALSET: Format(20240522, {1: Version("uint16")}),
+    Kind.EVALSET: Format(20240522, {1: Version("uint16", written=False)}),
     Kind.VOCABULARY: Format(20240328, {1: Version("uint8"), 2: Version("uint8")}),
     Kind.GPT2_MODEL: Format(
         20240326,
@@ -68,13 +68,15 @@ FORMATS = {
 KIND_OF_MAGIC = {entry.magic: kind for kind, entry in FORMATS.items()}
 
 TORCH_LEGACY = bytes.fromhex("80028a0a6cfc9c46f920")
-"""How a PyTorch file of before version 1.6 begins: a bare pickle of PyTorch's magic number."""
+"""The first bytes of a file saved before PyTorch 1.6: a pickle of PyTorch's magic number."""
+
+BIG_ENDIAN_REMEDY = "its bytes are in reverse order: write it again on a little-endian machine"
 
 
 def identify(path: str | Path) -> Kind:
-    """The kind of the file at ``path`` by its first bytes; its header and size are the reader's to check.
+    """Return the kind of a file from its first bytes. The header and the size are not checked.
 
-    Raises MagicError for what is of no known kind, headerless token files among them: any file could be one.
+    Raises MagicError for an unknown kind. Headerless token files are never identified, since any file could be one.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -86,36 +88,36 @@ def identify(path: str | Path) -> Kind:
     if start.startswith(TORCH_LEGACY):
         raise RefusedError(
             path,
-            "a PyTorch file in the format of before 1.6, a bare pickle",
+            "a bare pickle, the format of PyTorch before version 1.6",
             "PyTorch's zip format",
-            "load and save it with a newer PyTorch",
+            "load it and save it again with a newer version of PyTorch",
         )
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
         return Kind.SAFETENSORS
-    raise MagicError(path, describe_start(start), "a file of a known kind", _unknown_remedy(start))
+    raise MagicError(path, describe_start(start), "a supported file format", _unknown_remedy(start))
 
 
 def describe_start(start: bytes) -> str:
-    """What a file's first bytes are, for messages."""
+    """Describe the first bytes of a file for an error message."""
     if len(start) < 4:
-        return f"a file of {len(start)} bytes"
+        return f"a file size of {len(start)} bytes"
     magic = int.from_bytes(start[:4], "little")
     known = KIND_OF_MAGIC.get(magic)
-    return f"magic {magic} ({known.value if known else 'unknown'})"
+    return f"magic number {magic} ({known.value if known else 'unknown'})"
 
 
 def check_readable(path: str | Path, kind: Kind) -> None:
-    """Raise RefusedError where ``kind`` is known by name but has no reader."""
+    """Raise RefusedError if ``kind`` has no reader."""
     if kind in FORMATS and not FORMATS[kind].readable:
-        raise RefusedError(path, f"a {kind.value}", "a kind that can be read", f"{kind.value}: not yet readable")
+        raise RefusedError(path, f"a {kind.value}", "a supported file format", "this format is not supported yet")
 
 
 def _unknown_remedy(start: bytes) -> str:
     if int.from_bytes(start[:4], "big") in KIND_OF_MAGIC:
-        return "its bytes are in reverse order: it was written on a big-endian machine"
+        return BIG_ENDIAN_REMEDY
     if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS: fetch the file itself (git lfs pull)"
-    return "a headerless token file has no magic and is never guessed: name it as such where a command offers to"
+        return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+    return "a headerless token file cannot be identified; write the tokens as shards (llmc prepro --format shard)"
 
 
 def _is_torch_zip(path: Path) -> bool:

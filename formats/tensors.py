@@ -1,4 +1,4 @@
-"""What the checkpoints of other projects have in common: tensors by name, each loaded when it is asked for."""
+"""Base class for checkpoints of other projects: a mapping of names to tensors, which are loaded on access."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -12,16 +12,16 @@ from llmc_cli.formats.stream import FLOATS, check_finite, widen
 
 
 class TensorInfo(NamedTuple):
-    dtype: str  # a name of stream.STORED_AS
+    dtype: str  # a key of stream.STORED_DTYPES
     shape: tuple[int, ...]
 
 
 class Tensors(Mapping[str, NDArray[Any]]):
-    """Arrays by name; ``info`` says what each is without loading it.
+    """A mapping of names to arrays. ``info`` has the dtype and shape of each without loading it.
 
-    Floating point comes as float32: mapped from the file, read-only, where it is stored as such, else converted into a
-    new array at each access. Integers and booleans come as they are stored. An access raises NonFiniteError where
-    there is a NaN or infinity.
+    Floating-point tensors are returned as float32: a read-only memory map if the file stores float32, otherwise a new
+    converted array at each access. Integers and booleans are returned as stored. Accessing a tensor raises
+    NonFiniteError if it contains a NaN or infinity.
     """
 
     info: dict[str, TensorInfo]
@@ -36,8 +36,8 @@ class Tensors(Mapping[str, NDArray[Any]]):
         return len(self.info)
 
 
-def as_values(path: str | Path, name: str, stored: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The tensor whose elements lie in a file as ``stored``; see Tensors."""
+def decode_tensor(path: str | Path, name: str, stored: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Convert the elements ``stored`` in a file to the array that ``Tensors`` returns, and check that it is finite."""
     if dtype not in FLOATS:
         return stored
     values: NDArray[np.float32] = stored

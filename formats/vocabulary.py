@@ -1,4 +1,4 @@
-"""The tokenizer table: for each token id its bytes."""
+"""The tokenizer table: the bytes of each token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,21 +6,21 @@ from typing import NamedTuple
 
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.formats.errors import RangeError, SizeError, VersionError
-from llmc_cli.formats.header import HEADER_BYTES, check_range, new_slots, read_slots
+from llmc_cli.formats.header import HEADER_BYTES, TRUNCATED_REMEDY, check_range, new_slots, read_slots
 from llmc_cli.formats.registry import FORMATS, Kind
 
 GPT2_END_OF_TEXT = 50256
-"""What version 1, whose header does not say it, means."""
+"""The end-of-text id of version 1, whose header does not contain it."""
 
 
 class Vocabulary(NamedTuple):
-    tokens: list[bytes]  # by id
+    tokens: list[bytes]  # indexed by token id
     end_of_text: int
     version: int
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """Read a table of version 1 or 2. Raises MagicError, VersionError, RangeError and SizeError."""
+    """Read a tokenizer table of version 1 or 2. Raises MagicError, VersionError, RangeError and SizeError."""
     slots = read_slots(path, Kind.VOCABULARY)
     version, count = int(slots[1]), int(slots[2])
     end_of_text = GPT2_END_OF_TEXT if version == 1 else int(slots[3])
@@ -29,33 +29,34 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     check_range(path, "end-of-text id", end_of_text, 0, count - 1)
     low, high = HEADER_BYTES + count, HEADER_BYTES + 256 * count
     if not low <= size <= high:
-        raise SizeError(path, f"{size:,} bytes", f"{low:,} to {high:,} for {count:,} tokens")
+        raise SizeError(path, f"a file size of {size:,} bytes", f"{low:,} to {high:,} bytes for {count:,} tokens")
     body = Path(path).read_bytes()[HEADER_BYTES:]
     tokens: list[bytes] = []
-    at = 0
+    start = 0
     for token in range(count):
-        end = at + 1 + body[at] if at < len(body) else len(body) + 1
+        end = start + 1 + body[start] if start < len(body) else len(body) + 1
         if end > len(body):
-            raise SizeError(path, f"its end within token {token:,}", f"{count:,} tokens", "it is cut off")
-        tokens.append(body[at + 1 : end])
-        at = end
-    if at != len(body):
-        raise SizeError(path, f"{len(body) - at:,} bytes after the last token", "none")
+            raise SizeError(path, f"the end of the file in token {token:,}", f"{count:,} tokens", TRUNCATED_REMEDY)
+        tokens.append(body[start + 1 : end])
+        start = end
+    if start != len(body):
+        raise SizeError(path, f"{len(body) - start:,} bytes after the last token", "the end of the file")
     return Vocabulary(tokens, end_of_text, version)
 
 
 def write_vocabulary(path: str | Path, tokens: Sequence[bytes], end_of_text: int, version: int = 2) -> None:
-    """Write a table. Raises RangeError for a token of more than 255 bytes and an end of text that is no id of it.
+    """Write a tokenizer table.
 
-    Version 1 cannot say which id is the end of text: only 50256 will do.
+    Raises RangeError for a token of more than 255 bytes, an end-of-text id that is not the id of a token, and, in
+    version 1, an end-of-text id other than 50256, which that version cannot store.
     """
     if version not in FORMATS[Kind.VOCABULARY].versions:
-        raise VersionError(path, f"version {version} asked for", "version 1 or 2 of a tokenizer table")
+        raise VersionError(path, f"version {version} requested", "version 1 or 2 of the tokenizer table format")
     check_range(path, "end-of-text id", end_of_text, 0, len(tokens) - 1)
     if version == 1 and end_of_text != GPT2_END_OF_TEXT:
-        raise RangeError(path, f"end-of-text id {end_of_text}", f"{GPT2_END_OF_TEXT} in version 1", "write version 2")
+        raise RangeError(path, f"end-of-text id = {end_of_text}", f"{GPT2_END_OF_TEXT} in version 1", "use version 2")
     for token, content in enumerate(tokens):
-        check_range(path, f"bytes of token {token:,}:", len(content), 0, 255)
+        check_range(path, f"length of token {token:,} in bytes", len(content), 0, 255)
     slots = new_slots(Kind.VOCABULARY, version)
     slots[2] = len(tokens)
     slots[3] = end_of_text if version == 2 else 0

@@ -1,4 +1,4 @@
-"""GPT-2 models: header, and sixteen tensors, each one for all layers together."""
+"""GPT-2 model files: a header and sixteen tensors, each of which holds all layers."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.formats.errors import RangeError, RefusedError, VersionError
 from llmc_cli.formats.header import HEADER_BYTES, check_range, check_size, new_slots, read_slots
 from llmc_cli.formats.registry import FORMATS, Kind
-from llmc_cli.formats.stream import as_float32, item_bytes, map_array, read_floats, write_floats
+from llmc_cli.formats.stream import flat_view, item_bytes, map_array, read_floats, write_floats
 
 MAGIC = FORMATS[Kind.GPT2_MODEL].magic
 VERSIONS = FORMATS[Kind.GPT2_MODEL].versions
@@ -21,22 +21,27 @@ TENSORS = (
     "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
     "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
 )  # fmt: skip
-"""In the order of the file."""
+"""The tensors in the order of the file."""
 
 NORMS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 
 NORMS_LAST = tuple(name for name in TENSORS if name not in NORMS) + NORMS
-"""The order of most version 2 files: for three days in April 2024 the layernorms came last."""
+"""The order of most version 2 files: for three days in April 2024, llm.c wrote the layernorms last."""
 
 Order: TypeAlias = Literal["layers", "norms last"]
-"""Version 2 only: TENSORS or NORMS_LAST."""
+"""The order of the tensors, TENSORS or NORMS_LAST. Only version 2 files exist in both."""
 
 VOCAB_MULTIPLE = 128
 
+OLD_BRANCH_REMEDY = "the file was written by a short-lived branch of llm.c with another layout: export the model again"
+
 
 class GPT2Header(NamedTuple):
-    """The slots of a model's header. In versions 1 and 2, whose files hold V rows of wte and no Vp,
-    padded_vocab_size is V rounded up to a multiple of 128: the rows that ``load_weights`` fills."""
+    """The header of a model file.
+
+    Files of versions 1 and 2 have V rows of wte and do not store Vp. For these, padded_vocab_size is V rounded up to a
+    multiple of 128.
+    """
 
     magic: int
     version: int
@@ -48,16 +53,14 @@ class GPT2Header(NamedTuple):
     padded_vocab_size: int  # Vp
 
 
-class _Piece(NamedTuple):
-    """A tensor in a file."""
-
+class _StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
-    offset: int  # bytes from the start of the file
+    offset: int  # in bytes, from the start of the file
 
 
 def tensor_shapes(header: GPT2Header) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes as in the file: wte has V rows in versions 1 and 2, Vp in the others."""
+    """Return the shapes of the tensors in the file: wte has V rows in versions 1 and 2, Vp rows in later versions."""
     rows = header.padded_vocab_size if VERSIONS[header.version].padded else header.vocab_size
     return shapes(header.max_seq_len, header.num_layers, header.channels, rows)
 
@@ -85,7 +88,7 @@ def shapes(T: int, L: int, C: int, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def file_size(header: GPT2Header) -> int:
-    """Bytes of a model file with this header."""
+    """Return the size in bytes of a model file with this header."""
     version = VERSIONS[header.version]
     return HEADER_BYTES + sum(
         math.prod(shape) * item_bytes(version.norm_dtype if name in NORMS else version.dtype)
@@ -94,10 +97,10 @@ def file_size(header: GPT2Header) -> int:
 
 
 def read_header(path: str | Path) -> GPT2Header:
-    """The header, after checking magic, version, ranges and the exact size of the file; nothing else is read.
+    """Read the header, and check its magic number, version and ranges and the exact file size.
 
-    Raises MagicError, VersionError, RangeError, SizeError, and RefusedError for the files of a branch of April 2024
-    that gave versions 2 and 3 other meanings (float32 and bfloat16, V rows, layernorms last, slot 7 zero).
+    Raises MagicError, VersionError, RangeError, SizeError, and RefusedError for files of an llm.c branch of April 2024
+    that used versions 2 and 3 for other layouts (float32 and bfloat16, V rows of wte, layernorms last, slot 7 zero).
     """
     slots = read_slots(path, Kind.GPT2_MODEL)
     header = GPT2Header(*(int(slot) for slot in slots[:8]))
@@ -107,20 +110,20 @@ def read_header(path: str | Path) -> GPT2Header:
     elif header.version == 3 and header.padded_vocab_size == 0:
         raise RefusedError(
             path,
-            "slot 7, the padded vocabulary, to be 0 in version 3",
+            "padded_vocab_size = 0 (slot 7) in a version 3 header",
             f"at least {header.vocab_size}",
-            "it is of a short-lived branch of llm.c that gave this version another meaning: export the model anew",
+            OLD_BRANCH_REMEDY,
         )
     _check_fields(path, header)
     size = Path(path).stat().st_size
     if header.version == 2 and size == file_size(header._replace(version=1)):
         raise RefusedError(
             path,
-            "version 2 with the size of float32 weights and slot 7 zero",
-            f"{file_size(header):,} bytes of bfloat16 weights",
-            "it is of a short-lived branch of llm.c that gave version 2 another meaning: export the model anew",
+            f"a version 2 header and a file size of {size:,} bytes, which is that of float32 weights",
+            f"{file_size(header):,} bytes for bfloat16 weights",
+            OLD_BRANCH_REMEDY,
         )
-    check_size(path, file_size(header), f"a GPT-2 model with the shape in its header, version {header.version}")
+    check_size(path, file_size(header), f"a version {header.version} GPT-2 model with the shape in its header")
     return header
 
 
@@ -129,110 +132,113 @@ def _check_fields(path: str | Path, header: GPT2Header) -> None:
         check_range(path, name, value, 1)
     check_range(path, "padded_vocab_size", header.padded_vocab_size, header.vocab_size)
     if header.channels % header.num_heads:
-        raise RangeError(path, f"{header.channels} channels", f"a multiple of the {header.num_heads} heads")
+        raise RangeError(path, f"channels = {header.channels}", f"a multiple of num_heads = {header.num_heads}")
 
 
 def load_weights(path: str | Path, into: Mapping[str, NDArray[np.float32]], order: Order | None = None) -> GPT2Header:
-    """Stream each tensor into the caller's float32 arrays, C-contiguous and of the shapes of the file.
+    """Read each tensor into the caller's C-contiguous float32 arrays, which must have the shapes of the file.
 
-    into["wte"] may have any number of rows from V up: those that the file lacks become 0, and padding of the file for
-    which there is no row is dropped. ``order`` forces the order of a version 2 file, which is otherwise found by
-    content. Raises what ``read_header`` does, and NonFiniteError naming tensor and position.
+    into["wte"] may have V rows or more: rows missing in the file are set to 0, and padding rows of the file that do
+    not fit are dropped. ``order`` sets the tensor order of a version 2 file; by default it is detected. Raises the
+    errors of ``read_header``, and NonFiniteError with the tensor and the index.
     """
     header = read_header(path)
     for name, shape in tensor_shapes(header).items():
         found = into[name].shape
         if found[1:] != shape[1:] or (found[0] != shape[0] if name != "wte" else found[0] < header.vocab_size):
-            raise ValueError(f"{path}: {name} is {shape} in the file and {found} in memory")
-    _stream(path, header, order, into)
+            raise ValueError(f"{path}: {name} has shape {shape} in the file and {found} in memory")
+    _read_tensors(path, header, order, into)
     return header
 
 
 def check_weights(path: str | Path, order: Order | None = None) -> GPT2Header:
-    """All the checks of ``load_weights`` without keeping the weights."""
+    """Run all checks of ``load_weights`` without storing the weights."""
     header = read_header(path)
-    _stream(path, header, order, None)
+    _read_tensors(path, header, order, None)
     return header
 
 
-def _stream(
+def _read_tensors(
     path: str | Path, header: GPT2Header, order: Order | None, into: Mapping[str, NDArray[np.float32]] | None
 ) -> None:
     if header.version == 2 and order is None:
         order = find_order(path, header)
     with Path(path).open("rb") as file:
         file.seek(HEADER_BYTES)
-        for name, piece in _pieces(header, order or "layers").items():
+        for name, stored in _layout(header, order or "layers").items():
             if into is None:
-                read_floats(file, path, name, piece.dtype, piece.shape)
+                read_floats(file, path, name, stored.dtype, stored.shape)
                 continue
-            flat = as_float32(into[name], name)
-            fits = min(piece.shape[0], into[name].shape[0])
-            shape = (fits, *piece.shape[1:])
-            read_floats(file, path, name, piece.dtype, shape, flat[: math.prod(shape)])
-            if fits < piece.shape[0]:
-                read_floats(file, path, f"{name} (padding)", piece.dtype, (piece.shape[0] - fits, *piece.shape[1:]))
+            flat = flat_view(into[name], name)
+            rows = min(stored.shape[0], into[name].shape[0])
+            shape = (rows, *stored.shape[1:])
+            read_floats(file, path, name, stored.dtype, shape, flat[: math.prod(shape)])
+            if rows < stored.shape[0]:
+                read_floats(file, path, f"{name} (padding)", stored.dtype, (stored.shape[0] - rows, *stored.shape[1:]))
             flat[math.prod(shape) :] = 0
 
 
-def _pieces(header: GPT2Header, order: Order) -> dict[str, _Piece]:
-    """The tensors in the order of the file."""
-    version, stored = VERSIONS[header.version], tensor_shapes(header)
-    pieces: dict[str, _Piece] = {}
+def _layout(header: GPT2Header, order: Order) -> dict[str, _StoredTensor]:
+    """Return the shape, dtype and offset of each tensor, in the order of the file."""
+    version, stored_shapes = VERSIONS[header.version], tensor_shapes(header)
+    layout: dict[str, _StoredTensor] = {}
     offset = HEADER_BYTES
     for name in TENSORS if order == "layers" or header.version != 2 else NORMS_LAST:
         dtype = version.norm_dtype if name in NORMS else version.dtype
-        pieces[name] = _Piece(stored[name], dtype, offset)
-        offset += math.prod(stored[name]) * item_bytes(dtype)
-    return pieces
+        layout[name] = _StoredTensor(stored_shapes[name], dtype, offset)
+        offset += math.prod(stored_shapes[name]) * item_bytes(dtype)
+    return layout
 
 
 def find_order(path: str | Path, header: GPT2Header) -> Order:
-    """Which of its two orders a version 2 file has, by content.
+    """Detect the tensor order of a version 2 file from its content.
 
-    Either order puts the float32 layernorms somewhere else, and what one of them takes for layernorms the other takes
-    for bfloat16 weights. The lower halves of float32 numbers, read as bfloat16, are wild (huge, tiny or NaN): so the
-    layernorms are where more of that is found. Where there is none anywhere, they are bfloat16 values stored as
-    float32 (fresh layernorms, ones and zeros, among them): then they are where fewer lower halves are not zero.
-    Raises RefusedError where that does not decide either, as in a file of zeros.
+    The two orders place the float32 layernorms at different offsets, among bfloat16 weights. Read as bfloat16, the
+    lower halves of float32 numbers are implausible weights (huge, tiny or NaN), so the layernorms are where there are
+    more of these. If neither order has any, the layernorms hold bfloat16 values stored as float32 (such as the ones
+    and zeros of a new model), and are where fewer lower halves are nonzero. Raises RefusedError if both counts are
+    equal, as in a file of zeros.
     """
-    wild, ragged = zip(*(_strangeness(path, header, order) for order in ("layers", "norms last")), strict=True)
-    if wild[0] != wild[1]:
-        return "layers" if wild[0] > wild[1] else "norms last"
-    if ragged[0] != ragged[1]:
-        return "layers" if ragged[0] < ragged[1] else "norms last"
+    implausible, nonzero = zip(*(_count_halves(path, header, order) for order in ("layers", "norms last")), strict=True)
+    if implausible[0] != implausible[1]:
+        return "layers" if implausible[0] > implausible[1] else "norms last"
+    if nonzero[0] != nonzero[1]:
+        return "layers" if nonzero[0] < nonzero[1] else "norms last"
     raise RefusedError(
-        path, "a version 2 file whose content fits both orders of the tensors", "one that fits one", "force an order"
+        path,
+        "a version 2 file whose content fits both tensor orders",
+        "content that fits one of them",
+        "convert it with `llmc convert --order layers` or `--order norms-last`",
     )
 
 
-def _strangeness(path: str | Path, header: GPT2Header, order: Order) -> tuple[int, int]:
-    """Of the lower halves of the layernorms that ``order`` sees: how many are wild as bfloat16, how many not zero."""
-    wild = ragged = 0
-    for name, piece in _pieces(header, order).items():
+def _count_halves(path: str | Path, header: GPT2Header, order: Order) -> tuple[int, int]:
+    """Count the implausible and the nonzero lower halves of the float32 at the layernorm offsets of ``order``."""
+    implausible = nonzero = 0
+    for name, stored in _layout(header, order).items():
         if name in NORMS:
-            halves = map_array(path, "uint16", piece.offset, 2 * math.prod(piece.shape))[::2]
+            halves = map_array(path, "uint16", stored.offset, 2 * math.prod(stored.shape))[::2]
             exponents = (halves >> 7) & 0xFF
-            # 2^-40 to 2^16 is where weights are; an exponent of 0 is zero or a denormal, which a file of zeros has too
-            wild += int(np.count_nonzero((exponents != 0) & ((exponents < 127 - 40) | (exponents > 127 + 16))))
-            ragged += int(np.count_nonzero(halves))
-    return wild, ragged
+            # Weights lie between 2^-40 and 2^16. Exponent 0 (zeros and denormals) also occurs in a file of zeros.
+            implausible += int(np.count_nonzero((exponents != 0) & ((exponents < 127 - 40) | (exponents > 127 + 16))))
+            nonzero += int(np.count_nonzero(halves))
+    return implausible, nonzero
 
 
 def save_weights(path: str | Path, header: GPT2Header, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Write a model file of version 1, 3 or 5, as the header says, from float32 tensors by the names of TENSORS.
+    """Write a model file of version 1, 3 or 5, given by the header, from float32 tensors with the names of TENSORS.
 
-    wte is given with Vp rows in any version; version 1 takes the first V. Version 5 rounds to the nearest, ties to
-    even. Raises VersionError for another version, RangeError for an impossible header.
+    wte must have Vp rows; version 1 stores the first V. Version 5 rounds to bfloat16, to nearest with ties to even.
+    Raises VersionError for another version and RangeError for an invalid header.
     """
     if header.version not in VERSIONS or not VERSIONS[header.version].written:
         written = ", ".join(str(version) for version, entry in VERSIONS.items() if entry.written)
-        raise VersionError(path, f"version {header.version} asked for", f"one that is written: {written}")
+        raise VersionError(path, f"version {header.version} requested", f"a version that can be written: {written}")
     _check_fields(path, header)
     version = VERSIONS[header.version]
     for name, shape in shapes(header.max_seq_len, header.num_layers, header.channels, header.padded_vocab_size).items():
         if tensors[name].shape != shape:
-            raise ValueError(f"{path}: {name} is {tensors[name].shape}, expected {shape}")
+            raise ValueError(f"{path}: found shape {tensors[name].shape} for {name}, expected {shape}")
     slots = new_slots(Kind.GPT2_MODEL, header.version)
     slots[2:7] = header[2:7]
     slots[7] = header.padded_vocab_size if version.padded else 0

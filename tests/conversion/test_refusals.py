@@ -100,7 +100,7 @@ def test_folders_that_are_no_model(tmp_path, tiny_folder):
         (np.array([20240803, 3], "<i4").tobytes(), MissingError, "Llama 3 model: not yet"),
         (np.array([0x616B3432, 1], "<i4").tobytes(), MissingError, "llama2.c model: not yet"),
         (np.array([20240520, 1], "<i4").tobytes(), DataError, "GPT-2 token shard, expected a GPT-2 model"),
-        (b"hello, world", FormatError, "a file of a known kind"),
+        (b"hello, world", FormatError, "a supported file format"),
     ],
 )
 def test_files_that_are_no_gpt2(tmp_path, start, error, message):

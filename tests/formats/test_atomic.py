@@ -1,4 +1,4 @@
-"""formats/atomic.py: a file appears whole or not at all."""
+"""Atomic file writes."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 from llmc_cli.formats.atomic import atomic_write
 
 
-def test_a_file_appears_when_the_block_ends(tmp_path):
+def test_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "new" / "file.bin"
     with atomic_write(path) as file:
         file.write(b"abc")
@@ -18,7 +18,7 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file.bin"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_exception_leaves_the_old_file_unchanged(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
@@ -28,35 +28,35 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_a_file_gets_the_permissions_of_a_plain_one(tmp_path):
+def test_file_has_the_permissions_of_open(tmp_path):
     (tmp_path / "plain").touch()
     with atomic_write(tmp_path / "atomic"):
         pass
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_folder_is_not_replaced(tmp_path):
-    with pytest.raises(FileExistsError, match="no plain file"), atomic_write(tmp_path):
+def test_folder_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="not a regular file"), atomic_write(tmp_path):
         pass
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
-def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+def test_special_file_is_not_replaced(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    with pytest.raises(FileExistsError, match="no plain file"), atomic_write(path) as file:
+    with pytest.raises(FileExistsError, match="not a regular file"), atomic_write(path) as file:
         file.write(b"abc")
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+def test_disk_full_error_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "file.bin"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "file.bin")
 
 
-def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
+def test_folder_flush_error_is_ignored(tmp_path, monkeypatch):
     flush = os.fsync
 
     def only_files(descriptor):

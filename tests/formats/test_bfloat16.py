@@ -1,4 +1,4 @@
-"""formats/bfloat16.py: rounding to the nearest, ties to even, and NaN kept."""
+"""Conversion between float32 and bfloat16."""
 
 import math
 import struct
@@ -35,24 +35,24 @@ def test_golden_bits():
     assert to_bits(words.view(np.float32)).tolist() == expected
 
 
-def test_all_bit_patterns_come_back_but_signalling_nans_turn_quiet():
+def test_all_bit_patterns_round_trip_with_signaling_nans_made_quiet():
     bits = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
     signalling = ((bits & 0x7F80) == 0x7F80) & ((bits & 0x7F) != 0)
     assert np.array_equal(to_bits(to_floats(bits)), np.where(signalling, bits | 0x40, bits))
 
 
-def test_a_nan_whose_payload_is_in_the_lower_half_stays_a_nan():
+def test_nan_with_payload_in_the_lower_half_stays_nan():
     words = np.array([0x7F800001, 0xFF80FFFF, 0x7FFFFFFF], np.uint32)
     assert to_bits(words.view(np.float32)).tolist() == [0x7FC0, 0xFFC0, 0x7FFF]
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_rounding_is_to_the_nearest_and_ties_to_even(value):
-    """Against exact fractions: no neighbour is nearer, and of two as near the even one is taken."""
+def test_rounds_to_nearest_with_ties_to_even(value):
+    """Compare with exact fractions: no neighbor is nearer, and a tie goes to the even neighbor."""
     (bits,) = to_bits([value]).tolist()
 
     def exact(magnitude):
-        if magnitude == 0x7F80:  # what overflow rounds against: the next power of two
+        if magnitude == 0x7F80:  # overflow is rounded against the next power of two
             return Fraction(2) ** 128
         return Fraction(struct.unpack("<f", struct.pack("<I", magnitude << 16))[0])
 
@@ -65,7 +65,7 @@ def test_rounding_is_to_the_nearest_and_ties_to_even(value):
             assert error < distance or (error == distance and magnitude % 2 == 0)
 
 
-def test_more_than_a_chunk_in_any_shape():
+def test_more_than_one_chunk_in_any_shape():
     values = np.random.default_rng(0).standard_normal((3, bfloat16.CHUNK // 2 + 1)).astype(np.float32)
     bits = to_bits(values)
     assert bits.shape == values.shape
@@ -73,8 +73,8 @@ def test_more_than_a_chunk_in_any_shape():
     assert (np.abs(to_floats(bits) - values) <= np.abs(values) * 2**-8).all()
 
 
-def test_misuse_is_an_error():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="C-contiguous"):
         bfloat16.from_float32(np.zeros((2, 3), np.float32).T, np.zeros((3, 2), np.uint16))
-    with pytest.raises(ValueError, match="3 values into 2"):
+    with pytest.raises(ValueError, match="found 3 values, expected 2"):
         bfloat16.from_float32(np.zeros(3, np.float32), np.zeros(2, np.uint16))

@@ -1,4 +1,4 @@
-"""formats/debug_state.py: a reference's logits, loss and gradients."""
+"""Debug states: reading and writing."""
 
 import math
 import struct
@@ -19,7 +19,7 @@ B, T, V, VP = 2, 3, 7, 9
 
 
 def batch(seed=0, model=MODEL, b=B, t=T):
-    """x, y, logits, loss and gradients."""
+    """Return random x, y, logits, loss and gradients."""
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, model.vocab_size, (2, b, t)).astype(np.int32)
     logits = rng.normal(size=(b, t, model.vocab_size)).astype(np.float32)
@@ -28,7 +28,7 @@ def batch(seed=0, model=MODEL, b=B, t=T):
 
 
 def golden(version, x, y, logits, loss, grads):
-    """A debug state written out by formats.md's words."""
+    """Return the bytes of a debug state as docs/formats.md describes it."""
     floats = [*logits.reshape(-1).tolist(), loss]
     for name in TENSORS:
         grad = grads[name][:V] if name == "wte" and version == 1 else grads[name]
@@ -76,7 +76,7 @@ def test_round_trip(tmp_path, sizes, seed):
     assert read_debug_state(tmp_path / "d").values.size == found.values.size
 
 
-def test_without_a_model_it_is_not_taken_apart(tmp_path):
+def test_without_a_model_values_are_not_split(tmp_path):
     write_debug_state(tmp_path / "d", *batch())
     found = check_debug_state(tmp_path / "d")
     assert found.header == DebugHeader(20240327, 2, B, T)
@@ -87,7 +87,7 @@ def test_without_a_model_it_is_not_taken_apart(tmp_path):
 
 @pytest.mark.parametrize("change", [-1, -4, 1, 4])
 @pytest.mark.parametrize("version", [1, 2])
-def test_short_and_long_files(tmp_path, version, change):
+def test_truncated_and_oversized_files_are_rejected(tmp_path, version, change):
     content = golden(version, *batch())
     (tmp_path / "d").write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(SizeError):
@@ -97,7 +97,7 @@ def test_short_and_long_files(tmp_path, version, change):
             read_debug_state(tmp_path / "d")
 
 
-def test_without_a_model_it_must_hold_the_smallest_one(tmp_path):
+def test_without_a_model_the_size_of_the_smallest_model_is_required(tmp_path):
     write_debug_state(tmp_path / "d", *batch())
     content = (tmp_path / "d").read_bytes()
     for size in (1024, 1028, 1024 + 8 * B * T, 1024 + 8 * B * T + 4 * (B * T * V + 1)):
@@ -106,12 +106,12 @@ def test_without_a_model_it_must_hold_the_smallest_one(tmp_path):
             read_debug_state(tmp_path / "d")
 
 
-def test_a_state_of_another_model(tmp_path):
+def test_state_of_another_model_is_rejected(tmp_path):
     write_debug_state(tmp_path / "d", *batch())
     for other in ({"vocab_size": 6}, {"num_layers": 2}, {"padded_vocab_size": 8}, {"channels": 8}):
         with pytest.raises(SizeError):
             read_debug_state(tmp_path / "d", MODEL._replace(**other))
-    with pytest.raises(RangeError, match="sequence length 3"):
+    with pytest.raises(RangeError, match="sequence length = 3"):
         read_debug_state(tmp_path / "d", MODEL._replace(max_seq_len=2))
 
 
@@ -127,7 +127,7 @@ def test_a_state_of_another_model(tmp_path):
         (3, 2**31 - 1, SizeError),
     ],
 )
-def test_impossible_headers_allocate_nothing(tmp_path, slot, value, error):
+def test_invalid_headers_are_rejected_without_allocating(tmp_path, slot, value, error):
     content = bytearray(golden(2, *batch()))
     content[4 * slot : 4 * slot + 4] = struct.pack("<i", value)
     (tmp_path / "d").write_bytes(content)
@@ -143,7 +143,7 @@ def test_impossible_headers_allocate_nothing(tmp_path, slot, value, error):
 
 
 @pytest.mark.parametrize(("which", "token"), [("x", -1), ("x", V), ("y", V), ("y", -5)])
-def test_ids_out_of_range(tmp_path, which, token):
+def test_invalid_token_ids_are_rejected(tmp_path, which, token):
     x, y, *rest = batch()
     {"x": x, "y": y}[which][1, 1] = token
     write_debug_state(tmp_path / "d", x, y, *rest)
@@ -155,7 +155,7 @@ def test_ids_out_of_range(tmp_path, which, token):
 
 
 @pytest.mark.parametrize("where", ["logits", "loss", *TENSORS])
-def test_nan_is_named(tmp_path, where):
+def test_check_reports_the_tensor_of_a_nan(tmp_path, where):
     x, y, logits, loss, grads = batch()
     if where == "loss":
         loss = math.inf
@@ -168,12 +168,12 @@ def test_nan_is_named(tmp_path, where):
         check_debug_state(tmp_path / "d")
 
 
-def test_arrays_that_do_not_fit_together_are_not_written(tmp_path):
+def test_writing_mismatched_shapes_is_rejected(tmp_path):
     x, y, *rest = batch()
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         write_debug_state(tmp_path / "d", x, y[:1], *rest)
 
 
-def test_the_size_of_gpt2_124m():
+def test_file_size_of_gpt2_124m():
     model = GPT2Header(20240326, 3, 1024, 50257, 12, 12, 768, 50304)
     assert debug_state.file_size(DebugHeader(20240327, 2, 4, 64), model) == 549_369_860

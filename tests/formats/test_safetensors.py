@@ -1,4 +1,4 @@
-"""formats/safetensors.py: single files, sharded ones, and folders."""
+"""safetensors files, sharded checkpoints and model folders."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ GOLDEN = file_of(
 )
 
 
-def test_a_golden_file(tmp_path):
+def test_read_golden_file(tmp_path):
     (tmp_path / "f").write_bytes(GOLDEN)
     found = SafetensorsFile(tmp_path / "f")
     assert found.info["b"] == TensorInfo("bfloat16", (2,))
@@ -64,7 +64,7 @@ def test_a_golden_file(tmp_path):
     assert "c" not in found
 
 
-def test_golden_bytes_written(tmp_path):
+def test_write_golden_bytes(tmp_path):
     tensors = {"b": np.array([[1, 2], [3, 4]], np.float32).T, "a": np.array(0.5, np.float32)}
     for dtype, code, size, body in (
         ("float32", "F32", 4, struct.pack("<5f", 1, 3, 2, 4, 0.5)),
@@ -89,7 +89,7 @@ tensors = st.dictionaries(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors)
-def test_round_trip_and_the_library_agrees(tmp_path, tensors):
+def test_round_trip_matches_the_safetensors_library(tmp_path, tensors):
     write_safetensors(tmp_path / "f", tensors)
     found, library = SafetensorsFile(tmp_path / "f"), safetensors.numpy.load_file(tmp_path / "f")
     assert list(found) == list(tensors)
@@ -98,7 +98,7 @@ def test_round_trip_and_the_library_agrees(tmp_path, tensors):
         assert found[name].tobytes() == values.tobytes() == library[name].tobytes()
 
 
-def test_what_the_library_writes(tmp_path):
+def test_read_files_of_the_safetensors_library(tmp_path):
     expected = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.arange(3), "h": np.ones(2, np.float16)}
     safetensors.numpy.save_file(expected, tmp_path / "f")
     found = SafetensorsFile(tmp_path / "f")
@@ -141,7 +141,7 @@ A = entry("F32", [2], 0, 8)
         (file_of({"a": A}, bytes(9)), SizeError),
     ],
 )
-def test_damaged_files_are_rejected_and_allocate_nothing(tmp_path, content, error):
+def test_damaged_files_are_rejected_without_allocating(tmp_path, content, error):
     (tmp_path / "f").write_bytes(content)
     tracemalloc.start()
     try:
@@ -154,7 +154,7 @@ def test_damaged_files_are_rejected_and_allocate_nothing(tmp_path, content, erro
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(GOLDEN) - 1), st.integers(0, 255))
-def test_any_damaged_byte_ends_in_an_error_of_ours_or_none(tmp_path, place, value):
+def test_any_damaged_byte_raises_format_error_or_nothing(tmp_path, place, value):
     (tmp_path / "f").write_bytes(GOLDEN[:place] + bytes([value]) + GOLDEN[place + 1 :])
     with contextlib.suppress(FormatError):
         dict(SafetensorsFile(tmp_path / "f"))
@@ -162,7 +162,7 @@ def test_any_damaged_byte_ends_in_an_error_of_ours_or_none(tmp_path, place, valu
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_is_named(tmp_path, dtype, value):
+def test_access_reports_the_index_of_a_nan(tmp_path, dtype, value):
     values = np.zeros((2, 3), np.float32)
     values[1, 2] = value
     write_safetensors(tmp_path / "f", {"w": values}, dtype)
@@ -170,7 +170,7 @@ def test_nan_is_named(tmp_path, dtype, value):
         SafetensorsFile(tmp_path / "f")["w"]
 
 
-def test_a_float32_tensor_is_mapped_not_loaded(tmp_path):
+def test_float32_tensor_is_memory_mapped(tmp_path):
     write_safetensors(tmp_path / "f", {"w": np.zeros((20, stream.CHUNK), np.float32)})
     tracemalloc.start()
     try:
@@ -191,13 +191,13 @@ WHOLE = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-def test_a_sharded_checkpoint(tmp_path, index):
+def test_sharded_checkpoint(tmp_path, index):
     found = open_checkpoint(sharded(tmp_path, WHOLE, index))
     assert {name: values.tolist() for name, values in found.items()} == {"a": [1, 1], "b": [0, 0, 0], "c": [1]}
     assert found.info["b"] == TensorInfo("float32", (3,))
 
 
-def test_a_sharded_pytorch_checkpoint(tmp_path):
+def test_sharded_pytorch_checkpoint(tmp_path):
     shutil.copy(TORCH_CHECKPOINT, tmp_path / "part.bin")
     found = open_checkpoint(sharded(tmp_path, {"scalar": "part.bin"} | WHOLE, "pytorch_model.bin.index.json"))
     assert found["scalar"] == 7
@@ -221,19 +221,19 @@ def test_a_sharded_pytorch_checkpoint(tmp_path):
         ({"a": "model.safetensors.index.json"}, MagicError),
     ],
 )
-def test_impossible_indexes(tmp_path, weight_map, error):
+def test_invalid_indexes_are_rejected(tmp_path, weight_map, error):
     with pytest.raises(error):
         open_checkpoint(sharded(tmp_path, weight_map))
 
 
-def test_an_index_that_is_no_json(tmp_path):
+def test_index_with_invalid_json_is_rejected(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("nonsense")
-    with pytest.raises(RangeError, match="cannot be parsed"):
+    with pytest.raises(RangeError, match="invalid JSON"):
         open_checkpoint(tmp_path)
 
 
-def test_folders_are_searched_in_order(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no weights there"):
+def test_checkpoint_files_are_searched_in_order(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found no weights"):
         open_checkpoint(tmp_path)
     shutil.copy(TORCH_CHECKPOINT, tmp_path / "pytorch_model.bin")
     assert "scalar" in open_checkpoint(tmp_path)
@@ -245,7 +245,7 @@ def test_folders_are_searched_in_order(tmp_path):
 
 
 @pytest.mark.witness
-def test_pytorch_reads_what_is_written(tmp_path):
+def test_pytorch_reads_written_files(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""formats/torch_pickle.py: PyTorch's zip files, without PyTorch, and without running anything."""
+"""Reading PyTorch's zip files without PyTorch and without running code."""
 
 import contextlib
 import math
@@ -54,7 +54,7 @@ def storage(kind="FloatStorage", key="0", count=12):
 
 
 def tensor(shape=(3, 4), strides=(4, 1), offset=0, elements=None):
-    """The instructions for one tensor."""
+    """Return the pickle instructions for one tensor."""
     elements = storage() if elements is None else elements
     hooks = name("collections", "OrderedDict") + b")R"
     return (
@@ -75,7 +75,7 @@ def state_dict(**values):
 
 
 def write(path, program, data=None, compression=zipfile.ZIP_STORED, **extra):
-    """A PyTorch checkpoint with this pickle; ``data`` are the storages by key."""
+    """Write a PyTorch checkpoint with the given pickle and storages (``data``, by key)."""
     data = {"0": BASE.tobytes()} if data is None else data
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("m/data.pkl", program)
@@ -86,7 +86,7 @@ def write(path, program, data=None, compression=zipfile.ZIP_STORED, **extra):
     return path
 
 
-def test_a_golden_file_of_pytorch():
+def test_read_golden_file():
     found = TorchZip(GOLDEN)
     expected = {
         "float32": BASE,
@@ -110,7 +110,7 @@ def test_a_golden_file_of_pytorch():
     assert found.info["bfloat16"] == TensorInfo("bfloat16", (3, 4))
 
 
-def test_stored_float32_is_mapped_and_read_only(tmp_path):
+def test_uncompressed_float32_is_memory_mapped_and_read_only(tmp_path):
     content = np.zeros(20 * stream.CHUNK, np.float32).tobytes()
     shape = (20, stream.CHUNK)
     one = tensor(shape, (stream.CHUNK, 1), elements=storage(count=20 * stream.CHUNK))
@@ -125,7 +125,7 @@ def test_stored_float32_is_mapped_and_read_only(tmp_path):
         tracemalloc.stop()
 
 
-def test_compressed_members_are_unpacked(tmp_path):
+def test_compressed_members_are_decompressed(tmp_path):
     path = write(tmp_path / "f", state_dict(w=tensor()), compression=zipfile.ZIP_DEFLATED)
     assert np.array_equal(TorchZip(path)["w"], BASE)
 
@@ -165,7 +165,7 @@ def test_protocols(tmp_path, protocol):
 
 
 class Malice:
-    """Pickled, it makes a naive reader call a function."""
+    """An object whose pickle makes Python's unpickler call a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -175,7 +175,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, protocol):
+def test_pickle_with_code_is_refused_without_running_it(tmp_path, protocol):
     mark = tmp_path / "it ran"
     program = pickle.dumps({"w": Malice(os.mkdir, str(mark))}, protocol)
     with pytest.raises(UnsafePickleError):
@@ -200,12 +200,12 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, protocol)
         ("numpy.core.multiarray", "_reconstruct"),
     ],
 )
-def test_names_outside_the_list_are_refused(tmp_path, module, last):
+def test_unknown_globals_are_refused(tmp_path, module, last):
     for program in (
         name(module, last),
         b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(last)]) + last.encode() + b"\x93",
     ):
-        with pytest.raises(UnsafePickleError, match=f"asks for {module}.{last}"):
+        with pytest.raises(UnsafePickleError, match=f"pickle that contains {module}.{last}"):
             TorchZip(write(tmp_path / "f", b"\x80\x04" + program + b"."))
 
 
@@ -250,13 +250,13 @@ def test_names_outside_the_list_are_refused(tmp_path, module, last):
         state_dict(w=tensor() + b"}b"),
     ],
 )
-def test_pickles_of_anything_but_a_dict_of_tensors(tmp_path, program):
+def test_pickles_of_other_objects_are_refused(tmp_path, program):
     with pytest.raises(UnsafePickleError):
         TorchZip(write(tmp_path / "f", program))
 
 
-def test_a_list_of_pointers_into_memory_is_not_made(tmp_path):
-    """An index into the memo as large as 2^31 makes Python's own unpickler allocate as much."""
+def test_large_memo_index_does_not_allocate(tmp_path):
+    """Python's own unpickler allocates 2^31 entries for a memo index of that size."""
     program = b"\x80\x02}r\xff\xff\xff\x7f."
     tracemalloc.start()
     try:
@@ -285,7 +285,7 @@ def test_a_list_of_pointers_into_memory_is_not_made(tmp_path):
         (tensor(elements=storage("HalfStorage")), SizeError),
     ],
 )
-def test_tensors_that_do_not_fit_their_storage_allocate_nothing(tmp_path, one, error):
+def test_tensors_outside_their_storage_are_rejected_without_allocating(tmp_path, one, error):
     path = write(tmp_path / "f", state_dict(w=one))
     tracemalloc.start()
     try:
@@ -296,7 +296,7 @@ def test_tensors_that_do_not_fit_their_storage_allocate_nothing(tmp_path, one, e
         tracemalloc.stop()
 
 
-def test_a_compressed_member_that_claims_too_much(tmp_path):
+def test_excessive_compression_ratio_is_rejected(tmp_path):
     count = 2**28
     path = write(
         tmp_path / "f", state_dict(w=tensor((count,), (1,), elements=storage(count=count))), {"0": bytes(4)}, 8
@@ -309,7 +309,7 @@ def test_a_compressed_member_that_claims_too_much(tmp_path):
         TorchZip(path)
 
 
-def test_damaged_zip_files(tmp_path):
+def test_damaged_zip_files_are_rejected(tmp_path):
     path = write(tmp_path / "f", state_dict(w=tensor()))
     content = path.read_bytes()
     for damaged in (b"", content[:-30], content[: len(content) // 2]):
@@ -329,7 +329,7 @@ def test_damaged_zip_files(tmp_path):
         TorchZip(path)["w"]
 
 
-def test_a_damaged_compressed_member(tmp_path):
+def test_damaged_compressed_member_is_rejected(tmp_path):
     path = write(tmp_path / "f", state_dict(w=tensor()), compression=zipfile.ZIP_DEFLATED)
     content = bytearray(path.read_bytes())
     at = content.index(b"PK\x03\x04", 4) + 30 + len("m/data/0")
@@ -339,7 +339,7 @@ def test_a_damaged_compressed_member(tmp_path):
         TorchZip(path)["w"]
 
 
-def test_an_unknown_compression(tmp_path):
+def test_unknown_compression_is_rejected(tmp_path):
     path = write(tmp_path / "f", state_dict(w=tensor()))
     content = path.read_bytes().replace(b"PK\3\4\x14\0\0\0\0\0", b"PK\3\4\x14\0\0\0\x63\0")
     content = content.replace(b"PK\1\2\x14\3\x14\0\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0\x63\0")
@@ -350,8 +350,8 @@ def test_an_unknown_compression(tmp_path):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 1028), st.integers(0, 255))
-@example(836, 0)  # an escape that Python warns of
-def test_any_damaged_byte_of_a_pickle_ends_in_an_error_of_ours_or_none(tmp_path, place, value):
+@example(836, 0)  # an escape sequence that Python warns about
+def test_any_damaged_byte_of_a_pickle_raises_format_error_or_nothing(tmp_path, place, value):
     with zipfile.ZipFile(GOLDEN) as archive:
         members = {each: archive.read(each) for each in archive.namelist()}
     program = bytearray(members.pop("torch_checkpoint/data.pkl"))
@@ -361,7 +361,7 @@ def test_any_damaged_byte_of_a_pickle_ends_in_an_error_of_ours_or_none(tmp_path,
         dict(TorchZip(write(tmp_path / "f", bytes(program), data)))
 
 
-def test_a_zip_without_a_pickle_or_with_two(tmp_path):
+def test_zip_without_exactly_one_pickle_is_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "f", "w") as archive:
         archive.writestr("readme", b"")
     with pytest.raises(MagicError, match=r"0 data\.pkl"):
@@ -373,20 +373,20 @@ def test_a_zip_without_a_pickle_or_with_two(tmp_path):
         TorchZip(tmp_path / "f")
 
 
-def test_big_endian_files_are_refused_by_name(tmp_path):
+def test_big_endian_files_are_refused(tmp_path):
     assert "w" in TorchZip(write(tmp_path / "f", state_dict(w=tensor()), byteorder=b"little"))
     with pytest.raises(RefusedError, match="big-endian"):
         TorchZip(write(tmp_path / "f", state_dict(w=tensor()), byteorder=b"big"))
 
 
-def test_a_pickle_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmc_cli.formats.torch_pickle.MAX_PICKLE", 10)
+def test_oversized_pickle_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmc_cli.formats.torch_pickle.MAX_PICKLE_BYTES", 10)
     with pytest.raises(SizeError, match=r"data\.pkl"):
         TorchZip(write(tmp_path / "f", state_dict(w=tensor())))
 
 
 @pytest.mark.parametrize("strides", [(4, 1), (1, 3)])
-def test_nan_is_named(tmp_path, strides):
+def test_access_reports_the_index_of_a_nan(tmp_path, strides):
     values = BASE.copy()
     values.reshape(-1)[11] = math.nan
     path = write(tmp_path / "f", state_dict(w=tensor((3, 4), strides)), {"0": values.tobytes()})
@@ -395,7 +395,7 @@ def test_nan_is_named(tmp_path, strides):
 
 
 @pytest.mark.witness
-def test_live_pytorch(tmp_path):
+def test_files_saved_by_pytorch(tmp_path):
     import torch
 
     state = torch.nn.TransformerDecoderLayer(8, 2, 16).state_dict()
@@ -411,5 +411,5 @@ def test_live_pytorch(tmp_path):
     with pytest.raises(UnsafePickleError, match=r"torch\.nn"):
         TorchZip(tmp_path / "f")
     torch.save(state, tmp_path / "f", _use_new_zipfile_serialization=False)
-    with pytest.raises(RefusedError, match=r"before 1\.6"):
+    with pytest.raises(RefusedError, match=r"PyTorch before version 1\.6"):
         identify(tmp_path / "f")

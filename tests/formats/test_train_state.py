@@ -1,4 +1,4 @@
-"""formats/train_state.py: moments, generators and shuffles."""
+"""Training states: reading and writing."""
 
 import dataclasses
 import math
@@ -71,7 +71,7 @@ def assert_equal(found, expected):
         assert np.array_equal(found.shuffle.mersenne.words, expected.shuffle.mersenne.words)
 
 
-def test_the_generator_is_2520_bytes():
+def test_mersenne_twister_takes_2520_bytes():
     assert MERSENNE_BYTES == len(GENERATOR) == 2520
 
 
@@ -93,7 +93,7 @@ def test_golden_bytes(tmp_path, state, master, content):
         assert loaded.tolist() == MASTER.tolist()
 
 
-def test_master_weights_may_stay_unread(tmp_path):
+def test_loading_without_master_weights(tmp_path):
     (tmp_path / "s").write_bytes(GOLDEN_SHUFFLED)
     m, v = np.empty(3, np.float32), np.empty(3, np.float32)
     load_moments(tmp_path / "s", read_train_state(tmp_path / "s", 3), m, v)
@@ -139,7 +139,7 @@ def test_round_trip(tmp_path, processes, step, rng, shuffle, has_master, size):
     assert share == size
 
 
-def test_the_share_is_found_behind_orders_longer_than_a_window(tmp_path, monkeypatch):
+def test_inference_of_num_parameters_with_orders_longer_than_a_window(tmp_path, monkeypatch):
     monkeypatch.setattr("llmc_cli.formats.train_state.WINDOW", 16)
     order = np.random.default_rng(0).permutation(1000).astype(np.int32)
     shuffle = Shuffle(np.arange(3, dtype=np.int32), order, SHUFFLED.shuffle.mersenne)
@@ -149,7 +149,7 @@ def test_the_share_is_found_behind_orders_longer_than_a_window(tmp_path, monkeyp
 
 @pytest.mark.parametrize("content", [GOLDEN_PLAIN, GOLDEN_SHUFFLED])
 @pytest.mark.parametrize("change", [-1, -4, -2520, 1, 4])
-def test_short_and_long_files(tmp_path, content, change):
+def test_truncated_and_oversized_files_are_rejected(tmp_path, content, change):
     (tmp_path / "s").write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(SizeError):
         read_train_state(tmp_path / "s", 3)
@@ -157,7 +157,7 @@ def test_short_and_long_files(tmp_path, content, change):
 
 @pytest.mark.parametrize("content", [GOLDEN_PLAIN, GOLDEN_SHUFFLED])
 @pytest.mark.parametrize("change", [-1, -4, 1, 4])
-def test_without_the_number_of_parameters_a_changed_size_is_seen(tmp_path, content, change):
+def test_changed_size_is_rejected_without_num_parameters(tmp_path, content, change):
     (tmp_path / "s").write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises((SizeError, RangeError)):
         read_train_state(tmp_path / "s")
@@ -165,7 +165,7 @@ def test_without_the_number_of_parameters_a_changed_size_is_seen(tmp_path, conte
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("content", [GOLDEN_PLAIN, GOLDEN_SHUFFLED])
-def test_a_state_of_another_model(tmp_path, content, size):
+def test_state_of_another_model_is_rejected(tmp_path, content, size):
     (tmp_path / "s").write_bytes(content)
     with pytest.raises((SizeError, RangeError)):
         read_train_state(tmp_path / "s", size)
@@ -190,20 +190,20 @@ def test_a_state_of_another_model(tmp_path, content, size):
         ({"s5": 1}, (SizeError, RangeError)),
     ],
 )
-def test_impossible_headers(tmp_path, changes, error):
+def test_invalid_headers_are_rejected(tmp_path, changes, error):
     (tmp_path / "s").write_bytes(plain_slots(**changes) + GOLDEN_PLAIN[1024:])
     with pytest.raises(error):
         read_train_state(tmp_path / "s", 3)
 
 
-def test_states_of_may_and_june_2024_are_refused_by_name(tmp_path):
+def test_states_of_may_and_june_2024_are_refused(tmp_path):
     (tmp_path / "s").write_bytes(plain_slots(s31=1) + GOLDEN_PLAIN[1024:])
     with pytest.raises(RefusedError, match="May and June 2024"):
         read_train_state(tmp_path / "s", 3)
 
 
-def at(offset, layout, *values):
-    """The shuffled golden file with some of its bytes behind the moments changed."""
+def damage(offset, layout, *values):
+    """Return the shuffled golden file with bytes changed at ``offset`` after the moments."""
     content = bytearray(GOLDEN_SHUFFLED)
     struct.pack_into(layout, content, 1024 + 36 + offset, *values)
     return bytes(content)
@@ -212,24 +212,24 @@ def at(offset, layout, *values):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (at(0, "<Q", 2**63), SizeError),
-        (at(0, "<Q", 0), RangeError),
-        (at(0, "<Q", 2), (SizeError, RangeError)),
-        (at(8, "<i", 2), RangeError),
-        (at(8, "<i", 3), RangeError),
-        (at(8, "<i", -1), RangeError),
-        (at(20, "<Q", 2**64 - 1), SizeError),
-        (at(20, "<Q", 4), SizeError),
-        (at(28, "<i", 0), RangeError),
-        (at(56, "<i", 600), RangeError),
-        (at(60, "<I", 625), RangeError),
-        (at(60, "<I", 2**32 - 1), RangeError),
-        (at(48 + 2516, "<I", 0x9908B0DE), RangeError),
+        (damage(0, "<Q", 2**63), SizeError),
+        (damage(0, "<Q", 0), RangeError),
+        (damage(0, "<Q", 2), (SizeError, RangeError)),
+        (damage(8, "<i", 2), RangeError),
+        (damage(8, "<i", 3), RangeError),
+        (damage(8, "<i", -1), RangeError),
+        (damage(20, "<Q", 2**64 - 1), SizeError),
+        (damage(20, "<Q", 4), SizeError),
+        (damage(28, "<i", 0), RangeError),
+        (damage(56, "<i", 600), RangeError),
+        (damage(60, "<I", 625), RangeError),
+        (damage(60, "<I", 2**32 - 1), RangeError),
+        (damage(48 + 2516, "<I", 0x9908B0DE), RangeError),
         (plain_slots(s4=1, s5=1, s30=3, s32=4, s33=0) + GOLDEN_SHUFFLED[1024:], RangeError),
         (plain_slots(s4=1, s5=1, s32=6, s33=0) + GOLDEN_SHUFFLED[1024:], RangeError),
     ],
 )
-def test_damaged_shuffles_allocate_nothing(tmp_path, content, error):
+def test_damaged_shuffles_are_rejected_without_allocating(tmp_path, content, error):
     (tmp_path / "s").write_bytes(content)
     tracemalloc.start()
     try:
@@ -241,7 +241,7 @@ def test_damaged_shuffles_allocate_nothing(tmp_path, content, error):
 
 
 @pytest.mark.parametrize("name", ["m", "v", "master"])
-def test_nan_is_named(tmp_path, name):
+def test_check_and_load_report_the_index_of_a_nan(tmp_path, name):
     arrays = {"m": M.copy(), "v": V.copy(), "master": MASTER.copy()}
     arrays[name][1] = math.nan
     write_train_state(tmp_path / "s", SHUFFLED, **arrays)
@@ -252,7 +252,7 @@ def test_nan_is_named(tmp_path, name):
         load_moments(tmp_path / "s", state, *(np.empty(3, np.float32) for _ in range(3)))
 
 
-def test_misuse_is_an_error(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     for arrays in ((M, V[:2]), (M, V, MASTER), (M, V, MASTER[:2])):
         with pytest.raises(ValueError, match="master"):
             write_train_state(tmp_path / "s", PLAIN, *arrays)
@@ -265,15 +265,15 @@ def test_misuse_is_an_error(tmp_path):
         write_train_state(tmp_path / "s", dataclasses.replace(SHUFFLED, shuffle=short), M, V, MASTER)
     assert list(tmp_path.iterdir()) == []
     write_train_state(tmp_path / "s", PLAIN, M, V)
-    with pytest.raises(ValueError, match="holds no master"):
+    with pytest.raises(ValueError, match="has no master weights"):
         load_moments(tmp_path / "s", PLAIN, M.copy(), V.copy(), MASTER.copy())
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same size"):
         load_moments(tmp_path / "s", PLAIN, M.copy(), V[:2].copy())
     with pytest.raises(ValueError, match="float32"):
         load_moments(tmp_path / "s", PLAIN, np.zeros(3), V.copy())
 
 
-def test_writing_and_loading_cost_a_few_chunks_only(tmp_path):
+def test_writing_and_loading_allocate_a_few_chunks_only(tmp_path):
     m, v = np.ones((2, 20 * stream.CHUNK), np.float32)
     tracemalloc.start()
     try:

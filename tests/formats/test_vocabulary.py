@@ -1,4 +1,4 @@
-"""formats/vocabulary.py: the tokenizer table."""
+"""The tokenizer table: reading and writing."""
 
 import hashlib
 import importlib.resources
@@ -27,7 +27,7 @@ def test_golden_bytes(tmp_path):
     assert read_vocabulary(tmp_path / "v") == Vocabulary([b"a", b"\xc3\xa9", b""], 1, 2)
 
 
-def test_version_1_means_gpt2_end_of_text(tmp_path):
+def test_version_1_has_gpt2_end_of_text(tmp_path):
     write_vocabulary(tmp_path / "v", GPT2_SIZED, 50256, version=1)
     content = header(20240328, 1, 50257) + b"".join(b"\x01" + token for token in GPT2_SIZED)
     assert (tmp_path / "v").read_bytes() == content
@@ -41,7 +41,7 @@ def test_version_1_means_gpt2_end_of_text(tmp_path):
         (2, "6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13"),
     ],
 )
-def test_gpt2_table_is_byte_for_byte_that_of_the_c_project(tmp_path, version, digest):
+def test_gpt2_table_matches_llm_c(tmp_path, version, digest):
     with importlib.resources.as_file(importlib.resources.files("llmc_cli.assets") / "gpt2_tokenizer.bin") as path:
         table = read_vocabulary(path)
     write_vocabulary(tmp_path / "v", table.tokens, table.end_of_text, version)
@@ -58,15 +58,15 @@ def test_round_trip(tmp_path, tokens, data):
 
 
 @pytest.mark.parametrize("change", [-1, -4, -6, 1, 1000])
-def test_short_and_long_files(tmp_path, change):
+def test_truncated_and_oversized_files_are_rejected(tmp_path, change):
     (tmp_path / "v").write_bytes(GOLDEN[:change] if change < 0 else GOLDEN + bytes(change))
     with pytest.raises(SizeError):
         read_vocabulary(tmp_path / "v")
 
 
-def test_a_length_byte_that_is_too_large(tmp_path):
+def test_token_length_beyond_the_file_is_rejected(tmp_path):
     (tmp_path / "v").write_bytes(GOLDEN[:1024] + b"\x09a\x02\xc3\xa9\x00")
-    with pytest.raises(SizeError, match="within token 0"):
+    with pytest.raises(SizeError, match="the end of the file in token 0"):
         read_vocabulary(tmp_path / "v")
 
 
@@ -83,7 +83,7 @@ def test_a_length_byte_that_is_too_large(tmp_path):
         ((20240328, 2, 2**31 - 1, 2**31 - 2), SizeError),
     ],
 )
-def test_impossible_headers_allocate_nothing(tmp_path, slots, error):
+def test_invalid_headers_are_rejected_without_allocating(tmp_path, slots, error):
     (tmp_path / "v").write_bytes(header(*slots) + GOLDEN[1024:])
     tracemalloc.start()
     try:
@@ -94,12 +94,12 @@ def test_impossible_headers_allocate_nothing(tmp_path, slots, error):
         tracemalloc.stop()
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_invalid_tables_are_not_written(tmp_path):
     with pytest.raises(RangeError, match="256"):
         write_vocabulary(tmp_path / "v", [bytes(256)], 0)
     with pytest.raises(RangeError, match="end-of-text"):
         write_vocabulary(tmp_path / "v", [b"a"], 1)
-    with pytest.raises(RangeError, match="write version 2"):
+    with pytest.raises(RangeError, match="use version 2"):
         write_vocabulary(tmp_path / "v", [b"a"], 0, version=1)
     with pytest.raises(VersionError):
         write_vocabulary(tmp_path / "v", [b"a"], 0, version=3)

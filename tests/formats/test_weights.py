@@ -1,4 +1,4 @@
-"""formats/weights.py: GPT-2 models of the five versions."""
+"""GPT-2 model files of versions 1 to 5."""
 
 import math
 import struct
@@ -30,12 +30,12 @@ SHAPES = {
 
 
 def truncated(values):
-    """``values`` with the lower half of each float32 cleared: exact in bfloat16."""
+    """Clear the lower half of each float32, so that the values are exact in bfloat16."""
     return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def model(norms="trained"):
-    """Tensors of a small model; all but the layernorms are exact in bfloat16."""
+    """Return the tensors of a small model. All except the layernorms are exact in bfloat16."""
     rng = np.random.default_rng(1)
     tensors = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in SHAPES.items()}
     for name in tensors:
@@ -53,14 +53,14 @@ def model(norms="trained"):
 
 
 def packed(values, bits):
-    """The bytes of a tensor, element by element, without our own conversions."""
+    """Return the bytes of a tensor, converted independently of the package."""
     if bits == 32:
         return struct.pack(f"<{values.size}f", *values.reshape(-1).tolist())
     return b"".join(struct.pack("<f", value)[2:] for value in values.reshape(-1).tolist())
 
 
 def golden(version, tensors, order=LAYERS):
-    """A model file written out by formats.md's words."""
+    """Return the bytes of a model file as docs/formats.md describes it."""
     matrix_bits = {1: 32, 2: 16, 3: 32, 4: 16, 5: 16}[version]
     norm_bits = {1: 32, 2: 32, 3: 32, 4: 32, 5: 16}[version]
     slots = [20240326, version, T, V, L, NH, C, VP if version >= 3 else 0]
@@ -96,7 +96,7 @@ def test_each_version_is_read(tmp_path, version, rows):
 
 
 @pytest.mark.parametrize("version", [1, 3, 5])
-def test_written_versions_match_the_golden_bytes_and_round_trip(tmp_path, version):
+def test_written_versions_match_golden_bytes_and_round_trip(tmp_path, version):
     tensors = model()
     if version == 5:
         tensors = {name: truncated(values) for name, values in tensors.items()}
@@ -124,7 +124,7 @@ def test_version_5_rounds_to_even(tmp_path):
     padding=st.integers(0, 5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape_round_trips_byte_for_byte(tmp_path, version, sizes, heads, padding, seed):
+def test_any_shape_round_trips(tmp_path, version, sizes, heads, padding, seed):
     t, v, layers, head_size = sizes
     padded = v + padding if version > 1 else -(-v // 128) * 128
     header = GPT2Header(20240326, version, t, v, layers, heads, heads * head_size, padded)
@@ -142,7 +142,7 @@ def test_any_shape_round_trips_byte_for_byte(tmp_path, version, sizes, heads, pa
 
 @pytest.mark.parametrize("norms", ["trained", "fresh"])
 @pytest.mark.parametrize(("name", "order"), [("layers", LAYERS), ("norms last", NORMS_LAST)])
-def test_the_two_orders_of_version_2_are_told_apart_by_content(tmp_path, norms, name, order):
+def test_order_of_version_2_is_detected(tmp_path, norms, name, order):
     tensors = model(norms)
     (tmp_path / "m").write_bytes(golden(2, tensors, order))
     assert weights.find_order(tmp_path / "m", read_header(tmp_path / "m")) == name
@@ -152,7 +152,7 @@ def test_the_two_orders_of_version_2_are_told_apart_by_content(tmp_path, norms, 
         assert all(np.array_equal(into[each], tensors[each]) for each in LAYERS)
 
 
-def test_an_order_of_version_2_can_be_forced_against_the_content(tmp_path):
+def test_order_of_version_2_can_be_forced(tmp_path):
     tensors = model("fresh")
     (tmp_path / "m").write_bytes(golden(2, tensors, NORMS_LAST))
     into = empty()
@@ -160,15 +160,15 @@ def test_an_order_of_version_2_can_be_forced_against_the_content(tmp_path):
     assert not np.array_equal(into["ln1w"], tensors["ln1w"])
 
 
-def test_a_version_2_file_that_fits_both_orders_is_not_guessed(tmp_path):
+def test_version_2_file_that_fits_both_orders_is_refused(tmp_path):
     zeros = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     (tmp_path / "m").write_bytes(golden(2, zeros))
-    with pytest.raises(RefusedError, match="force an order"):
+    with pytest.raises(RefusedError, match="llmc convert --order layers"):
         check_weights(tmp_path / "m")
     check_weights(tmp_path / "m", order="layers")
 
 
-def test_the_files_of_the_short_lived_branch_are_refused_by_name(tmp_path):
+def test_files_of_the_short_lived_branch_are_refused(tmp_path):
     content = bytearray(golden(1, model(), NORMS_LAST))
     content[4:8] = struct.pack("<i", 2)
     (tmp_path / "m").write_bytes(content)
@@ -183,7 +183,7 @@ def test_the_files_of_the_short_lived_branch_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("change", [-1, 1, -1000, 4])
-def test_short_and_long_files(tmp_path, version, change):
+def test_truncated_and_oversized_files_are_rejected(tmp_path, version, change):
     content = golden(version, model())
     (tmp_path / "m").write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(SizeError):
@@ -210,7 +210,7 @@ def test_short_and_long_files(tmp_path, version, change):
         (6, 2**31 - 2, SizeError),
     ],
 )
-def test_impossible_headers(tmp_path, slot, value, error):
+def test_invalid_headers_are_rejected(tmp_path, slot, value, error):
     content = bytearray(golden(3, model()))
     content[4 * slot : 4 * slot + 4] = struct.pack("<i", value)
     (tmp_path / "m").write_bytes(content)
@@ -219,7 +219,7 @@ def test_impossible_headers(tmp_path, slot, value, error):
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
-def test_absurd_headers_allocate_nothing(tmp_path, version):
+def test_extreme_headers_are_rejected_without_allocating(tmp_path, version):
     (tmp_path / "m").write_bytes(struct.pack("<256i", 20240326, version, *[2**31 - 1] * 6, *[0] * 248))
     tracemalloc.start()
     try:
@@ -232,7 +232,7 @@ def test_absurd_headers_allocate_nothing(tmp_path, version):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_inf_are_named_with_their_place(tmp_path, name, value):
+def test_check_and_load_report_the_index_of_nan_and_inf(tmp_path, name, value):
     for version in (3, 5):
         tensors = model()
         tensors[name].reshape(-1)[-1] = value
@@ -243,7 +243,7 @@ def test_nan_and_inf_are_named_with_their_place(tmp_path, name, value):
                 check(tmp_path / "m")
 
 
-def test_padding_that_does_not_fit_is_checked_too(tmp_path):
+def test_dropped_padding_is_checked_for_nan(tmp_path):
     tensors = model()
     tensors["wte"][VP - 1, 0] = math.nan
     (tmp_path / "m").write_bytes(golden(3, tensors))
@@ -251,7 +251,7 @@ def test_padding_that_does_not_fit_is_checked_too(tmp_path):
         load_weights(tmp_path / "m", empty(V))
 
 
-def test_what_is_not_written(tmp_path):
+def test_invalid_models_are_not_written(tmp_path):
     header = GPT2Header(20240326, 3, T, V, L, NH, C, VP)
     for version in (0, 2, 4, 6):
         with pytest.raises(VersionError, match="1, 3, 5"):
@@ -266,7 +266,7 @@ def test_what_is_not_written(tmp_path):
 @pytest.mark.parametrize(
     "wrong", [np.zeros((T + 1, C), np.float32), np.zeros((T, C)), np.zeros((C, T), np.float32).T, np.zeros(C, "f")]
 )
-def test_arrays_that_cannot_take_the_weights(tmp_path, wrong):
+def test_loading_into_arrays_of_other_shapes_raises(tmp_path, wrong):
     (tmp_path / "m").write_bytes(golden(3, model()))
     with pytest.raises(ValueError, match="wpe"):
         load_weights(tmp_path / "m", empty() | {"wpe": wrong})
@@ -274,7 +274,7 @@ def test_arrays_that_cannot_take_the_weights(tmp_path, wrong):
         load_weights(tmp_path / "m", empty(V - 1))
 
 
-def test_loading_and_saving_cost_a_few_chunks_only(tmp_path):
+def test_loading_and_saving_allocate_a_few_chunks_only(tmp_path):
     header = GPT2Header(20240326, 5, 1, 1, 1, 1, 1024, 128)
     tensors = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(header).items()}
     tracemalloc.start()
@@ -289,5 +289,5 @@ def test_loading_and_saving_cost_a_few_chunks_only(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "size"), [(3, 497_904_640), (5, 248_952_832)])
-def test_the_size_of_gpt2_124m(version, size):
+def test_file_size_of_gpt2_124m(version, size):
     assert weights.file_size(GPT2Header(20240326, version, 1024, 50257, 12, 12, 768, 50304)) == size

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.evalsets import write_evalset
 from support.paths import TINY_GPT2
 
-from llmc_cli.formats.evalset import Example, write_evalset
+from llmc_cli.formats.evalset import Example
 from llmc_cli.formats.header import HEADER_BYTES
 from llmc_cli.formats.registry import Kind
 from llmc_cli.formats.safetensors import write_safetensors
@@ -87,7 +88,7 @@ def test_a_debug_state_with_and_without_its_model(tmp_path):
     longer.write_bytes(path.read_bytes() + bytes(4))  # fits some other model
     assert check_file(longer).error is None
     _, beside = check_files([TINY_GPT2 / "model.bin", longer])
-    assert "there is more than belongs to it" in beside.error
+    assert "the file has extra bytes at the end" in beside.error
 
 
 @pytest.mark.parametrize(("kind", "name", "vocab_size"), [
@@ -231,7 +232,7 @@ def test_other_files_are_refused_with_the_known_ones(tmp_path, content):
 def test_kinds_without_a_reader_are_refused_by_name(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"GGUF" + bytes(100))
-    assert "GGUF file: not yet readable" in check_file(path).error
+    assert "found a GGUF file, expected a supported file format" in check_file(path).error
 
 
 def test_a_file_that_is_not_there(tmp_path):

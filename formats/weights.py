@@ -62,10 +62,10 @@ class _StoredTensor(NamedTuple):
 def tensor_shapes(header: GPT2Header) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in the file: wte has V rows in versions 1 and 2, Vp rows in later versions."""
     rows = header.padded_vocab_size if VERSIONS[header.version].padded else header.vocab_size
-    return shapes(header.max_seq_len, header.num_layers, header.channels, rows)
+    return _shapes(header.max_seq_len, header.num_layers, header.channels, rows)
 
 
-def shapes(T: int, L: int, C: int, rows: int) -> dict[str, tuple[int, ...]]:
+def _shapes(T: int, L: int, C: int, rows: int) -> dict[str, tuple[int, ...]]:
     """The tensors' shapes with ``rows`` rows of wte; linear weights are (out, in)."""
     return {
         "wte": (rows, C),
@@ -236,7 +236,9 @@ def save_weights(path: str | Path, header: GPT2Header, tensors: Mapping[str, NDA
         raise VersionError(path, f"version {header.version} requested", f"a version that can be written: {written}")
     _check_fields(path, header)
     version = VERSIONS[header.version]
-    for name, shape in shapes(header.max_seq_len, header.num_layers, header.channels, header.padded_vocab_size).items():
+    for name, shape in _shapes(
+        header.max_seq_len, header.num_layers, header.channels, header.padded_vocab_size
+    ).items():
         if tensors[name].shape != shape:
             raise ValueError(f"{path}: found shape {tensors[name].shape} for {name}, expected {shape}")
     slots = new_slots(Kind.GPT2_MODEL, header.version)

@@ -82,7 +82,7 @@ def double(monkeypatch):
 def tiny_config(tmp_path):
     """A config file of a model that trains in milliseconds."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(huggingface_config.config_values(ModelConfig(32, 67, 2, 2, 16))))
+    path.write_text(json.dumps(huggingface_config.config_to_dict(ModelConfig(32, 67, 2, 2, 16))))
     return path
 
 

@@ -23,7 +23,7 @@ from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.kernels.backend import Backend, open_kernels, open_sampling
 from llmc_cli.machine.cores import available_cores
-from llmc_cli.models.files import model_config
+from llmc_cli.models.files import resolve_config
 
 SECTIONS = ("kernels", "train", "sample", "prepro", "start")
 AGAINST_TORCH = ("kernels", "train", "sample")
@@ -147,7 +147,7 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
 
 def _works(options: BenchOptions) -> list[Work]:
     """Our side of each section. UsageError for a length that the model has no room for."""
-    config, T = model_config(options.model), options.seq_len
+    config, T = resolve_config(options.model), options.seq_len
     if T > config.max_seq_len:
         raise UsageError(f"--seq-len {T}: {options.model} has {config.max_seq_len} positions")
     if T == config.max_seq_len and "sample" in options.sections:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import STD
+from llmc_cli.models.initialization import INIT_STD
 
 
 class Block(nn.Module):
@@ -53,7 +53,7 @@ class GPT2(nn.Module):
         self.head.weight = self.wte.weight
         for parameter in self.parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=STD)
+                nn.init.normal_(parameter, std=INIT_STD)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of targets (B,T)."""

@@ -22,7 +22,7 @@ from llmc_cli.kernels.operation import Sizes
 from llmc_cli.kernels.operations import model_uses
 from llmc_cli.kernels.random_arrays import SEED
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import STD
+from llmc_cli.models.initialization import INIT_STD
 
 MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}
 """What ``torch.compile`` is asked for. The latter makes CUDA graphs, as ours are where tokens are sampled."""
@@ -230,7 +230,7 @@ class KernelsWorkload:
         after_norm = task.endswith((" qkv", " fc"))  # LayerNorm returns float32 under autocast
         N, I, O = (sizes[axis] for axis in "NIO")  # noqa: E741
         x = self._leaf(N, I, dtype=torch.float32 if after_norm else self.linear_dtype)
-        w, b = self._leaf(O, I, std=STD), self._leaf(O)
+        w, b = self._leaf(O, I, std=INIT_STD), self._leaf(O)
         return lambda: F.linear(x, w, b), [x, w, b]
 
     def linear_forward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
@@ -249,7 +249,7 @@ class KernelsWorkload:
 
     def gelu_linear_backward(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         N, I, O = (sizes[axis] for axis in "NIO")  # noqa: E741
-        pre, w, b = self._leaf(N, I, dtype=self.linear_dtype), self._leaf(O, I, std=STD), self._leaf(O)
+        pre, w, b = self._leaf(N, I, dtype=self.linear_dtype), self._leaf(O, I, std=INIT_STD), self._leaf(O)
         return self._backward(lambda: F.linear(F.gelu(pre, approximate="tanh"), w, b), [pre, w, b])
 
     def _attention(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -272,19 +272,19 @@ class KernelsWorkload:
 
     def head_loss(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         N, C, V = sizes["N"], self.config.channels, self.config.vocab_size
-        x, w, targets = self._leaf(N, C), self._leaf(V, C, std=STD), torch.randint(V, (N,))
+        x, w, targets = self._leaf(N, C), self._leaf(V, C, std=INIT_STD), torch.randint(V, (N,))
         loss = self._forward(lambda: F.cross_entropy(F.linear(x, w), targets), [x, w])
         return (lambda: torch.autograd.grad(loss(), [x, w])) if task.endswith(" gradient") else loss
 
     def head_logits(self, task: str, sizes: Sizes) -> Callable[[], Any]:
         x = torch.randn(sizes["N"], self.config.channels).to(self.linear_dtype)
-        w = (torch.randn(self.config.vocab_size, self.config.channels) * STD).to(self.linear_dtype)
+        w = (torch.randn(self.config.vocab_size, self.config.channels) * INIT_STD).to(self.linear_dtype)
         return torch.inference_mode()(lambda: F.linear(x, w))
 
     def _parameters(self) -> list[Tensor]:
         parameters = list(GPT2(self.config).parameters())
         for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter) * STD
+            parameter.grad = torch.randn_like(parameter) * INIT_STD
         return [*parameters]
 
     def sum_squares(self, task: str, sizes: Sizes) -> Callable[[], Any]:

@@ -15,9 +15,10 @@ from llmc_cli.kernels.operations import call_cost, model_uses
 from llmc_cli.kernels.random_arrays import SEED, fill, random_arguments
 from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, MATRICES, STD
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.models.initialization import INIT_STD
 from llmc_cli.models.kv_cache import KVCache
-from llmc_cli.models.layout import flops_per_token, parameter_count
+from llmc_cli.models.layout import MATRICES, flops_per_token, parameter_count
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.filters import SamplingOptions, sample_token
 from llmc_cli.sampling.generation import Decoder
@@ -49,7 +50,7 @@ class Workload(Protocol):
 
 def random_model(config: ModelConfig, kernels: Kernels) -> GPT2:
     model = GPT2(config, kernels)
-    fill(kernels, model.params.flat, STD)
+    fill(kernels, model.params.flat, INIT_STD)
     for name in ("ln1w", "ln2w", "lnfw"):
         kernels.upload(model.params[name], np.ones(model.params[name].shape, np.float32))
     model.publish()

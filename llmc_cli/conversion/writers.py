@@ -76,7 +76,7 @@ def write_folder(folder: Path, source: Source, params: Arena, dtype: Dtype) -> l
 def small_files(source: Source, dtype: Dtype) -> dict[str, bytes]:
     """What a folder holds beside the weights, by name."""
     config = source.config
-    values = {**huggingface_config.config_values(config), "torch_dtype": STORED[dtype]}
+    values = {**huggingface_config.config_to_dict(config), "torch_dtype": STORED[dtype]}
     files = {"config.json": json.dumps(values, indent=2).encode() + b"\n"}
     if own := source.tokenizer_files():
         files |= {path.name: path.read_bytes() for path in own}

@@ -1,9 +1,8 @@
-"""What a model's shape is. Families differ by fields of this, never by a check of a name."""
+"""The shape of a model. Model families differ in the fields of ``ModelConfig``; code never checks a model's name."""
 
 from dataclasses import dataclass
 
-VOCAB_MULTIPLE = 128
-"""Vocabularies are padded to a multiple of this, so that the head's matrix has a friendly shape."""
+from llmc_cli.formats.weights import VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class ModelConfig:
     num_layers: int  # L
     num_heads: int  # NH
     channels: int  # C
-    padded_vocab_size: int = 0  # Vp; 0: the usual padding
+    padded_vocab_size: int = 0  # Vp; by default V rounded up to a multiple of VOCAB_MULTIPLE
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Model files: read a model's shape, load a model, save one."""
+"""Read and write models in llm.c's file format."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from llmc_cli.kernels.spec import Kernels
 from llmc_cli.models import huggingface_config
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2
-from llmc_cli.models.presets import preset
+from llmc_cli.models.presets import get_preset
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The shape of a model file. FormatError where it is none."""
+    """Return the shape of a model file. Raises FormatError if it is not a valid one."""
     header = weights.read_header(path)
     return ModelConfig(
         header.max_seq_len,
@@ -24,15 +24,15 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def load_model(path: str | Path, kernels: Kernels) -> GPT2:
-    """The model in a file, in the backend's own precision. FormatError where the file is damaged."""
+    """Load a model file into the backend's parameter dtype. Raises FormatError if the file is damaged."""
     model = GPT2(read_config(Path(path)), kernels)
-    with model.fill() as params:
+    with model.overwrite_params() as params:
         weights.load_weights(path, params)
     return model
 
 
 def save_model(path: str | Path, model: GPT2, version: int = 3) -> None:
-    """Write the model file (version 1 or 3: float32, 5: bfloat16), whole or not at all."""
+    """Write a model file atomically. Versions 1 and 3 store float32, version 5 bfloat16."""
     c = model.config
     header = weights.GPT2Header(
         weights.MAGIC, version, c.max_seq_len, c.vocab_size, c.num_layers, c.num_heads, c.channels, c.padded_vocab_size
@@ -40,9 +40,9 @@ def save_model(path: str | Path, model: GPT2, version: int = 3) -> None:
     weights.save_weights(path, header, model.host_params())
 
 
-def model_config(name: str) -> ModelConfig:
-    """The shape that ``--model`` names: a model file, a Hugging Face config file, or a preset."""
+def resolve_config(name: str) -> ModelConfig:
+    """Return the shape named by ``--model``: a model file, a Hugging Face config file (.json), or a preset."""
     path = Path(name)
     if path.suffix == ".json" and path.exists():
         return huggingface_config.read_config(path)
-    return read_config(path) if path.is_file() else preset(name)
+    return read_config(path) if path.is_file() else get_preset(name)

@@ -1,71 +1,42 @@
-"""GPT-2 (Radford et al. 2019), forward and backward, written out over a backend's operations.
+"""GPT-2 (Radford et al. 2019): forward and backward passes, written as calls of a backend's operations.
 
-The residual stream is a chain of fused steps: each norm first adds what the branch before it made, with the bias of the
-branch's last product. The stream is kept after each branch: ``res_att[layer]`` behind the attention, ``res_mlp[layer]``
-behind the MLP.
+Each norm is fused with the residual addition before it: it adds the output of the previous branch, with the bias of
+that branch's last linear layer, to the residual stream. The stream is stored after each branch: ``res_att[layer]``
+after attention, ``res_mlp[layer]`` after the MLP.
 """
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.kernels.spec import Array, Kernels, Weight
+from llmc_cli.models.activations import (
+    RECOMPUTED,
+    Activations,
+    LayerActivations,
+    activation_shapes,
+    gradient_shapes,
+    statistic_shapes,
+    training_activations,
+)
 from llmc_cli.models.arena import ALIGN, Arena, Tokens
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.kv_cache import KVCache
-from llmc_cli.models.layout import parameter_shapes
-from llmc_cli.rng import MersenneTwister
+from llmc_cli.models.layout import MATRICES, parameter_shapes
 
-STD = 0.02  # of fresh weights
-
-MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
-
-RECOMPUTED = ((), ("gelu",), ("gelu", "ln1", "ln2"))
-"""By level: what the backward pass computes again instead of finding it kept (the C trainer's levels)."""
-
-
-def activation_shapes(config: ModelConfig, B: int, T: int, recompute: int = 0) -> dict[str, tuple[int, ...]]:
-    """What the forward pass keeps for the backward pass; of what is computed again, one layer's worth."""
-    L, C, N = config.num_layers, config.channels, B * T
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoded": (N, C),
-        "ln1": (L, N, C),
-        "qkv": (L, B, T, 3 * C),
-        "att": (L, B, T, C),
-        "res_att": (L, N, C),
-        "ln2": (L, N, C),
-        "fc": (L, N, 4 * C),
-        "gelu": (L, N, 4 * C),
-        "res_mlp": (L, N, C),
-        "lnf": (N, C),
-        "branch": (N, C),
-    }
-    return {name: (1, *shape[1:]) if name in RECOMPUTED[recompute] else shape for name, shape in shapes.items()}
-
-
-def statistic_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """What the forward pass keeps beside them, in the parameters' precision whatever that of activations."""
-    L, NH, N = config.num_layers, config.num_heads, B * T
-    shapes: dict[str, tuple[int, ...]] = {"lse": (L, B, NH, T)}
-    for name in ("ln1", "ln2"):
-        shapes |= {f"{name}_mean": (L, N), f"{name}_rstd": (L, N)}
-    return {**shapes, "lnf_mean": (N,), "lnf_rstd": (N,), "losses": (N,)}
-
-
-def gradient_shapes(config: ModelConfig, B: int, T: int) -> dict[str, tuple[int, ...]]:
-    """Scratch that the backward pass uses again in every layer. Other gradients take the place of activations."""
-    C, N = config.channels, B * T
-    return {"dres": (N, C), "dbranch": (N, C)}
+Attention: TypeAlias = Callable[[int, LayerActivations], None]
+"""Writes ``att`` from ``qkv`` for a layer, given its index."""
 
 
 class GPT2:
-    """A model: its parameters, and on demand the memory to train it.
+    """The parameters of a model, and the buffers for training it.
 
-    The parameters live in one arena in the order of a model file. ``prepare`` makes the rest once; after that neither
-    ``forward`` nor ``backward`` allocates.
+    The parameters are stored in one arena, in the order of a model file. ``prepare`` allocates all other buffers; after
+    that ``forward`` and ``backward`` allocate nothing.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
@@ -77,13 +48,13 @@ class GPT2:
         }
 
     def publish(self) -> None:
-        """Tell the backend that the parameters have changed."""
+        """Update the backend's form of the weights after the parameters have changed."""
         self.kernels.publish([self.head, *(weight for name in MATRICES for weight in self.weights[name])])
 
     def prepare(self, B: int, T: int, train: bool = True, recompute: int = 0) -> None:
-        """Allocate the activations of a batch (B,T), T ≤ max_seq_len, and with ``train`` the gradients.
+        """Allocate the activations of a batch (B,T), T ≤ max_seq_len, and the gradients if ``train`` is set.
 
-        ``recompute`` trades memory for time, by the levels of ``RECOMPUTED``; the results have the same bits.
+        ``recompute`` is a level of ``RECOMPUTED``. Higher levels save memory and take time; results are bitwise equal.
         """
         alloc, dtype, config = self.kernels.alloc, self.kernels.activation_dtype, self.config
         self.B, self.T, self.recomputed = B, T, RECOMPUTED[recompute]
@@ -93,25 +64,21 @@ class GPT2:
         self.kernels.upload(self.positions, np.tile(np.arange(T, dtype=np.int32), B))
         self.acts = Arena(alloc, activation_shapes(config, B, T, recompute), dtype, ALIGN)
         self.stats = Arena(alloc, statistic_shapes(config, B, T), self.kernels.dtype, ALIGN)
+        self._activations = training_activations(self.acts, self.stats)
         if train:
             self.grads = Arena(alloc, parameter_shapes(config), self.kernels.dtype)
             self.scratch = Arena(alloc, gradient_shapes(config, B, T), dtype, ALIGN)
 
     @staticmethod
     def rows(x: Array) -> Array:
-        """(B,T,K) as (N,K)."""
+        """Reshape (B,T,K) to (N,K)."""
         return x.reshape(-1, x.shape[-1])
 
-    def act(self, name: str, layer: int) -> Array:
-        """The activation of a layer; where it is computed again, every layer's in turn is kept in one place."""
-        kept = self.acts[name]
-        return kept[layer % len(kept)]
-
     def _run(self, method: Callable[..., None], *arguments: object) -> None:
-        """``method`` of this class with these arguments, recorded: so it must not bring anything from the host."""
+        """Call a method of this class through ``Kernels.recorded``. It must not transfer data to or from the host."""
         key = (self.kernels, method, *arguments)
         if key not in self._recorded:
-            model = weakref.proxy(self)  # else the two would hold each other, and the memory of both
+            model = weakref.proxy(self)  # a strong reference would be a cycle, which delays freeing the memory
             self._recorded[key] = self.kernels.record(lambda: method(model, *arguments))
         self._recorded[key]()
 
@@ -126,53 +93,42 @@ class GPT2:
         self._prefetched = ids, targets
 
     def forward(self, ids: Tokens) -> None:
-        """The hidden states ``acts["lnf"]`` (N,C) of ids (B,T) on the host."""
+        """Compute the hidden states ``acts["lnf"]`` (N,C) of ids (B,T), which are on the host."""
         if self._prefetched is None or self._prefetched[0] is not ids:
             self._prefetched = None
-            self.kernels.upload(self.ids, ids.reshape(-1))  # read again by backward
+            self.kernels.upload(self.ids, ids.reshape(-1))  # also used by backward
         self._run(GPT2._forward)
 
     def _forward(self) -> None:
-        k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
-        k.embedding_forward(a["encoded"], p["wte"], p["wpe"], self.ids, self.positions)
-        stream, delta, bias, branch = a["encoded"], None, None, a["branch"]
-        for layer in range(self.config.num_layers):
-            # the stream after this norm's addition is the one that the layer before has room for
-            res = a["res_mlp"][layer - 1] if layer else stream
+        k, lse, NH = self.kernels, self.stats["lse"], self.config.num_heads
+
+        def attention(layer: int, a: LayerActivations) -> None:
+            k.attention_forward(a.att, lse[layer], a.qkv, NH)
+
+        self._forward_layers(self._activations, self.ids, self.positions, attention)
+
+    def _forward_layers(self, acts: Activations, ids: Array, positions: Array, attention: Attention) -> None:
+        """The forward pass of training and of decoding; they differ in buffers and attention."""
+        k, p, weights, eps = self.kernels, self.params, self.weights, self.config.norm_eps
+        stream, delta, bias, branch = acts.layers[0].res, None, None, acts.branch
+        k.embedding_forward(stream, p["wte"], p["wpe"], ids, positions)
+        for layer, a in enumerate(acts.layers):
             k.residual_norm_forward(
-                res,
-                self.act("ln1", layer),
-                st["ln1_mean"][layer],
-                st["ln1_rstd"][layer],
-                stream,
-                delta,
-                bias,
-                p["ln1w"][layer],
-                p["ln1b"][layer],
-                eps,
+                a.res, a.ln1, a.ln1_mean, a.ln1_rstd, stream, delta, bias, p["ln1w"][layer], p["ln1b"][layer], eps
             )
-            k.linear_forward(
-                self.rows(a["qkv"][layer]), self.act("ln1", layer), self.weights["qkvw"][layer], p["qkvb"][layer]
-            )
-            k.attention_forward(a["att"][layer], st["lse"][layer], a["qkv"][layer], self.config.num_heads)
-            k.linear_forward(branch, self.rows(a["att"][layer]), self.weights["attprojw"][layer], None)
+            k.linear_forward(self.rows(a.qkv), a.ln1, weights["qkvw"][layer], p["qkvb"][layer])
+            attention(layer, a)
+            k.linear_forward(branch, self.rows(a.att), weights["attprojw"][layer], None)
             k.residual_norm_forward(
-                a["res_att"][layer], self.act("ln2", layer), st["ln2_mean"][layer], st["ln2_rstd"][layer],
-                res, branch, p["attprojb"][layer], p["ln2w"][layer], p["ln2b"][layer], eps,
+                a.res_att, a.ln2, a.ln2_mean, a.ln2_rstd,
+                a.res, branch, p["attprojb"][layer], p["ln2w"][layer], p["ln2b"][layer], eps,
             )  # fmt: skip
-            k.linear_gelu_forward(
-                self.act("gelu", layer),
-                a["fc"][layer],
-                self.act("ln2", layer),
-                self.weights["fcw"][layer],
-                p["fcb"][layer],
-            )
-            k.linear_forward(branch, self.act("gelu", layer), self.weights["fcprojw"][layer], None)
-            stream, delta, bias = a["res_att"][layer], branch, p["fcprojb"][layer]
+            k.linear_gelu_forward(a.gelu, a.fc, a.ln2, weights["fcw"][layer], p["fcb"][layer])
+            k.linear_forward(branch, a.gelu, weights["fcprojw"][layer], None)
+            stream, delta, bias = a.res_att, branch, p["fcprojb"][layer]
         k.residual_norm_forward(
-            a["res_mlp"][-1], a["lnf"], st["lnf_mean"], st["lnf_rstd"],
-            stream, delta, bias, p["lnfw"], p["lnfb"], eps,
-        )  # fmt: skip
+            acts.res_final, acts.lnf, acts.lnf_mean, acts.lnf_rstd, stream, delta, bias, p["lnfw"], p["lnfb"], eps
+        )
 
     def compute_losses(self, targets: Tokens) -> NDArray[np.floating]:
         """After ``forward``: return ``losses`` of targets (B,T) without computing gradients."""
@@ -206,71 +162,71 @@ class GPT2:
         self._run(GPT2._backward, dloss, acc)
 
     def _backward(self, dloss: float, acc: bool) -> None:
-        k, p, g, a, st = self.kernels, self.params, self.grads, self.acts, self.stats
-        dres, dbranch, V = self.scratch["dres"], self.scratch["dbranch"], self.config.vocab_size
-        k.head_loss(st["losses"], dbranch, g["wte"], a["lnf"], self.head, self.targets, V, dloss, acc)
+        k, p, g, weights, acts = self.kernels, self.params, self.grads, self.weights, self._activations
+        dres, dbranch, losses = self.scratch["dres"], self.scratch["dbranch"], self.stats["losses"]
+        V, NH = self.config.vocab_size, self.config.num_heads
+        k.head_loss(losses, dbranch, g["wte"], acts.lnf, self.head, self.targets, V, dloss, acc)
         k.residual_norm_backward(
             dres, g["lnfw"], g["lnfb"],
-            dbranch, a["res_mlp"][-1], st["lnf_mean"], st["lnf_rstd"], p["lnfw"], None, acc,
+            dbranch, acts.res_final, acts.lnf_mean, acts.lnf_rstd, p["lnfw"], None, acc,
         )  # fmt: skip
         for layer in reversed(range(self.config.num_layers)):
-            gelu, ln1, ln2 = (self.act(name, layer) for name in ("gelu", "ln1", "ln2"))
-            res = a["res_mlp"][layer - 1] if layer else a["encoded"]
-            self.compute_again(layer, res)
-            # MLP branch: dres is the gradient of both the stream and the branch's output
+            a = acts.layers[layer]
+            self._recompute(layer, a)
+            # MLP branch: dres is the gradient of both the residual stream and the branch's output
             k.gelu_linear_backward(
-                gelu, g["fcprojw"][layer], g["fcprojb"][layer],
-                dres, gelu, a["fc"][layer], self.weights["fcprojw"][layer], acc,
-            )  # fmt: skip
-            k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], gelu, ln2, self.weights["fcw"][layer], acc)
+                a.gelu, g["fcprojw"][layer], g["fcprojb"][layer], dres, a.gelu, a.fc, weights["fcprojw"][layer], acc
+            )
+            k.linear_backward(dbranch, g["fcw"][layer], g["fcb"][layer], a.gelu, a.ln2, weights["fcw"][layer], acc)
             k.residual_norm_backward(
                 dres, g["ln2w"][layer], g["ln2b"][layer],
-                dbranch, a["res_att"][layer], st["ln2_mean"][layer], st["ln2_rstd"][layer], p["ln2w"][layer], dres, acc,
+                dbranch, a.res_att, a.ln2_mean, a.ln2_rstd, p["ln2w"][layer], dres, acc,
             )  # fmt: skip
             # attention branch
             k.linear_backward(
                 dbranch, g["attprojw"][layer], g["attprojb"][layer],
-                dres, self.rows(a["att"][layer]), self.weights["attprojw"][layer], acc,
+                dres, self.rows(a.att), weights["attprojw"][layer], acc,
             )  # fmt: skip
-            dout = dbranch.reshape(a["att"][layer].shape)  # (B, T, C)
-            k.attention_backward(
-                a["qkv"][layer], dout, a["att"][layer], st["lse"][layer], a["qkv"][layer], self.config.num_heads
-            )
+            dout = dbranch.reshape(a.att.shape)  # (B, T, C)
+            k.attention_backward(a.qkv, dout, a.att, self.stats["lse"][layer], a.qkv, NH)
             k.linear_backward(
-                dbranch, g["qkvw"][layer], g["qkvb"][layer],
-                self.rows(a["qkv"][layer]), ln1, self.weights["qkvw"][layer], acc,
-            )  # fmt: skip
+                dbranch, g["qkvw"][layer], g["qkvb"][layer], self.rows(a.qkv), a.ln1, weights["qkvw"][layer], acc
+            )
             k.residual_norm_backward(
                 dres, g["ln1w"][layer], g["ln1b"][layer],
-                dbranch, res, st["ln1_mean"][layer], st["ln1_rstd"][layer], p["ln1w"][layer], dres, acc,
+                dbranch, a.res, a.ln1_mean, a.ln1_rstd, p["ln1w"][layer], dres, acc,
             )  # fmt: skip
         k.embedding_backward(g["wte"], g["wpe"], dres, self.ids, self.positions, acc)
 
-    def compute_again(self, layer: int, res: Array) -> None:
-        """Put back what the backward pass of ``layer`` needs and was not kept; ``res`` (N,C): the stream before it."""
+    def _recompute(self, layer: int, a: LayerActivations) -> None:
+        """Recompute the activations of ``layer`` that were overwritten by later layers."""
         if layer == self.config.num_layers - 1:
-            return  # the last that the forward pass left
-        k, p, a, st, eps = self.kernels, self.params, self.acts, self.stats, self.config.norm_eps
+            return
+        k, p, eps = self.kernels, self.params, self.config.norm_eps
         if "gelu" in self.recomputed:
-            k.gelu_forward(self.act("gelu", layer), a["fc"][layer])
-        for name, stream in (("ln1", res), ("ln2", a["res_att"][layer])):
+            k.gelu_forward(a.gelu, a.fc)
+        for name, stream, y, mean, rstd in (
+            ("ln1", a.res, a.ln1, a.ln1_mean, a.ln1_rstd),
+            ("ln2", a.res_att, a.ln2, a.ln2_mean, a.ln2_rstd),
+        ):
             if name in self.recomputed:
                 k.residual_norm_forward(
-                    stream, self.act(name, layer), st[f"{name}_mean"][layer], st[f"{name}_rstd"][layer],
-                    stream, None, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps,
-                )  # fmt: skip
+                    stream, y, mean, rstd, stream, None, None, p[f"{name}w"][layer], p[f"{name}b"][layer], eps
+                )
 
     def logits(self, rows: slice) -> NDArray[np.floating]:
-        """After ``forward``: the logits (R,V) of a range of the N rows, in memory of their own."""
+        """After ``forward``: return the logits (R,V) of a range of the N rows, in a new array."""
         hidden = self.acts["lnf"][rows]
         logits = self.kernels.alloc((len(hidden), self.config.vocab_size), self.kernels.dtype)
         self.kernels.head_logits(logits, hidden, self.head)
         return self.kernels.download(logits)
 
     @contextlib.contextmanager
-    def fill(self) -> Iterator[Arena]:
-        """The parameters in float32 on the host, all to be overwritten; they are the model's when the block ends. What
-        they are before is not brought here."""
+    def overwrite_params(self) -> Iterator[Arena]:
+        """Yield an arena of float32 parameters on the host, all of which must be overwritten.
+
+        At the end of the block they are uploaded and published. The previous values are not downloaded.
+        """
         flat = self.params.flat
         if not isinstance(flat, np.ndarray) or flat.dtype != np.float32:
             flat = np.zeros(flat.size, np.float32)
@@ -279,79 +235,29 @@ class GPT2:
         self.publish()
 
     def host_params(self) -> Arena:
-        """The parameters as they are, on the host: to be read only."""
+        """Return the parameters on the host, in their own dtype. They must not be modified."""
         flat = self.kernels.download(self.params.flat)
         return Arena(lambda *_: flat, parameter_shapes(self.config), flat.dtype)
 
     def extend(self, cache: KVCache, ids: Tokens) -> Array:
-        """Feed ids (S,T), on the host, behind what ``cache`` holds; the hidden states (S,T,C) of the new positions, a
-        view that the next call overwrites. The caller sees to it that the cache has room."""
+        """Append ids (S,T), which are on the host, to ``cache``, which must have room for them.
+
+        Returns the hidden states (S,T,C) of the new positions. The next call overwrites them.
+        """
         S, T = ids.shape
         cache.append(ids)
         return self.forward_cached(cache, T).reshape(S, T, -1)
 
     def forward_cached(self, cache: KVCache, T: int) -> Array:
-        """What ``extend`` computes: the hidden states (S·T,C) of the T ids that each sequence of ``cache`` was last
-        given. Nothing comes from the host or goes there."""
-        k, p, eps, NH = self.kernels, self.params, self.config.norm_eps, self.config.num_heads
-        S, C = cache.S, self.config.channels
-        N = S * T
-        a, st = cache.scratch(N), cache.statistics(N)
+        """Return the hidden states (S·T,C) of the last T ids appended to each sequence, and cache keys and values.
+
+        Transfers nothing to or from the host, so that it can be recorded. The next call overwrites the hidden states.
+        """
+        k, NH, acts = self.kernels, self.config.num_heads, cache.activations(T)
         lengths, ids, positions = cache.inputs(T)
-        k.embedding_forward(a["stream"], p["wte"], p["wpe"], ids, positions)
-        delta = bias = None
-        for layer in range(self.config.num_layers):
-            k.residual_norm_forward(
-                a["stream"],
-                a["norm"],
-                st["mean"],
-                st["rstd"],
-                a["stream"],
-                delta,
-                bias,
-                p["ln1w"][layer],
-                p["ln1b"][layer],
-                eps,
-            )
-            k.linear_forward(a["qkv"], a["norm"], self.weights["qkvw"][layer], p["qkvb"][layer])
-            out, qkv = a["att"].reshape(S, T, C), a["qkv"].reshape(S, T, 3 * C)
-            k.attention_cached(out, cache.keys[layer], cache.values[layer], qkv, lengths, NH)
-            k.linear_forward(a["branch"], a["att"], self.weights["attprojw"][layer], None)
-            k.residual_norm_forward(
-                a["stream"],
-                a["norm"],
-                st["mean"],
-                st["rstd"],
-                a["stream"],
-                a["branch"],
-                p["attprojb"][layer],
-                p["ln2w"][layer],
-                p["ln2b"][layer],
-                eps,
-            )
-            k.linear_gelu_forward(a["gelu"], a["fc"], a["norm"], self.weights["fcw"][layer], p["fcb"][layer])
-            k.linear_forward(a["branch"], a["gelu"], self.weights["fcprojw"][layer], None)
-            delta, bias = a["branch"], p["fcprojb"][layer]
-        k.residual_norm_forward(
-            a["stream"], a["norm"], st["mean"], st["rstd"], a["stream"], delta, bias, p["lnfw"], p["lnfb"], eps
-        )
-        return a["norm"]
 
+        def attention(layer: int, a: LayerActivations) -> None:
+            k.attention_cached(a.att, cache.keys[layer], cache.values[layer], a.qkv, lengths, NH)
 
-def initialize(model: GPT2, seed: int, threads: int = 1) -> None:
-    """Fresh weights, the same as PyTorch's for the same seed to float rounding.
-
-    One stream of normals: wte (its V rows), wpe, then layer by layer the four matrices; standard deviation 0.02, of
-    the two projections into the stream divided by sqrt(2L) (Radford et al. 2019). Norm weights are 1, the rest is 0.
-    """
-    generator, config = MersenneTwister(seed), model.config
-    with model.fill() as p:
-        p.flat[:] = 0
-        for name in ("ln1w", "ln2w", "lnfw"):
-            p[name][:] = 1
-        generator.fill_normal(p["wte"][: config.vocab_size].reshape(-1), STD, threads)
-        generator.fill_normal(p["wpe"].reshape(-1), STD, threads)
-        for layer in range(config.num_layers):
-            for name in MATRICES:
-                scale = (2 * config.num_layers) ** -0.5 if name.endswith("projw") else 1.0
-                generator.fill_normal(p[name][layer].reshape(-1), STD * scale, threads)
+        self._forward_layers(acts, ids, positions, attention)
+        return acts.lnf

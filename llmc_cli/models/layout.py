@@ -1,25 +1,48 @@
-"""Names and shapes of what a model keeps, in the order it is kept."""
+"""Names and shapes of GPT-2's parameters."""
 
 import math
 
-from llmc_cli.formats.weights import shapes
 from llmc_cli.models.config import ModelConfig
 
-DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-"""Weight decay acts on matrices only, embeddings included (the C trainer's choice)."""
+MATRICES = ("qkvw", "attprojw", "fcw", "fcprojw")
+"""The linear weights of a layer."""
+
+DECAYED = ("wte", "wpe", *MATRICES)
+"""Weight decay applies to matrices only, including embeddings, as in llm.c."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The sixteen tensors of GPT-2 in file order, each one for all layers together; linear weights are (out, in)."""
-    return shapes(config.max_seq_len, config.num_layers, config.channels, config.padded_vocab_size)
+    """The sixteen tensors in the order of the parameter arena; each holds all layers. Linear weights are (out, in)."""
+    T, L, C = config.max_seq_len, config.num_layers, config.channels
+    return {
+        "wte": (config.padded_vocab_size, C),
+        "wpe": (T, C),
+        "ln1w": (L, C),
+        "ln1b": (L, C),
+        "qkvw": (L, 3 * C, C),
+        "qkvb": (L, 3 * C),
+        "attprojw": (L, C, C),
+        "attprojb": (L, C),
+        "ln2w": (L, C),
+        "ln2b": (L, C),
+        "fcw": (L, 4 * C, C),
+        "fcb": (L, 4 * C),
+        "fcprojw": (L, C, 4 * C),
+        "fcprojb": (L, C),
+        "lnfw": (C,),
+        "lnfb": (C,),
+    }
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters, the padding of the vocabulary included."""
+    """Number of parameters, including the padding of the vocabulary."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def flops_per_token(config: ModelConfig, T: int) -> int:
-    """FLOPs of training on one token, forward and backward: 6N for the N parameters, padding included, and 6·L·C·T for
-    causal attention, as the C trainer counts them (after Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    """FLOPs per token of training, forward and backward, as llm.c counts them.
+
+    6N for N parameters including padding, and 6·L·C·T for causal attention (after Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B).
+    """
     return 6 * parameter_count(config) + 6 * config.num_layers * config.channels * T

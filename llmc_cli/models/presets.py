@@ -1,4 +1,4 @@
-"""Model shapes by name, as the C trainer's ``-e`` knows them."""
+"""Named model shapes, as in the ``-e`` option of llm.c's trainer."""
 
 from llmc_cli.errors import UsageError
 from llmc_cli.models.config import ModelConfig
@@ -26,8 +26,8 @@ PRESETS |= {
 }
 
 
-def preset(name: str) -> ModelConfig:
-    """The shape called ``name``; UsageError with the names there are where there is none."""
+def get_preset(name: str) -> ModelConfig:
+    """Return the preset of this name. Raises UsageError for an unknown name."""
     if name not in PRESETS:
-        raise UsageError(f"no model is called {name!r}; there are {', '.join(PRESETS)}, and files that exist")
+        raise UsageError(f"unknown model {name!r}: expected an existing model file or one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.backend import Backend
 from llmc_cli.machine.memory import resident_memory
-from llmc_cli.models import gpt2
+from llmc_cli.models.activations import activation_shapes, gradient_shapes, statistic_shapes
 from llmc_cli.models.arena import ALIGN, arena_bytes
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.layout import flops_per_token, parameter_count, parameter_shapes
+from llmc_cli.models.layout import MATRICES, flops_per_token, parameter_count, parameter_shapes
 from llmc_cli.training.options import TrainOptions
 
 USUAL_SHARE = 0.6  # of the matmul ceiling that a whole step reaches, for the expected time
@@ -70,12 +70,12 @@ def memory_by_use(config: ModelConfig, options: TrainOptions, backend: Backend) 
     """Bytes of what training allocates, and on the CPU of what the program with its libraries holds already."""
     B, T, dtype, kept = options.batch, options.seq_len, backend.kernels.dtype, backend.kernels.activation_dtype
     parameters = arena_bytes(parameter_shapes(config), dtype)
-    activations = arena_bytes(gpt2.activation_shapes(config, B, T, options.recompute), kept, ALIGN)
-    statistics = arena_bytes(gpt2.statistic_shapes(config, B, T), dtype, ALIGN)
-    scratch = arena_bytes(gpt2.gradient_shapes(config, B, T), kept, ALIGN)
+    activations = arena_bytes(activation_shapes(config, B, T, options.recompute), kept, ALIGN)
+    statistics = arena_bytes(statistic_shapes(config, B, T), dtype, ALIGN)
+    scratch = arena_bytes(gradient_shapes(config, B, T), kept, ALIGN)
     workspace = backend.kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
     shapes = parameter_shapes(config)
-    bound = backend.kernels.bind_bytes(sum(math.prod(shapes[name]) for name in ("wte", *gpt2.MATRICES)))
+    bound = backend.kernels.bind_bytes(sum(math.prod(shapes[name]) for name in ("wte", *MATRICES)))
     uses = {
         "parameters": parameters + bound,
         "gradients": parameters,

@@ -15,8 +15,9 @@ from llmc_cli.formats.train_state import load_moments, read_train_state
 from llmc_cli.kernels.backend import Backend
 from llmc_cli.kernels.peak import peak_flops
 from llmc_cli.machine.cores import available_cores
-from llmc_cli.models.files import load_model, model_config, read_config
-from llmc_cli.models.gpt2 import GPT2, initialize
+from llmc_cli.models.files import load_model, read_config, resolve_config
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.models.initialization import initialize
 from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.generation import sample_tokens
@@ -58,7 +59,7 @@ class Training:
         self.folder = RunFolder(options.out) if options.out else None
         self.first_step = self._starting_step()
         resumed = self.folder.model_path(self.first_step) if self.folder and self.first_step else None
-        config = self.config = read_config(resumed) if resumed else model_config(options.model)
+        config = self.config = read_config(resumed) if resumed else resolve_config(options.model)
         B, T = options.batch, options.seq_len
         if T > config.max_seq_len:
             raise UsageError(f"--seq-len {T}: {options.model} has {config.max_seq_len} positions")
@@ -228,7 +229,7 @@ class Training:
         kernels, optimizer = self.backend.kernels, self.optimizer
         moments = {name: kernels.download(moment) for name, moment in (("m", optimizer.m), ("v", optimizer.v))}
         if state.has_master:
-            with self.model.fill() as params:
+            with self.model.overwrite_params() as params:
                 load_moments(path, state, **moments, master=params.flat)
         else:
             load_moments(path, state, **moments)

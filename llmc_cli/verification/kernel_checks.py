@@ -76,7 +76,7 @@ def check_training(kernels: Kernels, precision: str = "fp32") -> Iterator[Check]
     clipping and decay."""
     model, reference = (GPT2(TINY, backend) for backend in (kernels, REFERENCE))
     _fill(reference)
-    with model.fill() as params:
+    with model.overwrite_params() as params:
         params.flat[:] = reference.params.flat
     bounds = BOUNDS[precision]
     trainings = [_TinyTraining(each) for each in (model, reference)]

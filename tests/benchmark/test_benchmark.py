@@ -51,7 +51,7 @@ def test_another_precision_of_pytorch_is_known():
         ({"seq_len": 33}, "--seq-len 33: .* has 32 positions"),
         ({"seq_len": 32}, "no room to sample"),
         ({"sections": ("prepro",), "against_torch": True}, "no part in prepro"),
-        ({"model": "d7"}, "no model is called 'd7'"),
+        ({"model": "d7"}, "unknown model 'd7'"),
         ({"peak_tflops": 0.0}, "--peak-tflops 0: expected a number above 0"),
         ({"peak_tflops": float("nan")}, "--peak-tflops nan"),
         ({"sections": ("kernels",), "peak_tflops": 1.0}, "for the MFU of train, which is not among kernels"),

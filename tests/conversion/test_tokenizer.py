@@ -30,7 +30,7 @@ def wide(tmp_path):
     generator = np.random.default_rng(5)
     params = {name: generator.standard_normal(shape, np.float32) for name, shape in parameter_shapes(config).items()}
     write_safetensors(tmp_path / "wide" / "model.safetensors", huggingface_weights.export(config, params))
-    (tmp_path / "wide" / "config.json").write_text(json.dumps(huggingface_config.config_values(config)))
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(huggingface_config.config_to_dict(config)))
     return tmp_path / "wide"
 
 

@@ -6,7 +6,8 @@ from llmc_cli.errors import DataError, UsageError
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.files import load_model, save_model
-from llmc_cli.models.gpt2 import GPT2, initialize
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.models.initialization import initialize
 from llmc_cli.rng import MersenneTwister
 from llmc_cli.training.checkpoints import RunFolder, position_of, state_of
 from llmc_cli.training.optimizer import AdamW

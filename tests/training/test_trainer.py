@@ -310,7 +310,7 @@ def test_zero_means_never(but, backend):
         ({"total_batch": 50}, "not a multiple of batch x sequence length = 32"),
         ({"total_batch": 0}, "not a multiple of batch x sequence length = 32"),
         ({"seq_len": 33}, "has 32 positions"),
-        ({"model": "d7"}, "no model is called 'd7'"),
+        ({"model": "d7"}, "unknown model 'd7'"),
         ({"schedule": "cos"}, "there are cosine"),
         ({"out": None, "resume": True}, "--resume needs --out"),
         ({"steps": 0}, "--steps 0: at least 1"),

@@ -154,7 +154,7 @@ def test_parameters_that_change(opened, precision):
     model = load_model(MODEL, opened(precision))
     decoder = new_decoder(model)
     before = logits_of(decoder)
-    with model.fill() as parameters:
+    with model.overwrite_params() as parameters:
         parameters.flat[:] *= np.float32(1.25)
     after = logits_of(decoder)
     assert after.tobytes() == logits_of(new_decoder(model)).tobytes()

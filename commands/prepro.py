@@ -31,7 +31,7 @@ FILE_PREFIXES = {
 }
 """Data sets, and how the names of their token files begin; None: not implemented yet."""
 
-DEFAULT_VAL_TOKENS = f"{VAL_TOKENS}; 1/{VAL_FRACTION} of a short text"
+DEFAULT_VAL_TOKENS = f"{VAL_TOKENS}; for text, at most 1/{VAL_FRACTION} of the tokens"
 
 
 class Format(StrEnum):
@@ -149,12 +149,12 @@ def check(dataset: str, files: list[str], source: str) -> str:
 
     Raises UsageError or MissingError for an unknown or unimplemented data set and for input that does not fit it.
     """
+    available = " or ".join(name for name, prefix in FILE_PREFIXES.items() if prefix)
     if dataset not in FILE_PREFIXES:
-        raise UsageError(f"unknown data set {dataset!r}: expected one of {', '.join(FILE_PREFIXES)}")
+        raise UsageError(f"unknown data set {dataset!r}: expected {available}")
     prefix = FILE_PREFIXES[dataset]
     if prefix is None:
-        available = " and ".join(name for name, prefix in FILE_PREFIXES.items() if prefix)
-        raise MissingError(f"data set {dataset}: not implemented yet; available are {available}")
+        raise MissingError(f"data set {dataset}: not implemented yet; expected {available}")
     if dataset == "tinyshakespeare":
         if files:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The documents say what is so: links, commands, examples, what is computed, and the tutorial's code."""
+"""The documentation is correct: links, commands, examples, generated sections, and the tutorial's code."""
 
 import os
 import re
@@ -34,20 +34,20 @@ def read(page):
 
 
 def blocks(page):
-    """Language, what stands behind it, content and line of each block of code."""
+    """Yield language, attribute (the rest of the opening line), content and line number of each code block."""
     text = read(page)
     for match in BLOCK.finditer(text):
         yield match[1], match[2].strip(), match[3], text[: match.start(3)].count("\n")
 
 
 def anchors(page):
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub generates for the headings of a page."""
     text = BLOCK.sub("", read(page))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target in LINK.findall(BLOCK.sub("", read(page))):
         if target.startswith("https://"):
             continue
@@ -59,13 +59,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(place), target
 
 
-def test_the_readme_links_every_page():
+def test_readme_links_every_page():
     links = set(LINK.findall(read(ROOT / "README.md")))
     assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} | {"CHANGELOG.md", "LICENSE"} <= links
 
 
 def command_lines(page):
-    """Each call of llmc that a page shows, in a block of code or within a line."""
+    """Yield the command lines of a page: lines of shell blocks, and code spans."""
     for language, _, content, _ in blocks(page):
         if language in ("console", "sh"):
             prompt = "$ " if language == "console" else ""
@@ -91,21 +91,21 @@ def test_commands_and_options_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_options_named_alone_exist(page):
+def test_options_mentioned_in_text_exist(page):
     known = OPTIONS_OF_LLMC.union(*OPTIONS.values())
     for span in SPAN.findall(BLOCK.sub("", read(page))):
         if re.match(r"--?[a-z]", span):
             assert span.split()[0] in known, span
 
 
-def test_what_is_computed_is_current():
+def test_generated_pages_are_current():
     pages = dict(runpy.run_path(str(ROOT / "fixtures" / "make_docs.py"))["pages"]())
     assert DOCS / "commands.md" in pages
     stale = [path.name for path, content in pages.items() if read(path) != content]
     assert not stale, "out of date; run: python fixtures/make_docs.py"
 
 
-def test_what_is_computed_about_cuda_is_current():
+def test_generated_cuda_sections_are_current():
     page = runpy.run_path(str(ROOT / "fixtures" / "make_cuda_paper.py"))["page"]
     text = read(DOCS / "cuda.md")
     assert page(text) == text, "out of date; run: python fixtures/make_cuda_paper.py"
@@ -119,17 +119,17 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_of_the_formats(example):
+def test_format_examples(example):
     command, _, shown = example.partition("\n")
     words = shlex.split(command.removeprefix("$ llmc "))
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "llmc_cli.app", *words],  # as it is installed, not as it lies here
+        [sys.executable, "-P", "-m", "llmc_cli.app", *words],  # -P: the installed package, not this folder
         cwd=ROOT,
         env={**os.environ, "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
     )
-    assert (run.stdout + run.stderr).replace("\\", "/") == shown  # paths of Windows
+    assert (run.stdout + run.stderr).replace("\\", "/") == shown  # Windows paths
 
 
 def run_tutorial(monkeypatch, with_torch):
@@ -141,23 +141,23 @@ def run_tutorial(monkeypatch, with_torch):
     return names
 
 
-def test_the_tutorial_runs(monkeypatch):
+def test_tutorial_runs(monkeypatch):
     assert "kernels" in run_tutorial(monkeypatch, with_torch=False)
 
 
 @pytest.mark.witness
-def test_the_tutorial_runs_with_torch(monkeypatch):
+def test_tutorial_runs_with_torch(monkeypatch):
     assert "torch" in run_tutorial(monkeypatch, with_torch=True)
 
 
-def test_excerpts_are_of_the_code():
+def test_excerpts_match_the_code():
     excerpts = [(kind, content) for _, kind, content, _ in blocks(DOCS / "tutorial.md") if kind.startswith("excerpt ")]
     assert excerpts
     for kind, content in excerpts:
         assert content in read(ROOT / kind.removeprefix("excerpt ")), kind
 
 
-def test_two_commands_set_it_up():
+def test_readme_make_commands_exist():
     commands = [
         line
         for language, _, content, _ in blocks(ROOT / "README.md")
@@ -170,7 +170,7 @@ def test_two_commands_set_it_up():
     assert {"demo", "test"} <= set(targets)
 
 
-def test_the_tree_of_the_readme_is_there():
+def test_paths_in_the_readme_tree_exist():
     tree = next(content for language, kind, content, _ in blocks(ROOT / "README.md") if kind == "tree")
     folder = ROOT
     for line in tree.splitlines():

@@ -140,7 +140,11 @@ class _Transfer:
                 length = self.part.length()
                 failures = 1 if length > before else failures + 1
                 if failures > len(retry_delays_s):
-                    advice = f"{length:,} bytes are kept: run it again to resume" if length else "is there a network?"
+                    advice = (
+                        f"{length:,} bytes are kept: run it again to resume"
+                        if length
+                        else "check the network connection"
+                    )
                     raise MissingError(f"{self.url}: {error}; {advice}") from None
                 time.sleep(retry_delays_s[failures - 1])
                 resumed = True

@@ -151,7 +151,7 @@ def test_dry_run_prints_the_plan_only(stories, work_dir):
         assert rows["dataset"] == arguments[0]
         assert rows["format"] == "GPT-2 token shard"
     assert (rows["val_tokens"], rows["source"]) == ("5", "a.txt b.jsonl")
-    assert "32768; 1/10 of a short text" in prepro("text", "a.txt", "--dry-run").stdout
+    assert "32768; for text, at most 1/10 of the tokens" in prepro("text", "a.txt", "--dry-run").stdout
     document = json.loads(prepro("tinyshakespeare", "--dry-run", "--json", "--val-tokens", 0).stdout)
     assert document["dry_run"] is True
     assert document["files"] == [str(Path("data/tinyshakespeare/tiny_shakespeare_train.bin"))]
@@ -162,7 +162,7 @@ def test_dry_run_prints_the_plan_only(stories, work_dir):
 def test_unimplemented_data_sets_are_rejected(dataset):
     result = prepro(dataset)
     assert (result.exit_code, result.stdout) == (4, "")
-    assert result.stderr == f"llmc: data set {dataset}: not implemented yet; available are tinyshakespeare and text\n"
+    assert result.stderr == f"llmc: data set {dataset}: not implemented yet; expected tinyshakespeare or text\n"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_unimplemented_data_sets_are_rejected(dataset):
         (
             ["shakespeare"],
             2,
-            "unknown data set 'shakespeare': expected one of tinyshakespeare, text, tinystories, fineweb",
+            "unknown data set 'shakespeare': expected tinyshakespeare or text",
         ),
         (["text"], 2, "`llmc prepro text` needs at least one FILE: .txt, .jsonl, or - for text from stdin"),
         (["text", "a.txt", "--source", "bundled"], 2, "--source is only for tinyshakespeare"),

@@ -200,7 +200,7 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
         ("model", f"{plan.model}: {c.num_layers} layers, {c.channels} channels, {c.num_heads} heads"),
         ("parameters", f"{plan.parameters:,}"),
         ("device", backend.description),
-        ("precision", f"{plan.precision} ({backend.why})"),
+        ("precision", f"{plan.precision} ({backend.reason})"),
         ("data", f"{plan.train_tokens:,} tokens to train on, {plan.val_tokens:,} to validate"),
         ("batch", f"{plan.batch} x {plan.seq_len} x {plan.accumulation} = {plan.tokens_per_step:,} tokens per step"),
         ("steps", f"{plan.steps:,}" + (f", from {plan.first_step:,}" if plan.first_step else "")),

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: the figures that speeds are shares of."""
+"""Measure the machine's peak FLOP/s and memory bandwidth, of which benchmark results are given as shares."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,21 +12,24 @@ from llmc_cli.kernels.peak import best_time, matmul_flops
 from llmc_cli.kernels.random_arrays import random_arguments
 from llmc_cli.kernels.spec import Array, Kernels
 
-CEILING_REPEATS = 10  # for what everything is a share of, also on a busy machine
+CEILING_REPEATS = 10  # more than usual: every share depends on these, and the machine may be busy
 
 SHAPES = ((1536, 1536, 1536), (2048, 2048, 2048), (1024, 3072, 768), (256, 12288, 768))  # N, O, I
-BANDWIDTH_ELEMENTS = 1 << 25  # of each array: far more than caches hold
+BANDWIDTH_ELEMENTS = 1 << 25  # per array, far larger than the caches
 
-# of a GPU, on which the same would be over before it has well begun
+# on GPUs, where the sizes above would measure launch overhead
 CUDA_SHAPES = ((8192, 8192, 8192), (4096, 4096, 4096), (16384, 3072, 768), (4096, 50304, 768))
 CUDA_ELEMENTS = 1 << 28
-CUDA_MEMORY = 32  # bytes that must be free for each of these, or there are fewer: four arrays are half of that
+CUDA_BYTES_PER_ELEMENT = 32  # of free memory; the four float32 arrays take half of it
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``matmul``: FLOP/s by shape; ``memory``: bytes/s by kind of traffic, reads and writes added up. ``published``:
-    the FLOP/s that MFU is to be counted by in place of those that were measured, where somebody said so."""
+    """The measured peaks.
+
+    ``matmul``: FLOP/s by shape. ``memory``: bytes/s by kind of traffic, reads plus writes. ``published``: the FLOP/s
+    given by the user as the basis of MFU instead of the measured ones.
+    """
 
     precision: str
     matmul: dict[str, float]
@@ -43,25 +46,26 @@ class Ceilings:
 
 
 def memory_bandwidth(kernels: Kernels, threads: int, elements: int = BANDWIDTH_ELEMENTS) -> dict[str, float]:
-    """Bytes/s of three kinds of traffic over arrays of ``elements`` random numbers.
+    """Return bytes/s for three kinds of traffic over float32 arrays of ``elements`` random numbers.
 
-    read: our sum of squares; copy: NumPy, a piece of the array on each thread, or on a GPU its own way of copying;
-    update: our AdamW, which reads four arrays and writes three.
+    read: ``sum_squares``. copy: ``numpy.copyto`` on slices of the array in parallel, or the GPU's copy. update:
+    ``adamw``, which reads four arrays and writes three.
     """
     master, m, v, g, *rest = random_arguments(kernels, "adamw", adamw_use(elements))
     out, size, repeats = kernels.alloc((1,), np.float64), g.nbytes, CEILING_REPEATS
-    found = {"read": size / best_time(kernels, lambda: kernels.sum_squares(out, g), repeats)}
-    found["copy"] = 2 * size / _copy_time(kernels, m, g, threads)
-    found["update"] = 7 * size / best_time(kernels, lambda: kernels.adamw(master, m, v, g, *rest), repeats)
-    return found
+    return {
+        "read": size / best_time(kernels, lambda: kernels.sum_squares(out, g), repeats),
+        "copy": 2 * size / _copy_time(kernels, m, g, threads),
+        "update": 7 * size / best_time(kernels, lambda: kernels.adamw(master, m, v, g, *rest), repeats),
+    }
 
 
 def _copy_time(kernels: Kernels, target: Array, source: Array, threads: int) -> float:
     if not isinstance(source, np.ndarray):
         return best_time(kernels, lambda: kernels.copy(target, source), CEILING_REPEATS)
-    with ThreadPoolExecutor(threads) as pool:  # NumPy copies without holding the interpreter's lock
-        pieces = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
-        return best_time(kernels, lambda: list(pool.map(_copy, pieces)), CEILING_REPEATS)
+    with ThreadPoolExecutor(threads) as pool:  # NumPy releases the GIL while it copies
+        slices = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+        return best_time(kernels, lambda: list(pool.map(_copy, slices)), CEILING_REPEATS)
 
 
 def _copy(pair: tuple[NDArray[np.floating], NDArray[np.floating]]) -> None:
@@ -69,10 +73,10 @@ def _copy(pair: tuple[NDArray[np.floating], NDArray[np.floating]]) -> None:
 
 
 def measure_ceilings(backend: Backend) -> Ceilings:
-    """Both kinds of ceilings; takes a few seconds, and four arrays' worth of memory for a moment."""
+    """Measure both kinds of ceilings. Takes a few seconds and temporarily the memory of four arrays."""
     kernels, shapes, elements = backend.kernels, SHAPES, BANDWIDTH_ELEMENTS
     if backend.device != "cpu":
-        shapes, elements = CUDA_SHAPES, min(CUDA_ELEMENTS, (backend.memory or 0) // CUDA_MEMORY)
+        shapes, elements = CUDA_SHAPES, min(CUDA_ELEMENTS, (backend.memory or 0) // CUDA_BYTES_PER_ELEMENT)
     matmul = {" x ".join(map(str, shape)): matmul_flops(kernels, *shape, CEILING_REPEATS) for shape in shapes}
     memory = memory_bandwidth(kernels, backend.threads, elements)
     kernels.release_memory()

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) as PyTorch's users would write it; imported in a process of its own only."""
+"""GPT-2 (Radford et al. 2019) in idiomatic PyTorch. Imported only by the worker process that runs PyTorch."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from llmc_cli.models.initialization import INIT_STD
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm, each added to the stream x (B,T,C)."""
+    """A pre-norm transformer block: attention and MLP, each added to the residual stream x (B,T,C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -20,13 +20,13 @@ class Block(nn.Module):
         self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
     def heads(self, x: Tensor) -> list[Tensor]:
-        """q, k, v (B,NH,T,HS)."""
+        """Return q, k and v (B,NH,T,HS)."""
         B, T, C = x.shape
         qkv = self.qkv(self.ln1(x)).split(C, dim=2)
         return [part.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2) for part in qkv]
 
     def join(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The stream behind both branches, from the attention's output (B,NH,T,HS)."""
+        """Return the residual stream after both branches, given the attention's output (B,NH,T,HS)."""
         x = x + self.attproj(attended.transpose(1, 2).reshape(x.shape))
         return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
         return self.join(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def extend(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        """One more position (B,1,C), behind those in keys and values (B,NH,Tmax,HS), which take the new one."""
+        """Apply the block to one new position (B,1,C) and write it to keys and values (B,NH,Tmax,HS)."""
         q, k, v = self.heads(x)
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
@@ -56,7 +56,7 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of targets (B,T)."""
+        """Return the mean loss of targets (B,T)."""
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
@@ -64,8 +64,11 @@ class GPT2(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
     def extend(self, ids: Tensor, keys: list[Tensor], values: list[Tensor], position: Tensor) -> Tensor:
-        """The logits (B,V) behind one more token (B,1); position (1,); keys, values of each layer (B,NH,Tmax,HS): of
-        views into one array of all layers the compiler would copy everything for each token."""
+        """Return the logits (B,V) after one new token (B,1) at position (1,).
+
+        keys and values are lists of one (B,NH,Tmax,HS) array per layer; with views into one array for all layers,
+        ``torch.compile`` would copy the whole array for every token.
+        """
         mask = (torch.arange(keys[0].shape[2], device=ids.device) <= position)[None, None, None]
         x = self.wte(ids) + self.wpe(position)
         for layer, block in enumerate(self.blocks):

@@ -1,9 +1,9 @@
-"""The work of ``workloads`` as PyTorch's users would write it; imported in a process of its own only.
+"""The workloads of ``bench`` in idiomatic PyTorch. Imported only by the worker process that runs PyTorch.
 
-The model is an ordinary one: ``nn`` modules, scaled-dot-product attention, the head tied to the embedding; AdamW is
-fused, gradients are clipped by norm. ``MODES`` are the sides that put the model through ``torch.compile``.
-With ``precision`` "bf16" the weights stay float32 in training, and forward pass and loss run under ``torch.autocast``.
-``device``: "cpu", "cuda" or "cuda:N", where everything is made; on CUDA a run ends when the device is done with it.
+The model uses ``nn`` modules, scaled-dot-product attention and a head tied to the embedding; AdamW is fused and
+gradients are clipped by norm. With ``precision`` "bf16", training keeps float32 weights and runs the forward pass and
+the loss under ``torch.autocast``. ``device`` is "cpu", "cuda" or "cuda:N"; on CUDA every run ends with a
+synchronization.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.initialization import INIT_STD
 
 MODES = {"torch compiled": "default", "torch graphs": "reduce-overhead"}
-"""What ``torch.compile`` is asked for. The latter makes CUDA graphs, as ours are where tokens are sampled."""
+"""The mode of ``torch.compile`` by implementation. "reduce-overhead" uses CUDA graphs, as llmc does in sampling."""
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
-    """The context in which PyTorch multiplies in ``precision``."""
+    """Return the autocast context for ``precision``."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -38,12 +38,14 @@ def is_cuda(device: str) -> bool:
 
 
 def wait_for(device: str) -> None:
-    """Until the device is done with what it has been asked for."""
+    """Synchronize with ``device``."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
 
 
 class TrainWorkload:
+    """Training steps on one batch, compiled with ``mode`` if it is not None."""
+
     tasks: tuple[str, ...] = ("step",)
 
     def __init__(
@@ -80,7 +82,7 @@ class TrainWorkload:
 
 
 class Sampler:
-    """B sequences that grow behind T positions in the cache, the likeliest token each time."""
+    """Greedy sampling of B sequences after T positions in the cache."""
 
     def __init__(
         self, config: ModelConfig, B: int, T: int, mode: str | None, dtype: torch.dtype, device: str = "cpu"
@@ -93,7 +95,7 @@ class Sampler:
         self.position = torch.tensor([T])
         self.extend: Callable[..., Tensor] = torch.compile(model.extend, mode=mode) if mode else model.extend
         if mode == MODES["torch graphs"]:
-            for cache in (*self.keys, *self.values):  # or there would be no graph, as the caches are written to
+            for cache in (*self.keys, *self.values):  # mutated inputs would disable CUDA graphs
                 torch._dynamo.mark_static_address(cache)
         self.start = torch.zeros((B, 1), dtype=torch.int64)
 
@@ -109,21 +111,21 @@ class Sampler:
 
 
 class TransformersSampler:
-    """The same by transformers' ``generate``."""
+    """The same with transformers' ``generate``."""
 
     def __init__(self, config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: str = "cpu") -> None:
         import transformers
 
         self.device = device
-        made = transformers.GPT2Config(
+        model_config = transformers.GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.channels,
             n_layer=config.num_layers, n_head=config.num_heads, layer_norm_epsilon=config.norm_eps,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-        model: Any = transformers.GPT2LMHeadModel(made)
+        model: Any = transformers.GPT2LMHeadModel(model_config)
         self.model = model.eval().to(dtype)
         self.T, self.tokens = T, min(TOKENS, config.max_seq_len - T)
-        self.cache: Any = transformers.DynamicCache(config=made)
+        self.cache: Any = transformers.DynamicCache(config=model_config)
         shape = (B, config.num_heads, T, config.head_size)
         for layer in range(config.num_layers):
             self.cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
@@ -131,34 +133,36 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def run(self) -> Detail:
-        if fed := self.cache.get_seq_length() - self.T:  # by the run before
-            self.cache.crop(-fed)
-        made = self.model.generate(
+        if added := self.cache.get_seq_length() - self.T:  # by the previous run
+            self.cache.crop(-added)
+        ids = self.model.generate(
             self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, pad_token_id=0,
             do_sample=False, min_new_tokens=self.tokens, max_new_tokens=self.tokens,
         )  # fmt: skip
-        assert made.shape[1] == self.ids.shape[1] + self.tokens
+        assert ids.shape[1] == self.ids.shape[1] + self.tokens
         wait_for(self.device)
         return None
 
 
 class SampleWorkload:
-    """Takes part in our tasks, one for each precision of weights: in bfloat16 where that is ours and among
-    ``precisions``, else in float32."""
+    """The tasks of llmc, one per precision of the weights.
+
+    "token bf16" runs in bfloat16 if ``precisions`` contains "bf16"; all others run in float32.
+    """
 
     tasks: tuple[str, ...] = tuple(f"token {precision}" for precision in SAMPLING_PRECISIONS[1:])
 
-    def __init__(self, make: Callable[[torch.dtype], Sampler | TransformersSampler], precisions: list[str]) -> None:
-        self._make, self._precisions = make, precisions
-        self._made: dict[torch.dtype, Sampler | TransformersSampler] = {}
+    def __init__(self, create: Callable[[torch.dtype], Sampler | TransformersSampler], precisions: list[str]) -> None:
+        self._create, self._precisions = create, precisions
+        self._samplers: dict[torch.dtype, Sampler | TransformersSampler] = {}  # at most one
 
     def prepare(self, task: str) -> Task:
-        halved = task == "token bf16" and "bf16" in self._precisions
-        dtype = torch.bfloat16 if halved else torch.float32
-        if dtype not in self._made:
-            self._made.clear()  # before another takes its memory
-            self._made[dtype] = self._make(dtype)
-        sampler = self._made[dtype]
+        bf16 = task == "token bf16" and "bf16" in self._precisions
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        if dtype not in self._samplers:
+            self._samplers.clear()  # free its memory first
+            self._samplers[dtype] = self._create(dtype)
+        sampler = self._samplers[dtype]
         return Task(sampler.run, parts=sampler.tokens)
 
 
@@ -296,32 +300,34 @@ class KernelsWorkload:
 
 
 def reserved_memory() -> int:
-    """Bytes of the GPU's memory that PyTorch has taken at most since it last gave some back."""
+    """Return the peak bytes of GPU memory reserved by PyTorch since the last ``release``."""
     return torch.cuda.max_memory_reserved()
 
 
 def release() -> None:
-    """Give back what PyTorch keeps of the GPU's memory for arrays to come."""
+    """Return PyTorch's cached GPU memory to the device and reset the peak."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
 def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
-    """PyTorch's side of ``work``, and how it is set up. What is to be compiled is compiled here, for the first of the
-    precisions that it is asked for; for another when that is prepared and first run. MissingError where a GPU is to
-    compute and PyTorch finds none."""
+    """Return PyTorch's workload for ``work`` and its configuration.
+
+    With a compiled implementation the first task is compiled here; when sampling, other precisions are compiled when
+    first run. Raises MissingError if ``work`` requires a GPU and PyTorch finds none.
+    """
     device = work.device if is_cuda(work.device) else "cpu"
     if is_cuda(device):
-        _use(device, work.precision)
+        _select_device(device, work.precision)
     torch.manual_seed(SEED)
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     mode = MODES.get(work.side)
     with torch.device(device):
-        made = _workload(work, mode, device)
+        workload = _workload(work, mode, device)
     if mode:
-        first = f"token {work.precision.split()[0]}" if work.section == "sample" else made.tasks[0]
-        made.prepare(first).run()
+        first = f"token {work.precision.split()[0]}" if work.section == "sample" else workload.tasks[0]
+        workload.prepare(first).run()
     configuration = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -333,15 +339,15 @@ def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
     }
     if is_cuda(device):
         configuration |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return made, configuration
+    return workload, configuration
 
 
-def _use(device: str, precision: str) -> None:
-    """Have the GPU multiply float32 as ours does."""
+def _select_device(device: str, precision: str) -> None:
+    """Select the GPU and the same float32 matmul precision as llmc's. Raises MissingError if there is no GPU."""
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        why = f"for CUDA {built}: is the driver older than that?" if built else "and is built without CUDA"
-        raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device {why}")
+        reason = f"it is built for CUDA {built}, which may require a newer driver" if built else "built without CUDA"
+        raise MissingError(f"PyTorch {torch.__version__} finds no CUDA device: {reason}")
     torch.cuda.set_device(torch.device(device) if ":" in device else 0)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
@@ -353,10 +359,10 @@ def _workload(work: Work, mode: str | None, device: str) -> Workload:
     if work.section == "kernels":
         return KernelsWorkload(config, B, T, work.precision, device)
 
-    def make(dtype: torch.dtype) -> Sampler | TransformersSampler:
+    def create(dtype: torch.dtype) -> Sampler | TransformersSampler:
         with torch.device(device):
             if work.side == "transformers":
                 return TransformersSampler(config, B, T, dtype, device)
             return Sampler(config, B, T, mode, dtype, device)
 
-    return SampleWorkload(make, work.precision.split())
+    return SampleWorkload(create, work.precision.split())

@@ -1,4 +1,4 @@
-"""What ``bench`` runs of ours: tasks by name, each prepared once and then run again and again, on random data."""
+"""The workloads of ``bench`` run by llmc on random data. PyTorch's are in ``torch_workloads``."""
 
 import tempfile
 from collections.abc import Callable
@@ -32,8 +32,10 @@ Detail = dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Task:
-    """Ready to ``run``; what a run returns goes into the report as it is. A run has ``parts`` equal parts, of which the
-    time is told; ``cost`` is that of one."""
+    """A prepared task. ``run`` returns details for the report.
+
+    A run consists of ``parts`` equal parts; ``cost`` and the reported time are those of one part.
+    """
 
     run: Callable[[], Detail]
     cost: Cost = NO_COST
@@ -41,7 +43,7 @@ class Task:
 
 
 class Workload(Protocol):
-    """One section of ``bench``. ``prepare`` may drop what an earlier task needed."""
+    """One section of ``bench``. ``prepare`` may invalidate tasks prepared earlier."""
 
     tasks: tuple[str, ...]
 
@@ -49,6 +51,7 @@ class Workload(Protocol):
 
 
 def random_model(config: ModelConfig, kernels: Kernels) -> GPT2:
+    """Return a model with random weights."""
     model = GPT2(config, kernels)
     fill(kernels, model.params.flat, INIT_STD)
     for name in ("ln1w", "ln2w", "lnfw"):
@@ -124,8 +127,10 @@ class TrainWorkload:
 
 
 class SampleWorkload:
-    """B sequences that grow by some tokens behind T positions in the cache, the likeliest each time: a task for each of
-    the backends, which are named after the precision of their weights. The time told is a token's."""
+    """Greedy sampling of B sequences after T positions in the cache.
+
+    There is one task per backend; ``backends`` is keyed by the precision of the weights. A part is one token.
+    """
 
     def __init__(self, backends: dict[str, Kernels], config: ModelConfig, B: int, T: int) -> None:
         self.backends, self.config, self.B, self.T = backends, config, B, T
@@ -154,14 +159,14 @@ class SampleWorkload:
 
 
 def weight_size(weight: Any) -> tuple[int, int]:
-    """Numbers of a bound weight, and the bytes that they are kept in."""
+    """Return the number of elements of a bound weight and the bytes they are stored in."""
     if hasattr(weight, "master"):
         return weight.master.size, nbytes(weight.rows, getattr(weight, "scales", None))
     return weight.size, weight.nbytes
 
 
 class PreproWorkload:
-    """The bundled text to token files, and the tokenizer alone on the same text."""
+    """Write the bundled text to token files; as a second task, only tokenize it."""
 
     tasks: tuple[str, ...] = ("files", "tokenizer")
 

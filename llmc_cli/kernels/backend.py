@@ -1,4 +1,7 @@
-"""--device, --precision and --threads become a backend. What cannot be had is an error; nothing falls back silently."""
+"""Open the backend for --device, --precision and --threads.
+
+An option that this machine cannot satisfy is an error; there is no silent fallback.
+"""
 
 import os
 import re
@@ -14,21 +17,21 @@ from llmc_cli.machine.memory import installed_memory
 PRECISIONS = ("auto", "fp32", "bf16", "bf16x3", "tf32")
 MATMULS = ("auto", "tiles", "blas")
 PARTS = {"bf16": 1, "bf16x3": 2, "fp32": 3}
-"""On AMX tiles: bf16 parts that a number is split into."""
+"""Number of bf16 parts that each float32 is split into on AMX tiles."""
 SAMPLING_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Kernels ready to run, and what they run on in words."""
+    """Open kernels and a description of what they run on."""
 
     kernels: Kernels
-    device: str  # "cpu", or "cuda:0"
+    device: str  # "cpu", "cuda:0"
     precision: str  # "fp32"
     threads: int
     description: str  # processor, threads, BLAS
-    why: str  # what "auto" chose and for what reason; empty where nothing was left to choose
-    memory: int | None = None  # bytes that arrays can take, where that is known
+    reason: str  # what "auto" resolved to and why; empty if nothing was "auto"
+    memory: int | None = None  # bytes available to arrays, if known
 
 
 def open_kernels(
@@ -38,66 +41,69 @@ def open_kernels(
     on_compile: Callable[[str], None] | None = None,
     training: bool = False,
 ) -> Backend:
-    """The backend for these options; ``threads`` None takes the cores that this process may use.
+    """Return the backend for these options; ``threads`` None uses the cores available to this process.
 
-    Precision "auto" is fp32, but for ``training`` bf16 where the device multiplies it natively. The environment's
-    ``LLMC_MATMUL`` chooses what multiplies matrices on the CPU: "tiles", "blas", or "auto": tiles where there are any,
-    for fp32 whichever was faster in a measurement made once, when the machine is idle.
-    ``on_compile`` is told before a wait for the compiler. Raises UsageError for a name that is none, MissingError for
-    what this machine or version has not.
+    Precision "auto" is fp32, or with ``training`` bf16 if the device multiplies it natively. The environment variable
+    ``LLMC_MATMUL`` selects the matrix multiplication on the CPU: "tiles" (AMX), "blas", or "auto", which uses tiles
+    where available, except that fp32 uses the faster of the two as measured once on an idle machine.
+
+    ``on_compile`` is called with a message before kernels are compiled. Raises UsageError for an unknown name and
+    MissingError for what this machine or installation lacks.
     """
     if precision == "int8":
-        raise UsageError("--precision int8: for llmc sample and llmc bench sample only, where weights may be so coarse")
+        raise UsageError("--precision int8: supported by llmc sample and llmc bench sample only")
     _check(device, precision, threads, PRECISIONS)
-    index, why = _place(device)
+    index, reasons = _resolve_device(device)
     if index is not None:
-        return _open_cuda(index, precision, training, why)
+        return _open_cuda(index, precision, training, reasons)
     if precision == "tf32":
-        raise MissingError("--precision tf32: a precision of GPUs; use --precision fp32, bf16x3 or bf16")
-    chosen = os.environ.get("LLMC_MATMUL", "auto")
-    if chosen not in MATMULS:
-        raise UsageError(f"LLMC_MATMUL={chosen}: expected one of {', '.join(MATMULS)}")
+        raise MissingError("--precision tf32: supported on GPUs only; use --precision fp32, bf16x3 or bf16")
+    choice = os.environ.get("LLMC_MATMUL", "auto")
+    if choice not in MATMULS:
+        raise UsageError(f"LLMC_MATMUL={choice}: expected one of {', '.join(MATMULS)}")
     threads = threads or usual_threads()
     _allow_threads(threads)
-    tiles = chosen != "blas" and _has_tiles()
-    if chosen == "tiles" and not tiles:
+    tiles = choice != "blas" and _has_tiles()
+    if choice == "tiles" and not tiles:
         raise MissingError("LLMC_MATMUL=tiles: this processor has no AMX tiles, or the system does not allow them")
     if precision == "auto":
-        precision = "bf16" if training and tiles else "fp32"
-        native = "multiplied" if tiles else "not multiplied"
-        why.append(f"{precision}: bf16 is {native} natively here" if training else "fp32: unless another is asked for")
+        precision = _auto_precision(training, tiles, reasons)
     if precision == "bf16x3" and not tiles:
-        raise MissingError("--precision bf16x3: needs AMX tiles, which are not there; use --precision fp32 or bf16")
-    return _open_cpu(precision, threads, tiles, chosen == "auto", why, on_compile)
+        raise MissingError("--precision bf16x3: requires AMX tiles; use --precision fp32 or bf16")
+    return _open_cpu(precision, threads, tiles, choice == "auto", reasons, on_compile)
 
 
 def open_sampling(
     device: str, precision: str, threads: int | None, on_compile: Callable[[str], None] | None = None
 ) -> Backend:
-    """As ``open_kernels``, for sampling: a token at a time, the weights in ``precision``, of which "auto" is fp32."""
+    """Return the backend for sampling one token at a time; as ``open_kernels``.
+
+    ``precision`` is that in which the weights are stored; "auto" is fp32.
+    """
     _check(device, precision, threads, SAMPLING_PRECISIONS)
-    index, why = _place(device)
+    index, reasons = _resolve_device(device)
     if index is not None:
-        return _open_cuda(index, precision, False, why)
+        return _open_cuda(index, precision, False, reasons)
     if precision == "auto":
-        precision = "fp32"
-        why.append("fp32: the model as it is")
+        precision = _auto_precision(False, False, reasons)
     threads = threads or available_cores()
     _allow_threads(threads)
     from llmc_cli.kernels.cpu import loading
 
     kernels = loading.load_decoding(on_compile)(threads, precision)
-    described = _describe(threads, kernels.products_name())
-    return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
+    description = _describe(threads, kernels.products_name())
+    return Backend(kernels, "cpu", precision, threads, description, "; ".join(reasons), installed_memory())
 
 
 def sampling_precisions(device: str, precision: str) -> tuple[str, ...]:
-    """Those that ``bench`` samples with: the one asked for, or all that the device has where it is "auto" or none of
-    sampling's."""
+    """Return the precisions that ``bench sample`` measures.
+
+    This is ``precision`` if sampling supports it, otherwise (also for "auto") all that the device supports.
+    """
     known = SAMPLING_PRECISIONS[1:]
     if precision in known:
         return (precision,)
-    index, _ = _place(device)
+    index, _ = _resolve_device(device)
     if index is None:
         return known
     from llmc_cli.kernels.cuda.device import TENSOR_CORES, find
@@ -106,7 +112,7 @@ def sampling_precisions(device: str, precision: str) -> tuple[str, ...]:
 
 
 def _check(device: str, precision: str, threads: int | None, precisions: tuple[str, ...]) -> None:
-    """UsageError for a name that is none."""
+    """Raise UsageError for an unknown device or precision, or fewer than 1 thread."""
     if device not in ("auto", "cpu") and not re.fullmatch(r"cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if precision not in precisions:
@@ -115,9 +121,11 @@ def _check(device: str, precision: str, threads: int | None, precisions: tuple[s
         raise UsageError(f"--threads {threads}: expected at least 1")
 
 
-def _place(device: str) -> tuple[int | None, list[str]]:
-    """The CUDA device to compute on, None for the CPU, and why it is what "auto" became. MissingError where one is
-    asked for that cannot be had."""
+def _resolve_device(device: str) -> tuple[int | None, list[str]]:
+    """Return the index of the CUDA device, or None for the CPU, and the reason if ``device`` is "auto".
+
+    Raises MissingError if a CUDA device is requested and unavailable.
+    """
     if device == "cpu":
         return None, []
     from llmc_cli.kernels.cuda.device import find
@@ -130,32 +138,40 @@ def _place(device: str) -> tuple[int | None, list[str]]:
         name, _ = find(0)
     except MissingError as error:
         return None, [f"cpu: {str(error).removeprefix('--device cuda: ').partition(';')[0]}"]
-    return 0, [f"cuda: there is a {name}"]
+    return 0, [f"cuda: found {name}"]
 
 
-def _open_cuda(index: int, precision: str, training: bool, why: list[str]) -> Backend:
-    """Kernels on a CUDA device. MissingError for a precision that it has not."""
+def _auto_precision(training: bool, native_bf16: bool, reasons: list[str]) -> str:
+    """Return the precision for "auto" and append the reason."""
+    precision = "bf16" if training and native_bf16 else "fp32"
+    if training:
+        reasons.append(f"{precision}: bf16 is {'' if native_bf16 else 'not '}multiplied natively here")
+    else:
+        reasons.append("fp32: the default")
+    return precision
+
+
+def _open_cuda(index: int, precision: str, training: bool, reasons: list[str]) -> Backend:
+    """Return kernels on a CUDA device. Raises MissingError for a precision that it does not support."""
     from llmc_cli.kernels.cuda.device import TENSOR_CORES, Device, find
 
     name, capability = find(index)
-    modern = capability >= TENSOR_CORES
+    tensor_cores = capability >= TENSOR_CORES
     if precision == "auto":
-        precision = "bf16" if training and modern else "fp32"
-        native = "multiplied" if modern else "not multiplied"
-        why.append(f"{precision}: bf16 is {native} natively there" if training else "fp32: the model as it is")
+        precision = _auto_precision(training, tensor_cores, reasons)
     if precision in ("bf16x3", "int8"):
-        raise MissingError(f"--precision {precision}: of the CPU only; use fp32 or bf16")
-    if precision in ("tf32", "bf16") and not modern:
+        raise MissingError(f"--precision {precision}: supported on the CPU only; use --precision fp32 or bf16")
+    if precision in ("tf32", "bf16") and not tensor_cores:
         raise MissingError(
-            f"--precision {precision}: {name} has compute capability {capability / 10}, and that needs "
-            f"{TENSOR_CORES / 10}; use --precision fp32"
+            f"--precision {precision}: requires compute capability {TENSOR_CORES / 10}; {name} has "
+            f"{capability / 10}; use --precision fp32"
         )
     from llmc_cli.kernels.cuda.kernels import CudaKernels
 
     opened = Device(index, precision == "bf16")
-    described = f"{name}, compute capability {capability / 10}, {precision} by cuBLAS"
+    description = f"{name}, compute capability {capability / 10}, {precision} by cuBLAS"
     kernels = CudaKernels(opened, precision)
-    return Backend(kernels, f"cuda:{index}", precision, 1, described, "; ".join(why), opened.free_bytes())
+    return Backend(kernels, f"cuda:{index}", precision, 1, description, "; ".join(reasons), opened.free_bytes())
 
 
 def _has_tiles() -> bool:
@@ -165,30 +181,38 @@ def _has_tiles() -> bool:
 
 
 def _open_cpu(
-    precision: str, threads: int, tiles: bool, free: bool, why: list[str], on_compile: Callable[[str], None] | None
+    precision: str,
+    threads: int,
+    tiles: bool,
+    may_choose_blas: bool,
+    reasons: list[str],
+    on_compile: Callable[[str], None] | None,
 ) -> Backend:
-    """``free``: float32 may be multiplied by BLAS even where there are tiles, if that is faster."""
+    """Return kernels on the CPU.
+
+    With ``may_choose_blas``, float32 is multiplied by BLAS despite ``tiles`` if that has been measured to be faster.
+    """
     from llmc_cli.kernels.cpu import loading
 
-    made = loading.load_kernels(on_compile)
-    matmul = attend = None
+    kernels_class = loading.load_kernels(on_compile)
+    matmul = attention = None
     if tiles:
         matmul = loading.load_tiles(PARTS[precision], on_compile)
-        attend = loading.load_tile_attention(on_compile) if precision == "bf16" else None
+        attention = loading.load_tile_attention(on_compile) if precision == "bf16" else None
     elif precision == "bf16":
         matmul = loading.load_rounded(on_compile)
-    kernels = made(threads, matmul, attend, on_compile)
+    kernels = kernels_class(threads, matmul, attention, on_compile)
     products = kernels.matmul.name
-    if tiles and free and precision == "fp32":
+    if tiles and may_choose_blas and precision == "fp32":
         from llmc_cli.kernels.cpu.matmul_choice import gain
 
-        gained = gain(kernels.matmul, threads)
-        if gained is not None:
-            if gained < 1.0:
-                kernels = made(threads, None, None, on_compile)
-            products = f"{kernels.matmul.name} ({products} measured {gained:.2f} times as fast as BLAS)"
-    described = _describe(threads, products)
-    return Backend(kernels, "cpu", precision, threads, described, "; ".join(why), installed_memory())
+        speedup = gain(kernels.matmul, threads)
+        if speedup is not None:
+            if speedup < 1.0:
+                kernels = kernels_class(threads, None, None, on_compile)
+            products = f"{kernels.matmul.name} ({products} measured {speedup:.2f} times as fast as BLAS)"
+    description = _describe(threads, products)
+    return Backend(kernels, "cpu", precision, threads, description, "; ".join(reasons), installed_memory())
 
 
 def _describe(threads: int, products: str) -> str:
@@ -196,18 +220,19 @@ def _describe(threads: int, products: str) -> str:
 
 
 def _allow_threads(threads: int) -> None:
-    """Import numba so that its pool can have ``threads``. The pool has one for each core unless an environment variable
-    says otherwise at that moment; where more are asked for it is set, and stays, since numba looks at it again.
+    """Import numba with a thread pool of at least ``threads``.
 
-    Raises MissingError where numba has been imported with less.
+    The pool has one thread per core unless NUMBA_NUM_THREADS says otherwise on import. For more threads than cores the
+    variable is set, and stays set because numba reads it again later. Raises MissingError if numba has already been
+    imported with fewer threads.
     """
     if threads > available_cores() and "numba" not in sys.modules:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     import numba
 
-    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
-    if threads > most:
+    limit: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+    if threads > limit:
         raise MissingError(
-            f"--threads {threads}: numba has been started with {most}; "
+            f"--threads {threads}: numba was imported with a limit of {limit} threads; "
             f"set NUMBA_NUM_THREADS={threads} in the environment"
         )

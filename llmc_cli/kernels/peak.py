@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a matrix product, measured."""
+"""Measure the peak FLOP/s of matrix products."""
 
 import time
 from collections.abc import Callable
@@ -6,20 +6,13 @@ from collections.abc import Callable
 from llmc_cli.kernels.spec import Kernels
 
 MATMUL_SIZE = 1536
-
-
+LARGE_MATMUL_SIZE = 8192  # for GPUs
+MIN_SECONDS = 1e-3  # a product faster than this is dominated by launch overhead
 REPEATS = 3
 
 
-LAUNCH_S = 1e-3  # a product that takes less says how fast it is started, too
-
-
-LARGE_MATMUL = 8192
-
-
 def best_time(kernels: Kernels, run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of a few runs, until what they ask ``kernels`` for is done, after one that does not
-    count."""
+    """Return the seconds of the fastest of ``repeats`` runs, synchronization included, after one untimed run."""
     run()
     kernels.synchronize()
     best = float("inf")
@@ -38,7 +31,7 @@ def matmul_flops(
     I: int = MATMUL_SIZE,  # noqa: E741
     repeats: int = REPEATS,
 ) -> float:
-    """FLOP/s of a large matmul of random numbers, the best of a few runs; takes about 0.1 s."""
+    """Return the FLOP/s of (N,I) · (O,I)ᵀ with random numbers, the best of ``repeats`` runs; takes about 0.1 s."""
     from llmc_cli.kernels.random_arrays import fill
 
     x, y = (kernels.alloc(shape, kernels.activation_dtype) for shape in ((N, I), (N, O)))
@@ -51,9 +44,9 @@ def matmul_flops(
 
 
 def peak_flops(kernels: Kernels) -> float:
-    """FLOP/s of a matmul that is large enough for what computes here."""
-    found = matmul_flops(kernels)
-    if 2 * MATMUL_SIZE**3 / found < LAUNCH_S:
-        found = matmul_flops(kernels, LARGE_MATMUL, LARGE_MATMUL, LARGE_MATMUL)
+    """Return the FLOP/s of a square matrix product that is large enough to saturate the device."""
+    flops = matmul_flops(kernels)
+    if 2 * MATMUL_SIZE**3 / flops < MIN_SECONDS:
+        flops = matmul_flops(kernels, LARGE_MATMUL_SIZE, LARGE_MATMUL_SIZE, LARGE_MATMUL_SIZE)
     kernels.release_memory()
-    return found
+    return flops

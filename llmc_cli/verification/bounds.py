@@ -1,15 +1,15 @@
-"""Error bounds of model checks."""
+"""Error bounds of the checks of models by precision."""
 
 from typing import NamedTuple
 
 
 class Bounds(NamedTuple):
-    """What one precision of matrix products is held to."""
+    """The error bounds for one precision of matrix products."""
 
     tensor: float
     """On max|error| / max|reference| of logits, loss and each gradient."""
     loss: float
-    """On the relative error of a loss after some updates, in which AdamW makes the noise in small gradients large."""
+    """On the relative error of the loss after updates; AdamW amplifies the errors of small gradients."""
     tiny_loss: float
     """The same for the tiny model."""
 
@@ -20,11 +20,14 @@ BOUNDS = {
     "tf32": Bounds(3e-3, 1e-3, 2e-4),
     "bf16": Bounds(2e-2, 5e-3, 1e-3),
 }
-"""By precision. In fp32 a smaller error is not seen, however small the element it is in. A flipped bit 30 of any
-element is, where max|reference| is below 1e5: it turns a value below 2 into 2 or more, infinity or NaN, and the others
-into almost 0, so that the error is 2 at least. In bf16 a tensor is held to twice the error of PyTorch's autocast: with
-it fresh GPT-2s of 2, 6 and 12 layers are off by 0.8e-2 to 1.1e-2 in the logits, by about 1e-2 in most gradients and by
-1.8e-2 in the worst (against float64; PyTorch 2.13 on a CPU with AMX)."""
+"""Bounds by precision.
 
+fp32: the bound is relative to the largest element of a tensor, so that smaller errors are not detected even in small
+elements. A flipped bit 30 of any element is detected if max|reference| < 1e5: it changes a value below 2 to 2 or more,
+infinity or NaN, and any other value to almost 0, which is an error of at least 2.
 
-STEPS = 10
+bf16: the bound is twice the error of PyTorch's autocast. With it, newly initialized GPT-2 models of 2, 6 and 12 layers
+have errors of 0.8e-2 to 1.1e-2 in the logits, about 1e-2 in most gradients and 1.8e-2 in the worst (against float64;
+PyTorch 2.13 on a CPU with AMX)."""
+
+STEPS = 10  # AdamW steps of the tiny model

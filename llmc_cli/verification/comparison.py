@@ -1,4 +1,4 @@
-"""How far numbers are from what they should be, and whether that is too far."""
+"""Compare arrays with their expected values."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. ``ok`` is made so that a NaN or infinity anywhere, found or expected, fails."""
+    """The result of one comparison. It fails if any value, found or expected, is NaN or infinite."""
 
-    name: str  # of a tensor or kernel
-    what: str  # about it was compared
+    name: str  # of a tensor or operation
+    what: str  # the property or output compared
     largest: float  # max|expected|
     max_error: float
     mean_error: float
@@ -28,7 +28,7 @@ class Check:
 
     @property
     def badness(self) -> float:
-        """The error in units of the bound: above 1 is too much, infinity for a NaN or infinity."""
+        """The error divided by the bound: above 1 fails; infinity if a value is NaN or infinite."""
         if not math.isfinite(self.largest) or not math.isfinite(self.max_error):
             return math.inf
         if self.bound == 0:
@@ -37,29 +37,29 @@ class Check:
 
 
 class Tally:
-    """Adds up the differences between two arrays that come in pieces."""
+    """Accumulates the differences between two arrays that are passed in parts."""
 
     def __init__(self) -> None:
         self.largest = self.max_error = self.sum_of_errors = 0.0
         self.count = 0
 
     def add(self, found: NDArray[Any], expected: NDArray[Any]) -> None:
-        """Compare two arrays of one shape, in float64, through a small buffer where they are C-contiguous."""
+        """Add two arrays of the same shape, compared in float64; C-contiguous arrays are not copied as a whole."""
         if found.shape != expected.shape:
-            raise ValueError(f"{found.shape} cannot be compared with {expected.shape}")
-        flat, right = found.reshape(-1), expected.reshape(-1)
+            raise ValueError(f"shapes differ: found {found.shape}, expected {expected.shape}")
+        flat, expected_flat = found.reshape(-1), expected.reshape(-1)
         for start in range(0, flat.size, CHUNK):
-            with np.errstate(invalid="ignore"):  # inf - inf, and NaNs that signal
-                wanted = right[start : start + CHUNK].astype(np.float64)
-                error = np.abs(flat[start : start + CHUNK] - wanted)
-            # np.maximum hands a NaN on, max() may not
-            self.largest = float(np.maximum(self.largest, np.abs(wanted).max()))
+            with np.errstate(invalid="ignore"):  # inf - inf, and signaling NaNs
+                reference = expected_flat[start : start + CHUNK].astype(np.float64)
+                error = np.abs(flat[start : start + CHUNK] - reference)
+            # np.maximum propagates NaN; max() may not
+            self.largest = float(np.maximum(self.largest, np.abs(reference).max()))
             self.max_error = float(np.maximum(self.max_error, error.max()))
             self.sum_of_errors += float(error.sum())
         self.count += flat.size
 
     def check(self, name: str, what: str, relative: float) -> Check:
-        """The result, with ``relative`` · max|expected| as the bound."""
+        """Return the result, with ``relative`` · max|expected| as the bound."""
         mean = self.sum_of_errors / max(1, self.count)
         return Check(name, what, self.largest, self.max_error, mean, relative * self.largest)
 
@@ -67,7 +67,7 @@ class Tally:
 def compare(
     name: str, what: str, found: NDArray[Any] | float, expected: NDArray[Any] | float, relative: float
 ) -> Check:
-    """max|found - expected| against ``relative`` · max|expected|."""
+    """Check that max|found - expected| ≤ ``relative`` · max|expected|."""
     tally = Tally()
     tally.add(np.asarray(found), np.asarray(expected))
     return tally.check(name, what, relative)

@@ -1,4 +1,4 @@
-"""Check the kernels against the float64 reference."""
+"""Check a backend's kernels against the float64 reference: every operation, then a tiny model's training."""
 
 import importlib.metadata
 import platform
@@ -19,24 +19,15 @@ from llmc_cli.verification.comparison import Check, compare
 
 PACKAGES = ("llmc-cli", "numpy", "scipy", "numba", "llvmlite")
 
-
 TINY = ModelConfig(max_seq_len=24, vocab_size=77, num_layers=2, num_heads=3, channels=48)
-
-
 TINY_BATCH = 3, 19  # B, T
-
-
 TINY_MICRO_STEPS = 2
-
-
 TINY_LEARNING_RATE = 1e-3
-
-
-TINY_MAX_NORM = 0.1  # the gradients' norm is above it, so that they are clipped
+TINY_MAX_NORM = 0.1  # below the norm of the gradients, so that they are clipped
 
 
 def versions() -> dict[str, str]:
-    """What computes here, by package, and Python and the system."""
+    """Return the versions of the system, Python and the packages that compute."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -45,35 +36,38 @@ def versions() -> dict[str, str]:
 
 
 def kernel_check_count() -> int:
-    """How many checks ``check_kernels`` yields."""
+    """Return the number of checks that ``check_kernels`` yields."""
     return sum(len(operation.bounds) for operation in OPERATIONS.values()) + len(TENSORS) + STEPS
 
 
 def check_kernels(kernels: Kernels, precision: str = "fp32") -> Iterator[Check]:
-    """Every operation against the float64 reference, then the gradients and losses of a tiny model's training."""
+    """Yield the checks of every operation, then of the gradients and losses of a tiny model's training."""
     for operation in OPERATIONS:
         yield from check_operation(kernels, operation, precision)
     yield from check_training(kernels, precision)
 
 
 def check_operation(kernels: Kernels, operation: str, precision: str = "fp32") -> Iterator[Check]:
-    """Per output the worst of the operation's cases."""
+    """Yield for each output the check of the case with the largest error relative to its bound."""
     worst: dict[str, Check] = {}
-    rounded = kernels.activation_dtype == np.uint16
-    for case in map(with_bf16_activations, cases(operation)) if rounded else cases(operation):
+    bf16_activations = kernels.activation_dtype == np.uint16
+    for case in cases(operation):
+        if bf16_activations:
+            case = with_bf16_activations(case)
         found, expected = run(kernels, case), run(REFERENCE, case)
         for output, values in found.items():
-            what = f"{output}: {case.label}"
-            limit = OPERATIONS[operation].bound(output, precision, rounded)
-            check = compare(operation, what, values, expected[output], limit)
+            bound = OPERATIONS[operation].bound(output, precision, bf16_activations)
+            check = compare(operation, f"{output}: {case.label}", values, expected[output], bound)
             if output not in worst or check.badness > worst[output].badness:
                 worst[output] = check
     yield from worst.values()
 
 
 def check_training(kernels: Kernels, precision: str = "fp32") -> Iterator[Check]:
-    """A tiny GPT-2 on a backend beside the same on the reference: gradients, then AdamW steps with accumulation,
-    clipping and decay."""
+    """Train a tiny GPT-2 on the backend and on the reference, and compare gradients and losses.
+
+    Each AdamW step accumulates gradients over micro-steps and uses clipping and weight decay.
+    """
     model, reference = (GPT2(TINY, backend) for backend in (kernels, REFERENCE))
     _fill(reference)
     with model.overwrite_params() as params:
@@ -97,9 +91,9 @@ def check_training(kernels: Kernels, precision: str = "fp32") -> Iterator[Check]
 
 
 def _fill(model: GPT2) -> None:
-    """Weights with nothing left at 0 or 1, as in no fresh model, that float32 holds exactly; padding 0."""
-    drawn = np.random.default_rng(1).standard_normal(model.params.flat.shape, np.float32)
-    model.params.flat[:] = drawn * np.float32(0.125)
+    """Fill all parameters, biases too, with random numbers that float32 represents exactly; padding is 0."""
+    values = np.random.default_rng(1).standard_normal(model.params.flat.shape, np.float32)
+    model.params.flat[:] = values * np.float32(0.125)
     for name in ("ln1w", "ln2w", "lnfw"):
         model.params[name][:] += 1.0
     model.params.flat[:] = model.params.flat.astype(np.float32)
@@ -117,7 +111,7 @@ class _TinyTraining:
             targets[0, 0] = -1  # ignored
 
     def backward(self) -> float:
-        """The gradients of all micro-steps together; gives the mean loss over them."""
+        """Accumulate the gradients of all micro-steps and return their mean loss."""
         dloss = 1.0 / (TINY_MICRO_STEPS * TINY_BATCH[0] * TINY_BATCH[1])
         loss = 0.0
         for number, (ids, targets) in enumerate(self.batches):

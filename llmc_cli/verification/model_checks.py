@@ -1,4 +1,4 @@
-"""Is what is computed here right? Kernels against the float64 reference, and a model against a debug state."""
+"""Check a model's computations against a debug state."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,13 +18,11 @@ from llmc_cli.verification.bounds import BOUNDS
 from llmc_cli.verification.comparison import Check, Tally, compare
 
 LEARNING_RATE = 1e-4
-
-LOGIT_ROWS = 64
-"""Rows of logits computed at a time."""
+LOGIT_ROWS = 64  # computed at a time
 
 
 def state_check_count(steps: int) -> int:
-    """How many checks ``check_state`` yields: logits, loss, gradients, the padding's gradient, losses."""
+    """Return the number of checks of ``check_state``: logits, loss, gradients, gradient of the padding, losses."""
     return 3 + len(TENSORS) + steps
 
 
@@ -36,11 +34,11 @@ def check_state(
     expected_losses: Sequence[float] | None,
     precision: str = "fp32",
 ) -> Iterator[Check]:
-    """A model file's logits, loss and gradients against its debug state, then the losses of AdamW steps on that batch.
+    """Check logits, loss and gradients against a debug state, then the losses of AdamW steps on its batch.
 
-    The losses are compared with ``expected_losses`` (``steps`` at least), or without them with those of the float64
-    reference: for 124M parameters that takes minutes and about 10 GB. A NaN or infinity in the state is a failed check.
-    FormatError where a file is damaged, or the state is of another shape than the model.
+    The losses are compared with ``expected_losses`` (at least ``steps``), or if that is None with those of the float64
+    reference, which takes minutes and about 10 GB for 124M parameters. A NaN or infinity in the state fails its check.
+    Raises FormatError if a file is damaged or the shapes of state and model differ.
     """
     state = read_debug_state(state_path, read_header(model_path))
     model = load_model(model_path, kernels)
@@ -50,7 +48,7 @@ def check_state(
     if steps == 0:
         return
     losses = list(_losses(model, ids, targets, steps))
-    del model  # its memory is the reference's now
+    del model  # free its memory for the reference
     if expected_losses is None:
         reference = load_model(model_path, REFERENCE)
         reference.prepare(*ids.shape)
@@ -62,7 +60,7 @@ def check_state(
 
 
 def _check_gradients(model: GPT2, state: DebugState, ids: Tokens, targets: Tokens, bound: float) -> Iterator[Check]:
-    assert state.logits is not None and state.loss is not None  # read with the model's header
+    assert state.logits is not None and state.loss is not None  # present when read with the model's header
     V, N = model.config.vocab_size, ids.size
     model.forward(ids)
     tally, expected = Tally(), state.logits.reshape(N, V)
@@ -80,13 +78,13 @@ def _check_gradients(model: GPT2, state: DebugState, ids: Tokens, targets: Token
     for padding in (
         model.kernels.download(model.grads["wte"])[V:],
         state.grads["wte"][V:],
-    ):  # the state has none in version 1
+    ):  # empty in version 1
         tally.add(padding, np.zeros_like(padding))
     yield tally.check("wte", "padding", 0.0)
 
 
 def _losses(model: GPT2, ids: Tokens, targets: Tokens, steps: int) -> Iterator[float]:
-    """The mean loss at each of the next AdamW steps, before its update."""
+    """Yield the mean loss of each of the next AdamW steps, computed before its update."""
     optimizer = AdamW(model, beta2=0.999, weight_decay=0.01, max_norm=0.0, decayed=TENSORS)
     for step in range(1, steps + 1):
         model.forward(ids)
@@ -96,7 +94,7 @@ def _losses(model: GPT2, ids: Tokens, targets: Tokens, steps: int) -> Iterator[f
 
 
 def parse_losses(text: str, name: str, steps: int) -> list[float]:
-    """The first ``steps`` numbers of ``text``, one a line, which ``name`` holds; DataError naming what is bad."""
+    """Return the first ``steps`` numbers of ``text``, one per line. Raises DataError that names the file and line."""
     losses: list[float] = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -104,7 +102,7 @@ def parse_losses(text: str, name: str, steps: int) -> list[float]:
         except ValueError:
             losses.append(float("nan"))
         if not np.isfinite(losses[-1]):
-            raise DataError(f"{name}, line {number}: found {line!r}, expected a loss, a finite number and nothing else")
+            raise DataError(f"{name}, line {number}: found {line!r}, expected one finite number")
     if len(losses) < steps:
-        raise DataError(f"{name}: found {len(losses)} losses, expected {steps}, one for each of the --steps")
+        raise DataError(f"{name}: found {len(losses)} losses, expected {steps}, one for each step (--steps)")
     return losses[:steps]

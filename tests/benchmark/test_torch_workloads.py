@@ -50,16 +50,17 @@ def test_torch_takes_turns(monkeypatch, section):
 
 
 @pytest.mark.parametrize(
-    ("built", "why"), [(None, "and is built without CUDA"), ("13.0", "for CUDA 13.0: is the driver older than that?")]
+    ("built", "reason"),
+    [(None, "built without CUDA"), ("13.0", "it is built for CUDA 13.0, which may require a newer driver")],
 )
-def test_without_a_card_it_says_so(monkeypatch, built, why):
+def test_without_a_card_it_says_so(monkeypatch, built, reason):
     import torch
 
     from llmc_cli.benchmark.torch_workloads import open_torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
-    with pytest.raises(MissingError, match=rf"^PyTorch {re.escape(torch.__version__)} finds no CUDA device {why}"):
+    with pytest.raises(MissingError, match=rf"^PyTorch {re.escape(torch.__version__)} finds no CUDA device: {reason}"):
         open_torch(work("train", side="torch eager", device="cuda:0", precision="bf16"))
 
 
@@ -69,10 +70,10 @@ def test_samples_in_common_are_of_the_same_precision(monkeypatch):
     from llmc_cli.benchmark.torch_workloads import open_torch
 
     for precision, halved in (("fp32", False), ("fp32 bf16", True)):
-        made, _ = open_torch(work("sample", side="torch eager", precision=precision))
+        workload, _ = open_torch(work("sample", side="torch eager", precision=precision))
         kept = {}
-        for name in made.tasks:
-            task = made.prepare(name)
+        for name in workload.tasks:
+            task = workload.prepare(name)
             task.run()
             kept[name] = task.run.__self__.keys[0].dtype
         bf16 = torch.bfloat16 if halved else torch.float32
@@ -85,12 +86,12 @@ def test_torch_in_bf16_runs_under_autocast(section):
 
     from llmc_cli.benchmark.torch_workloads import KernelsWorkload, open_torch
 
-    made, configuration = open_torch(work(section, side="torch eager", precision="bf16"))
+    workload, configuration = open_torch(work(section, side="torch eager", precision="bf16"))
     assert configuration["precision"] == "bf16"
-    for name in made.tasks:
-        made.prepare(name).run()
+    for name in workload.tasks:
+        workload.prepare(name).run()
     if section == "train":
-        assert all(parameter.dtype == torch.float32 for parameter in made.parameters)
+        assert all(parameter.dtype == torch.float32 for parameter in workload.parameters)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         workload = KernelsWorkload(CONFIG, 2, 8, precision)
         name, sizes = workload._uses["linear_forward attproj"]
@@ -148,8 +149,8 @@ def test_what_is_asked_for_is_compiled_first(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, mode: function)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32 bf16", torch.float32)):
-        made, _ = open_torch(work("sample", side="torch compiled", precision=precision))
-        assert list(made._made) == [dtype]
+        workload, _ = open_torch(work("sample", side="torch compiled", precision=precision))
+        assert list(workload._samplers) == [dtype]
 
 
 def test_memory_that_is_given_back_no_longer_counts(monkeypatch):
@@ -252,10 +253,10 @@ def test_all_of_it_is_on_the_card(card, section, precision, products):
             return out
 
     with OnTheCard():
-        made, configuration = open_torch(work(section, side="torch eager", device=CARD, precision=precision))
+        workload, configuration = open_torch(work(section, side="torch eager", device=CARD, precision=precision))
         assert card["waits"] == 0
-        for count, name in enumerate(made.tasks):
-            made.prepare(name).run()
+        for count, name in enumerate(workload.tasks):
+            workload.prepare(name).run()
             assert card["waits"] == count + 1
     assert torch.get_float32_matmul_precision() == products
     assert configuration["precision"] == precision

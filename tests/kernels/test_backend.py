@@ -18,9 +18,9 @@ def test_cpu_backend_says_what_it_is(no_cupy):
     assert (backend.device, backend.precision, backend.threads) == ("cpu", "fp32", 1)
     assert backend.kernels.name == "cpu"
     assert "1 thread" in backend.description
-    assert "cpu" in backend.why
-    assert "fp32" in backend.why
-    assert device.open_kernels("cpu", "fp32", None).why == ""
+    assert "cpu" in backend.reason
+    assert "fp32" in backend.reason
+    assert device.open_kernels("cpu", "fp32", None).reason == ""
     assert device.open_kernels("cpu", "fp32", None).threads == cores.usual_threads()
 
 
@@ -33,7 +33,7 @@ def test_cpu_backend_says_what_it_is(no_cupy):
         (("cpu", "auto", 0), UsageError, "--threads 0"),
         (("cuda", "auto", None), MissingError, "CuPy is not installed"),
         (("cuda:1", "auto", None), MissingError, "CuPy is not installed"),
-        (("auto", "tf32", None), MissingError, "--precision tf32: a precision of GPUs"),
+        (("auto", "tf32", None), MissingError, "--precision tf32: supported on GPUs only"),
     ],
 )
 def test_what_cannot_be_had_is_an_error(no_cupy, args, error, message):
@@ -56,12 +56,12 @@ def test_what_multiplies(monkeypatch, tiles):
         assert product in backend.description
     training = device.open_kernels("cpu", "auto", 1, training=True)
     assert training.precision == ("bf16" if tiles else "fp32")
-    assert f"{training.precision}: bf16 is {'' if tiles else 'not '}multiplied natively here" in training.why
+    assert f"{training.precision}: bf16 is {'' if tiles else 'not '}multiplied natively here" in training.reason
     assert device.open_kernels("cpu", "auto", 1).precision == "fp32"
     if tiles:
         assert "three bf16 products on AMX tiles" in device.open_kernels("cpu", "bf16x3", 1).description
     else:
-        with pytest.raises(MissingError, match="bf16x3: needs AMX tiles"):
+        with pytest.raises(MissingError, match="bf16x3: requires AMX tiles"):
             device.open_kernels("cpu", "bf16x3", 1)
 
 

@@ -1,4 +1,4 @@
-"""The oracle: every operation in float64 NumPy, written to be read beside the formulas, not to be fast."""
+"""The reference backend: every operation in float64 NumPy, written for clarity, not speed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ GELU_CUBIC = 0.044715
 
 
 def store(target: Float64, value: Float64, acc: bool) -> None:
-    """Overwrite ``target`` with ``value``, or add it."""
+    """Overwrite ``target`` with ``value``, or with ``acc`` add it."""
     if acc:
         target += value
     else:
@@ -35,9 +35,9 @@ def gelu_derivative(x: Float64) -> Float64:
 
 
 def causal_probabilities(q: Float64, k: Float64, offset: int = 0) -> tuple[Float64, Float64]:
-    """softmax(q·kᵀ/sqrt(HS)) over the keys up to ``offset`` + each query's own row, and the log of its denominator.
+    """Return softmax(q·kᵀ/sqrt(HS)) (Tq,Tk), masked entries 0, and the logarithm of its denominator (Tq,).
 
-    q (Tq,HS), k (Tk,HS); returns (Tq,Tk) with zeros where masked, and (Tq,).
+    q (Tq,HS), k (Tk,HS). Query t attends to the first ``offset`` + t + 1 keys.
     """
     scores = q @ k.T / np.sqrt(q.shape[1])
     visible = np.arange(k.shape[0])[None, :] <= np.arange(q.shape[0])[:, None] + offset
@@ -49,7 +49,7 @@ def causal_probabilities(q: Float64, k: Float64, offset: int = 0) -> tuple[Float
 
 
 class ReferenceKernels:
-    """``spec.Kernels`` in float64. Weights are the master arrays themselves."""
+    """``spec.Kernels`` in float64. A weight is its master array."""
 
     name: str = "reference"
     device_name: str = ""
@@ -88,7 +88,7 @@ class ReferenceKernels:
         pass
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
-        return 0  # it keeps none: what it needs it makes and drops
+        return 0  # temporary arrays are not kept
 
     def bind_bytes(self, numbers: int) -> int:
         return 0

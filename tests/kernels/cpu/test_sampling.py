@@ -257,7 +257,7 @@ def test_sees_bad_weights(opened):
 def test_what_sampling_is_opened_with(no_cupy):
     backend = open_sampling("auto", "auto", 1)
     assert (backend.precision, backend.threads, backend.kernels.form) == ("fp32", 1, "fp32")
-    assert "fp32: the model as it is" in backend.why
+    assert "fp32: the default" in backend.reason
     assert "int8 weights" in open_sampling("cpu", "int8", 1).description
     with pytest.raises(UsageError, match="--precision int8: for llmc sample and"):
         open_kernels("cpu", "int8", 1)

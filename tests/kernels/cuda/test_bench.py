@@ -112,7 +112,7 @@ def test_an_old_device_samples_in_float32(tiny_config):
 def test_bytes_as_weights_are_of_the_cpu(tiny_config):
     result = bench("sample", tiny_config, "--precision", "int8")
     assert result.returncode == 4
-    assert "int8: of the CPU only" in " ".join(result.stderr.split())
+    assert "int8: supported on the CPU only" in " ".join(result.stderr.split())
 
 
 def test_the_start(tiny_config, tiny_data, monkeypatch):

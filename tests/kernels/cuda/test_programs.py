@@ -189,7 +189,7 @@ def test_what_cannot_be_had(settings, words):
     ("arguments", "words"),
     [
         (("--device", "cuda:3"), "there is one, cuda:0"),
-        (("--device", "cuda", "--precision", "bf16x3"), "of the CPU only; use fp32 or bf16"),
+        (("--device", "cuda", "--precision", "bf16x3"), "supported on the CPU only; use --precision fp32 or bf16"),
     ],
 )
 def test_what_a_device_has_not(arguments, words):
@@ -202,7 +202,7 @@ def test_an_old_device_has_float32_only():
     old = {"LLMC_EMULATOR_CAPABILITY": "75"}
     run = llmc("train", "--device", "cuda", "--precision", "bf16", emulator=old)
     assert run.returncode == 4
-    assert "compute capability 7.5, and that needs 8.0" in " ".join(run.stderr.split())
+    assert "requires compute capability 8.0; " in " ".join(run.stderr.split())
     run = llmc(
         "verify", TINY_GPT2 / "model.bin", "--state", TINY_GPT2 / "debug_state.bin", "--device", "cuda", emulator=old
     )

@@ -67,7 +67,7 @@ def decode(
     from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
     words = ids or ["-"]
-    kinds = {kind(word) for word in words}
+    kinds = {input_kind(word) for word in words}
     if len(kinds) > 1:
         raise UsageError(f"found {' and '.join(sorted(kinds))} together; give only one kind of input")
     if kinds != {"shards"} and (offset is not None or limit is not None):
@@ -75,9 +75,9 @@ def decode(
     start = offset or 0
     stream = TextStream(load_tokenizer(tokenizer), special is Special.show, start)
     if kinds == {"shards"}:
-        source = from_shards([Path(word) for word in words], start, limit)
+        source = read_shards([Path(word) for word in words], start, limit)
     elif kinds == {"stdin"}:
-        source = from_stream(sys.stdin.buffer)
+        source = read_stream(sys.stdin.buffer)
     else:
         source = iter([parse_ids(" ".join(words).split(), 0)])
     texts = decode_stream(source, stream)
@@ -90,7 +90,7 @@ def decode(
             output.write(text)
 
 
-def kind(word: str) -> str:
+def input_kind(word: str) -> str:
     """Return the kind of input that an argument names."""
     if word == "-":
         return "stdin"
@@ -109,7 +109,7 @@ def parse_ids(words: list[str], position: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def from_stream(file: BinaryIO) -> Ids:
+def read_stream(file: BinaryIO) -> Ids:
     """Yield the ids in ``file``, each as soon as white space or the end of the file follows it.
 
     A newline after a line of several ids ends a text, so that `llmc sample --num 2 --ids` gives two texts. After a
@@ -137,7 +137,7 @@ def from_stream(file: BinaryIO) -> Ids:
     yield parse_ids(rest.split(), position)
 
 
-def from_shards(paths: list[Path], offset: int, limit: int | None) -> Ids:
+def read_shards(paths: list[Path], offset: int, limit: int | None) -> Ids:
     """Yield at most ``limit`` ids of the concatenated shards, starting at ``offset``."""
     from llmc_cli.formats.shard import read_shard
 

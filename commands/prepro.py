@@ -115,7 +115,8 @@ def prepro(
 
     files = files or []
     output = Output(json, quiet)
-    prefix = check(dataset, files, source)
+    prefix = file_prefix(dataset)
+    check_input(dataset, files, source)
     if dataset == "tinyshakespeare" and val_tokens is None:
         val_tokens = VAL_TOKENS
     plan = ShardPlan(
@@ -129,11 +130,11 @@ def prepro(
     plan.check()
     encoder = load_tokenizer(tokenizer)
     if dry_run:
-        show_plan(output, dataset, files, source, encoder, plan)
+        print_plan(output, dataset, files, source, encoder, plan)
         return
     start = time.monotonic()
     if dataset == "tinyshakespeare":
-        origin, pieces = shakespeare(output, source)
+        origin, pieces = load_shakespeare(output, source)
         result = write_token_files(pieces, encoder, plan)
     else:
         from llmc_cli.data.documents import input_bytes, read_documents
@@ -141,20 +142,22 @@ def prepro(
         origin = " ".join(files)
         with output.progress("encoding", input_bytes(files), format_size) as on_progress:
             result = write_token_files(read_documents(files, sys.stdin.buffer, on_progress), encoder, plan)
-    show(output, dataset, origin, encoder, result, time.monotonic() - start)
+    print_result(output, dataset, origin, encoder, result, time.monotonic() - start)
 
 
-def check(dataset: str, files: list[str], source: str) -> str:
-    """Return the prefix of the data set's file names.
-
-    Raises UsageError or MissingError for an unknown or unimplemented data set and for input that does not fit it.
-    """
+def file_prefix(dataset: str) -> str:
+    """Return the prefix of the data set's file names. Raises UsageError or MissingError for an unavailable data set."""
     available = " or ".join(name for name, prefix in FILE_PREFIXES.items() if prefix)
     if dataset not in FILE_PREFIXES:
         raise UsageError(f"unknown data set {dataset!r}: expected {available}")
     prefix = FILE_PREFIXES[dataset]
     if prefix is None:
         raise MissingError(f"data set {dataset}: not implemented yet; expected {available}")
+    return prefix
+
+
+def check_input(dataset: str, files: list[str], source: str) -> None:
+    """Raise an error for files or a source that do not fit the data set or cannot be read."""
     if dataset == "tinyshakespeare":
         if files:
             raise UsageError(
@@ -163,7 +166,7 @@ def check(dataset: str, files: list[str], source: str) -> str:
         if source not in ("auto", "bundled", "download"):
             with Path(source).open("rb"):
                 pass
-        return prefix
+        return
     from llmc_cli.data.documents import check_files
 
     if source != "auto":
@@ -171,10 +174,9 @@ def check(dataset: str, files: list[str], source: str) -> str:
     if not files:
         raise UsageError("`llmc prepro text` needs at least one FILE: .txt, .jsonl, or - for text from stdin")
     check_files(files)
-    return prefix
 
 
-def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
+def load_shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
     """Return the origin of the text and its sections."""
     from llmc_cli.data import tinyshakespeare
 
@@ -185,7 +187,7 @@ def shakespeare(output: Output, source: str) -> tuple[str, "Iterator[Piece]"]:
     return text.origin, tinyshakespeare.shakespeare_sections(text.text)
 
 
-def show(
+def print_result(
     output: Output, dataset: str, origin: str, tokenizer: "Tokenizer", result: "TokenFiles", elapsed: float
 ) -> None:
     if output.json:
@@ -211,7 +213,7 @@ def show(
     output.info(f"{result.tokens:,} tokens in {format_duration(elapsed)}, {result.tokens / elapsed:,.0f} tokens/s")
 
 
-def show_plan(
+def print_plan(
     output: Output, dataset: str, files: list[str], source: str, tokenizer: "Tokenizer", plan: ShardPlan
 ) -> None:
     """Print the plan. Tokens are not counted, because that requires encoding the text."""

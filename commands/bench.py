@@ -1,4 +1,4 @@
-"""``llmc bench``."""
+"""The ``bench`` command."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,53 +16,56 @@ if TYPE_CHECKING:
 def bench(
     section: Annotated[
         Literal["kernels", "train", "sample", "prepro", "start"] | None,
-        typer.Argument(metavar="[kernels|train|sample|prepro|start]", help="What to measure; without it, everything."),
+        typer.Argument(metavar="[kernels|train|sample|prepro|start]", help="Section to measure; all by default."),
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file, of which the shape counts."),
+        typer.Option("--model", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file (only its configuration is used)."),
     ] = "d12",
     batch: Annotated[
-        int | None, typer.Option("--batch", "-b", min=1, show_default="4; sample: 1", help="Sequences side by side.")
+        int | None, typer.Option("--batch", "-b", min=1, show_default="4; sample: 1", help="Batch size.")
     ] = None,
     seq_len: Annotated[
-        int, typer.Option("--seq-len", "-t", min=1, help="Positions of each; in sample, those already there.")
+        int, typer.Option("--seq-len", "-t", min=1, help="Sequence length; in sample, tokens already in the cache.")
     ] = 64,
     steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
             min=1,
-            show_default="kernels 20, train 10, sample 10, prepro and start 3; fewer where they are long",
-            help="Timed runs of each row.",
+            show_default="kernels 20, train 10, sample 10, prepro and start 3; fewer if a row would take over 2 min",
+            help="Number of timed runs per row.",
         ),
     ] = None,
     recompute: Annotated[
-        int, typer.Option("--recompute", "-r", min=0, max=2, help="In training: what train takes it for.")
+        int,
+        typer.Option("--recompute", "-r", min=0, max=2, help="Recomputation level of training, as in llmc train -r."),
     ] = 2,
     peak_tflops: Annotated[
         float | None,
         typer.Option(
             "--peak-tflops",
-            show_default="the fastest product measured",
-            help="The device's published TFLOP/s in this precision, to count MFU by.",
+            show_default="the fastest matrix product measured",
+            help="Peak of the device in this precision, in TFLOP/s, for the MFU.",
         ),
     ] = None,
     against: Annotated[
         Literal["torch"] | None,
-        typer.Option("--against", metavar="torch", help="Let PyTorch do the same work, in turns, and print the ratio."),
+        typer.Option(
+            "--against", metavar="torch", help="Run PyTorch on the same tasks, interleaved, and print the ratios."
+        ),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Keep the results, as JSON; - is as --json.")
+        Path | None, typer.Option("--save", metavar="FILE", help="Save the results as JSON; - is the same as --json.")
     ] = None,
     baseline: Annotated[
         Path | None,
         typer.Option(
-            "--baseline", metavar="FILE", help="Compare with saved results (- is stdin); exit 1 where slower."
+            "--baseline", metavar="FILE", help="Compare with saved results (- is stdin); exit with status 1 if slower."
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="How much slower --baseline lets pass, as a fraction.")
+        float, typer.Option("--tolerance", min=0, help="Slowdown that --baseline tolerates, as a fraction.")
     ] = 0.1,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.svg|png", help="Draw the results as a bar chart.")
@@ -73,25 +76,30 @@ def bench(
         typer.Option(
             "--precision",
             metavar="auto|fp32|bf16|bf16x3|tf32|int8",
-            help="What the matrices are multiplied in; int8 in sample only.",
+            help="Precision of the matrix multiplications; int8 in sample only.",
         ),
     ] = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure this machine's ceilings, and how near to them each part of the program comes.
+    """Measure the speed of llmc relative to what this machine can do.
 
-    Times are medians, with the best beside them. A row's share is of what bounds it: the fastest matrix product or the
-    fastest memory traffic measured here; more than 100% of memory means that the data stays in the caches. Of a
-    training step the share is its MFU, by the fastest product or by --peak-tflops; of prepro what the tokenizer alone
-    takes. Each side of a comparison works in a process of its own, one at a time; the ratio is PyTorch's time divided
-    by ours, so above 1 we are faster. With --precision bf16 PyTorch trains under autocast. start measures train from
-    the start of its process to its first step, with compiled kernels in the cache and without. --baseline judges whole
-    rows, not the parts of a step. On CUDA memory is the device's, and a step's launches are counted.
+    The ceilings are measured first: matrix products and memory traffic. Each row shows the median and the best time and
+    the share of the ceiling that limits it; over 100% of memory means that the data was cached. For a training step the
+    share is the MFU, relative to the fastest product or to --peak-tflops; for prepro it is the tokenizer's share of the
+    time.
+
+    With --against torch, each implementation runs in its own process, one at a time. The ratio is PyTorch's time
+    divided by llmc's: above 1 llmc is faster. With --precision bf16 PyTorch trains under autocast.
+
+    The start section measures the time until llmc train has finished its first step, with cached kernels and with an
+    empty cache. --baseline compares whole rows, not the operations of a training step. On a GPU, memory is GPU memory,
+    and the launches of a step are counted.
     """
-    from llmc_cli.benchmark import benchmark, chart
+    from llmc_cli.benchmark import chart
     from llmc_cli.benchmark.baseline import file_name
+    from llmc_cli.benchmark.benchmark import SECTIONS, BenchOptions, run_benchmark
 
     if save == Path("-"):
         json, save = True, None
@@ -99,9 +107,9 @@ def bench(
     if plot:
         chart.require_chart(plot)
         if section == "start":
-            raise UsageError("--plot: start has no shares of a ceiling to draw")
-    asked = benchmark.BenchOptions(
-        sections=(section,) if section else benchmark.SECTIONS,
+            raise UsageError("--plot: the start section has no ceiling to plot against")
+    bench_options = BenchOptions(
+        sections=(section,) if section else SECTIONS,
         model=model,
         batch=batch,
         seq_len=seq_len,
@@ -114,7 +122,7 @@ def bench(
         recompute=recompute,
         peak_tflops=peak_tflops,
     )
-    benchmark = benchmark.run(asked, output.info)
+    benchmark = run_benchmark(bench_options, output.info)
     if save:
         benchmark.save(save)
     if plot:
@@ -132,12 +140,12 @@ def bench(
 
 
 def show(output: render.Output, benchmark: "Benchmark") -> None:
-    """The results as tables, and with PyTorch the ratios as lines below."""
+    """Print the results as tables, followed by notes and the ratios to PyTorch."""
     ceilings = benchmark.ceilings
     rows = [(f"matmul {shape}", f"{flops / 1e9:.1f} GFLOP/s") for shape, flops in ceilings.matmul.items()]
     rows += [(f"memory {kind}", f"{rate / 1e9:.1f} GB/s") for kind, rate in ceilings.memory.items()]
     if benchmark.compile_seconds is not None:
-        rows.append(("kernels compiled in", render.format_duration(benchmark.compile_seconds)))
+        rows.append(("kernel compilation", render.format_duration(benchmark.compile_seconds)))
     title = benchmark.machine.get("card", benchmark.machine["processor"])
     output.print_table(("ceiling", ceilings.precision), rows, title=str(title))
 
@@ -147,26 +155,26 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         columns += [f"{mode} ms", "ratio"]
     output.print_table(columns, [cells(row, modes) for row in benchmark.rows])
 
-    if benchmark.sides:
+    if benchmark.workers:
         output.print_table(
             ("process", "peak memory", "configuration"),
             [
                 (
-                    f"{side.section}: {side.side}",
-                    "unknown" if side.peak_memory is None else render.format_size(side.peak_memory),
-                    ", ".join(f"{key} {value}" for key, value in side.configuration.items()),
+                    f"{worker.section}: {worker.implementation}",
+                    "unknown" if worker.peak_memory is None else render.format_size(worker.peak_memory),
+                    ", ".join(f"{key} {value}" for key, value in worker.configuration.items()),
                 )
-                for side in benchmark.sides
+                for worker in benchmark.workers
             ],
         )
     for row in benchmark.rows:
         if row.launches and not row.calls:
-            output.print_line(f"{row.name}: {row.launches} launches, of kernels, matrix products and graphs of both")
-    for section, (ours, theirs) in benchmark.other_precisions.items():
-        output.print_line(f"{section}: llmc in {ours}, PyTorch in {theirs}")
-    for section, absent in benchmark.absent.items():
-        for mode, why in absent.items():
-            output.print_line(f"{section}: without {mode}: {why}")
+            output.print_line(f"{row.name}: {row.launches} launches of kernels, matrix products and CUDA graphs")
+    for section, (llmc, torch) in benchmark.precision_differences.items():
+        output.print_line(f"{section}: llmc in {llmc}, PyTorch in {torch}")
+    for section, modes_unavailable in benchmark.unavailable.items():
+        for mode, reason in modes_unavailable.items():
+            output.print_line(f"{section}: {mode} not available: {reason}")
     if benchmark.changes:
         output.print_table(
             ("row", "before, ms", "now, ms", "change"),
@@ -177,12 +185,12 @@ def show(output: render.Output, benchmark: "Benchmark") -> None:
         )
     for row in benchmark.rows:
         if row.torch and not row.name.startswith("kernels/"):
-            output.print_line(verdict(row))
+            output.print_line(ratio_line(row))
 
 
 def cells(row: "Row", modes: list[str]) -> list[str]:
-    """A row of the table; what does not apply is empty."""
-    found = [
+    """Return the cells of a row; values that do not apply are empty."""
+    values = [
         f"{row.name} ×{row.calls}" if row.calls else row.name,
         milliseconds(row.seconds),
         milliseconds(row.best),
@@ -192,12 +200,12 @@ def cells(row: "Row", modes: list[str]) -> list[str]:
         row.ceiling,
     ]
     for mode in modes:
-        found += [milliseconds(row.torch[mode]), f"{row.ratios[mode]:.2f}"] if mode in row.torch else ["", ""]
-    return found
+        values += [milliseconds(row.torch[mode]), f"{row.ratios[mode]:.2f}"] if mode in row.torch else ["", ""]
+    return values
 
 
 def rate(row: "Row") -> str:
-    """In the unit of what bounds the row; tokens where they are counted."""
+    """Format tokens/s if the row counts tokens, else the rate that its ceiling limits."""
     if row.name.startswith("prepro/"):
         return f"{row.bytes_per_s / 1e6:.2f} MB/s, {row.tokens_per_s:,.0f} tok/s"
     if row.tokens_per_s:
@@ -211,10 +219,10 @@ def milliseconds(value: float) -> str:
     return f"{1000 * value:.3f}" if value < 0.1 else f"{1000 * value:.1f}"
 
 
-def verdict(row: "Row") -> str:
-    """``train/step: ratio 1.04 (torch compiled 1030.0 ms / llmc 990.0 ms, medians of 10 runs in turns)``."""
+def ratio_line(row: "Row") -> str:
+    """Return ``train/step: ratio 1.04 (torch compiled 1030.0 ms / llmc 990.0 ms, medians of 10 interleaved runs)``."""
     mode = row.best_mode
     return (
         f"{row.name}: ratio {row.ratios[mode]:.2f} ({mode} {milliseconds(row.torch[mode])} ms / llmc "
-        f"{milliseconds(row.seconds)} ms, medians of {row.runs} runs in turns)"
+        f"{milliseconds(row.seconds)} ms, medians of {row.runs} interleaved runs)"
     )

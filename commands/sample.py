@@ -77,7 +77,7 @@ def sample(
     import time
 
     from llmc_cli.kernels.backend import open_sampling
-    from llmc_cli.machine.idle_threads import spin_between_calls
+    from llmc_cli.machine.idle_threads import set_spin_wait
     from llmc_cli.models.files import load_model, read_config
     from llmc_cli.sampling.filters import SamplingOptions
     from llmc_cli.sampling.generation import generate, resolve_max_tokens
@@ -94,7 +94,7 @@ def sample(
         )
     start = starting_ids(prompt, prompt_ids, words)
     max_tokens = resolve_max_tokens(config, start, max_tokens)  # before the model is loaded, which may take a while
-    spin_between_calls()
+    set_spin_wait()
     loaded = load_model(model, open_sampling(device, precision, threads, output.info).kernels)
 
     begun, made = time.perf_counter(), 0

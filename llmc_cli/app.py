@@ -17,7 +17,7 @@ import typer
 from llmc_cli.commands import bench, convert, decode, prepro, sample, train, verify
 from llmc_cli.errors import LlmcError
 from llmc_cli.formats.errors import FormatError
-from llmc_cli.machine.idle_threads import wait_passively
+from llmc_cli.machine.idle_threads import set_passive_wait
 
 COMMANDS = (prepro.prepro, convert.convert, train.train, sample.sample, decode.decode, verify.verify, bench.bench)
 
@@ -116,7 +116,7 @@ def open_streams() -> None:
 def main() -> None:
     open_streams()
     warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
-    wait_passively()  # before any command imports NumPy
+    set_passive_wait()  # before any command imports NumPy
     signal.signal(signal.SIGTERM, end_on_sigterm)
     try:
         status = app(args=sys.argv[1:] or ["--help"], prog_name="llmc", standalone_mode=False)

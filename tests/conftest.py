@@ -13,12 +13,12 @@ from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.kernels.backend import open_kernels
 from llmc_cli.machine.cores import available_cores
-from llmc_cli.machine.idle_threads import wait_passively
+from llmc_cli.machine.idle_threads import set_passive_wait
 from llmc_cli.models import huggingface_config
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.training.options import TrainOptions
 
-wait_passively()  # before numba and scipy load, as the program does
+set_passive_wait()  # before numba and scipy load, as the program does
 
 # a background job may have these ignored, and so would the processes that tests send them to
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

@@ -1,4 +1,4 @@
-"""A benchmark that was saved, and how that of today compares with it."""
+"""Comparison of a benchmark with a saved one."""
 
 import json
 import platform
@@ -17,7 +17,7 @@ STDIN = Path("-")
 
 @dataclass(frozen=True)
 class Change:
-    """A row then and now, in seconds."""
+    """The seconds of a row in the baseline (``before``) and in this benchmark (``now``)."""
 
     name: str
     before: float
@@ -25,13 +25,13 @@ class Change:
 
     @property
     def slowdown(self) -> float:
-        """The fraction by which it takes longer now; negative where it is faster."""
+        """Relative increase in time; negative if the row is faster now."""
         return self.now / self.before - 1
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Of a saved benchmark what a comparison needs; ``seconds`` by row, ``name`` of the file."""
+    """A saved benchmark. ``name``: of its file; ``seconds``: by row name."""
 
     name: str
     machine: dict[str, Any]
@@ -39,21 +39,21 @@ class Baseline:
     seconds: dict[str, float]
 
     def check(self, machine: dict[str, Any], settings: dict[str, Any]) -> None:
-        """UsageError where the baseline was measured elsewhere or on other work than now: times would say nothing."""
+        """Raise UsageError if the baseline is from another machine or has other settings."""
         differences = _differences(self.machine, machine) + _differences(self.settings, settings)
         shared = self.settings["sections"].keys() & settings["sections"].keys()
         for section in sorted(shared):
             found = _differences(self.settings["sections"][section], settings["sections"][section])
             differences += [f"{section}: {difference}" for difference in found]
         if not shared:
-            differences.append("it holds none of these sections")
+            differences.append("it contains none of the requested sections")
         if differences:
             raise UsageError(
-                f"{self.name}: cannot be compared: {'; '.join(differences)}. Measure a baseline here with --save"
+                f"{self.name}: not comparable: {'; '.join(differences)}; record a new baseline with --save"
             )
 
     def changes(self, rows: list[Row]) -> list[Change]:
-        """The rows that are in both. The parts of a step are left out: they are timed too seldom to be judged."""
+        """Compare the rows present in both. The operations of a training step are excluded: they have too few runs."""
         return [
             Change(row.name, self.seconds[row.name], row.seconds)
             for row in rows
@@ -62,39 +62,39 @@ class Baseline:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What was other then, in words. A model is what its shape says, whatever its name."""
-    found = []
+    """Describe the settings that differ. Models are compared by configuration, not by name."""
+    differences = []
     for key in now.keys() - {"model", "sections"}:
         if before.get(key) != now[key]:
-            named = "model" if key == "config" else key
-            found.append(f"{named} was {before.get(named)}, is {now[named]}")
-    return sorted(found)
+            name = "model" if key == "config" else key
+            differences.append(f"{name} was {before.get(name)}, is {now[name]}")
+    return sorted(differences)
 
 
 def file_name(path: Path) -> str:
-    """As messages have it."""
+    """Return the name of a baseline file for messages."""
     return "stdin" if path == STDIN else str(path)
 
 
 def read_baseline(path: Path) -> Baseline:
-    """What ``benchmarking.Benchmark.save`` wrote; "-" is stdin. DataError where the file is something else."""
+    """Read a file written by ``Benchmark.save``; "-" is stdin. Raise DataError if it is not a saved benchmark."""
     file = file_name(path)
     try:
         content = json.loads(sys.stdin.buffer.read() if path == STDIN else path.read_bytes())
         if content["schema"] != SCHEMA:
-            raise DataError(f"{file}: found schema {content['schema']}, expected {SCHEMA}; measure it anew with --save")
+            raise DataError(f"{file}: found schema {content['schema']}, expected {SCHEMA}; record it again with --save")
         seconds = {str(row["name"]): float(row["seconds"]) for row in content["rows"]}
         machine, settings = dict(content["machine"]), dict(content["settings"])
         dict(settings["sections"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}: found no saved benchmark ({type(error).__name__}: {error}), expected what --save writes"
+            f"{file}: not a saved benchmark ({type(error).__name__}: {error}); expected a file written by --save"
         ) from None
     return Baseline(file, machine, settings, seconds)
 
 
 def this_machine() -> dict[str, Any]:
-    """What makes times comparable."""
+    """Return the properties of this machine that must match for times to be comparable."""
     return {
         "system": platform.system(),
         "architecture": platform.machine(),

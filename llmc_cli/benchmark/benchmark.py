@@ -1,4 +1,4 @@
-"""``bench`` as a whole: what is to be measured, measuring it, and the results as a document."""
+"""The benchmark: checks the options, measures every section and collects the results in one document."""
 
 import dataclasses
 import importlib.util
@@ -14,11 +14,11 @@ from typing import Any
 
 from llmc_cli.benchmark.baseline import SCHEMA, Change, read_baseline, this_machine
 from llmc_cli.benchmark.ceilings import Ceilings, measure_ceilings
-from llmc_cli.benchmark.interleave import Note
-from llmc_cli.benchmark.job import Work
-from llmc_cli.benchmark.results import Measured, Row, Side
-from llmc_cli.benchmark.sections import measure
-from llmc_cli.benchmark.startup import measure_start
+from llmc_cli.benchmark.interleave import Log
+from llmc_cli.benchmark.job import Job
+from llmc_cli.benchmark.results import Row, SectionResult, WorkerInfo
+from llmc_cli.benchmark.sections import TORCH_MODES, measure_section
+from llmc_cli.benchmark.startup import measure_startup
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.formats.atomic import atomic_write
 from llmc_cli.kernels.backend import Backend, open_kernels, open_sampling
@@ -26,18 +26,16 @@ from llmc_cli.machine.cores import available_cores
 from llmc_cli.models.files import resolve_config
 
 SECTIONS = ("kernels", "train", "sample", "prepro", "start")
-AGAINST_TORCH = ("kernels", "train", "sample")
-BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1, "start": 4}
-RUNS = {"kernels": 20, "train": 10, "sample": 10, "prepro": 3, "start": 3}  # timed, of each row, unless told otherwise
-BUDGET_S = 120.0  # for a row, unless the number of runs is given
+DEFAULT_BATCH = {"kernels": 4, "train": 4, "sample": 1, "prepro": 1, "start": 4}
+DEFAULT_RUNS = {"kernels": 20, "train": 10, "sample": 10, "prepro": 3, "start": 3}  # timed runs per row
+BUDGET_S = 120.0  # per row, unless the number of runs is given
 PACKAGES = ("llmc-cli", "numpy", "numba", "scipy", "tiktoken", "torch", "cupy-cuda12x", "cupy-cuda13x")
-BUSY = 0.25  # of the cores: work of others that disturbs
-COMPUTED = ("ceilings", "rows", "changes")  # fields that a document shows with what follows from them
+BUSY_LOAD = 0.25  # per core: above this, other programs disturb the measurement
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The options of ``llmc bench``, named as there; None takes a section's own default."""
+    """The options of ``llmc bench``. None selects the default of each section."""
 
     sections: tuple[str, ...] = SECTIONS
     model: str = "d12"
@@ -55,13 +53,12 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All of one call of ``bench``.
+    """The results of one ``llmc bench``.
 
-    ``settings``: what a comparison requires to be the same beside the machine: model, shape, device, precision, threads
-    and per section its batch, length and level of recomputing. ``load``: busy cores in the minute before.
-    ``compile_seconds``: how long opening the kernels took where they had to be compiled, None where they came from the
-    cache. ``absent``: per section the modes of PyTorch that could not take part, and why. ``changes``: against the
-    baseline, where one was given.
+    ``settings``: model, device, precision, threads and the shape of each section; with ``machine`` they must match for
+    a comparison. ``load``: load average of the minute before. ``compile_seconds``: time to compile the kernels, None if
+    they were cached. ``unavailable``: per section, the PyTorch modes that could not run, with the reason. ``changes``:
+    compared with the baseline, if one was given.
     """
 
     machine: dict[str, Any]
@@ -71,26 +68,45 @@ class Benchmark:
     load: float | None
     compile_seconds: float | None
     rows: list[Row]
-    sides: list[Side]
-    absent: dict[str, dict[str, str]]
+    workers: list[WorkerInfo]
+    unavailable: dict[str, dict[str, str]]
     changes: list[Change]
 
     @property
-    def other_precisions(self) -> dict[str, tuple[str, str]]:
-        """Per section the precision of our side and that of PyTorch's sides, where these differ."""
-        sides = [(side.section, side.side == "llmc", side.configuration.get("precision", "")) for side in self.sides]
-        ours = {section: precision for section, is_ours, precision in sides if is_ours}
-        theirs = {section: precision for section, is_ours, precision in sides if not is_ours}
-        return {section: (ours[section], each) for section, each in theirs.items() if each != ours[section]}
+    def precision_differences(self) -> dict[str, tuple[str, str]]:
+        """The precisions of llmc and PyTorch, for each section in which they differ."""
+        precisions = [
+            (each.section, each.implementation == "llmc", each.configuration.get("precision", ""))
+            for each in self.workers
+        ]
+        llmc = {section: precision for section, is_llmc, precision in precisions if is_llmc}
+        torch = {section: precision for section, is_llmc, precision in precisions if not is_llmc}
+        return {section: (llmc[section], each) for section, each in torch.items() if each != llmc[section]}
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it, with what follows from the figures beside them."""
-        content = {key: value for key, value in dataclasses.asdict(self).items() if key not in COMPUTED}
-        ceilings = {"flops_per_s": self.ceilings.flops, "bytes_per_s": self.ceilings.bandwidth}
+        """Return the results, with derived values, as the content of a JSON document."""
         return {
             "schema": SCHEMA,
-            **content,
-            "ceilings": {**ceilings, **dataclasses.asdict(self.ceilings)},
+            "machine": self.machine,
+            "versions": self.versions,
+            "settings": self.settings,
+            "load": self.load,
+            "compile_seconds": self.compile_seconds,
+            "sides": [
+                {
+                    "section": worker.section,
+                    "side": worker.implementation,
+                    "configuration": worker.configuration,
+                    "peak_memory": worker.peak_memory,
+                }
+                for worker in self.workers
+            ],
+            "absent": self.unavailable,
+            "ceilings": {
+                "flops_per_s": self.ceilings.flops,
+                "bytes_per_s": self.ceilings.bandwidth,
+                **dataclasses.asdict(self.ceilings),
+            },
             "rows": [
                 {**dataclasses.asdict(row), "ratios": row.ratios, "best_mode": row.best_mode} for row in self.rows
             ],
@@ -102,35 +118,38 @@ class Benchmark:
             file.write(json.dumps(self.document(), indent=1).encode() + b"\n")
 
 
-def run(options: BenchOptions, note: Note) -> Benchmark:
-    """Measure; ``note`` hears what is under way. Whatever can be refused is refused before anything is measured."""
-    works = _works(options)
+def run_benchmark(options: BenchOptions, log: Log) -> Benchmark:
+    """Check the options, then measure. ``log`` is called with progress messages.
+
+    Raises UsageError or MissingError for options that cannot be satisfied, before anything is measured.
+    """
+    jobs = _llmc_jobs(options)
     _check_peak(options)
     if options.against_torch:
         _require_torch(options.sections)
-    earlier = read_baseline(options.baseline) if options.baseline else None
-    load = _load(available_cores(), note)
-    backend, compile_seconds = _open(options, note)
-    machine, settings = this_machine() | _card(backend), _settings(options, works, backend)
-    if earlier:
-        earlier.check(machine, settings)
-    note("measuring ceilings")
+    baseline = read_baseline(options.baseline) if options.baseline else None
+    load = _load_average(available_cores(), log)
+    backend, compile_seconds = _open_backend(options, log)
+    machine, settings = this_machine() | _gpu_name(backend), _settings(options, jobs, backend)
+    if baseline:
+        baseline.check(machine, settings)
+    log("measuring ceilings")
     ceilings = measure_ceilings(backend)
     if options.peak_tflops is not None:
         ceilings = dataclasses.replace(ceilings, published=1e12 * options.peak_tflops)
     budget = BUDGET_S if options.steps is None else None
-    measured: dict[str, Measured] = {}
-    for work in works:
-        # all sides and processes take what "auto" has become here
-        work = dataclasses.replace(work, device=backend.device)
-        if work.section != "sample":  # whose "auto" is every precision
-            work = dataclasses.replace(work, precision=backend.precision)
-        measured[work.section] = (
-            measure_start(work, options.model, note)
-            if work.section == "start"
-            else measure(work, ceilings, options.against_torch, note, budget)
+    results: dict[str, SectionResult] = {}
+    for job in jobs:
+        # replace "auto" by what it resolved to, so that every process uses the same
+        job = dataclasses.replace(job, device=backend.device)
+        if job.section != "sample":  # where "auto" means all precisions
+            job = dataclasses.replace(job, precision=backend.precision)
+        results[job.section] = (
+            measure_startup(job, options.model, log)
+            if job.section == "start"
+            else measure_section(job, ceilings, options.against_torch, log, budget)
         )
-    rows = [row for each in measured.values() for row in each.rows]
+    rows = [row for result in results.values() for row in result.rows]
     return Benchmark(
         machine=machine,
         versions=_versions(),
@@ -139,27 +158,30 @@ def run(options: BenchOptions, note: Note) -> Benchmark:
         load=load,
         compile_seconds=compile_seconds,
         rows=rows,
-        sides=[side for each in measured.values() for side in each.sides],
-        absent={section: each.absent for section, each in measured.items() if each.absent},
-        changes=earlier.changes(rows) if earlier else [],
+        workers=[worker for result in results.values() for worker in result.workers],
+        unavailable={section: result.unavailable for section, result in results.items() if result.unavailable},
+        changes=baseline.changes(rows) if baseline else [],
     )
 
 
-def _works(options: BenchOptions) -> list[Work]:
-    """Our side of each section. UsageError for a length that the model has no room for."""
+def _llmc_jobs(options: BenchOptions) -> list[Job]:
+    """Return llmc's job for each section. Raises UsageError if the model's context is too short."""
     config, T = resolve_config(options.model), options.seq_len
     if T > config.max_seq_len:
-        raise UsageError(f"--seq-len {T}: {options.model} has {config.max_seq_len} positions")
+        raise UsageError(f"--seq-len {T}: expected at most {config.max_seq_len}, the context length of {options.model}")
     if T == config.max_seq_len and "sample" in options.sections:
-        raise UsageError(f"--seq-len {T}: leaves no room to sample behind it in the context of {config.max_seq_len}")
+        raise UsageError(
+            f"--seq-len {T}: expected less than {config.max_seq_len}, the context length of {options.model}, "
+            "to leave room for sampling"
+        )
     return [
-        Work(
-            side="llmc",
+        Job(
+            implementation="llmc",
             section=section,
             config=config,
-            batch=options.batch or BATCH[section],
+            batch=options.batch or DEFAULT_BATCH[section],
             seq_len=T,
-            steps=options.steps or RUNS[section],
+            steps=options.steps or DEFAULT_RUNS[section],
             device=options.device,
             precision=options.precision,
             threads=options.threads,
@@ -170,83 +192,82 @@ def _works(options: BenchOptions) -> list[Work]:
 
 
 def _check_peak(options: BenchOptions) -> None:
-    """UsageError for a peak that is none, or that nothing is held against."""
+    """Raise UsageError if ``--peak-tflops`` is not a positive number, or has no effect."""
     peak = options.peak_tflops
     if peak is None:
         return
     if not (math.isfinite(peak) and peak > 0):
         raise UsageError(f"--peak-tflops {peak:g}: expected a number above 0")
     if "train" not in options.sections:
-        raise UsageError(f"--peak-tflops: for the MFU of train, which is not among {', '.join(options.sections)}")
+        raise UsageError(f"--peak-tflops applies to train only, and has no effect on {', '.join(options.sections)}")
 
 
-def _card(backend: Backend) -> dict[str, str]:
-    """Of the machine, what computes if that is no processor of it."""
+def _gpu_name(backend: Backend) -> dict[str, str]:
+    """Return the GPU's name; empty on the CPU."""
     name = backend.kernels.device_name
     return {"card": name} if name else {}
 
 
 def _require_torch(sections: tuple[str, ...]) -> None:
-    """UsageError where PyTorch has nothing to do with any of ``sections``, MissingError where it is not installed."""
-    if not set(sections) & set(AGAINST_TORCH):
+    """Raise UsageError if PyTorch has no equivalent of ``sections``, and MissingError if it is not installed."""
+    if not set(sections) & set(TORCH_MODES):
         raise UsageError(
-            f"--against torch: PyTorch has no part in {', '.join(sections)}, only in {', '.join(AGAINST_TORCH)}"
+            f"--against torch: no PyTorch equivalent of {', '.join(sections)}; expected {', '.join(TORCH_MODES)}"
         )
     if importlib.util.find_spec("torch") is None:
-        raise MissingError("--against torch: PyTorch is not installed; pip install 'llmc-cli[witness]'")
+        raise MissingError("--against torch: PyTorch is not installed; run pip install 'llmc-cli[witness]'")
 
 
-def _load(cores: int, note: Note) -> float | None:
-    """The machine's load before anything is measured, None where the system does not tell; much of it is noted."""
+def _load_average(cores: int, log: Log) -> float | None:
+    """Return the load average of the last minute, None where it is unknown. A high load is logged."""
     if not hasattr(os, "getloadavg"):  # Windows
         return None
     load = os.getloadavg()[0]
-    if load > BUSY * cores:
-        note(f"this machine is busy (load {load:.1f} on {cores} cores): times will mean little")
+    if load > BUSY_LOAD * cores:
+        log(f"this machine is busy (load average {load:.1f} on {cores} cores): the times will be unreliable")
     return load
 
 
-def _open(options: BenchOptions, note: Note) -> tuple[Backend, float | None]:
-    """The backend, and how long it took to compile its kernels where that had to be done."""
-    compiled: list[str] = []
+def _open_backend(options: BenchOptions, log: Log) -> tuple[Backend, float | None]:
+    """Return the backend, and the seconds it took if kernels had to be compiled, else None."""
+    messages: list[str] = []
 
-    def tell(text: str) -> None:
-        compiled.append(text)
-        note(text)
+    def on_compile(text: str) -> None:
+        messages.append(text)
+        log(text)
 
     start = time.perf_counter()
     if options.sections == ("sample",):
-        backend = open_sampling(options.device, options.precision, options.threads, tell)
+        backend = open_sampling(options.device, options.precision, options.threads, on_compile)
     else:
-        backend = open_kernels(options.device, options.precision, options.threads, tell, True)
+        backend = open_kernels(options.device, options.precision, options.threads, on_compile, True)
         if "sample" in options.sections:
-            open_sampling(options.device, "auto", options.threads, tell)
-    return backend, time.perf_counter() - start if compiled else None
+            open_sampling(options.device, "auto", options.threads, on_compile)
+    return backend, time.perf_counter() - start if messages else None
 
 
-def _settings(options: BenchOptions, works: list[Work], backend: Backend) -> dict[str, Any]:
+def _settings(options: BenchOptions, jobs: list[Job], backend: Backend) -> dict[str, Any]:
     return {
         "model": options.model,
-        "config": dataclasses.asdict(works[0].config),
+        "config": dataclasses.asdict(jobs[0].config),
         "device": backend.device,
         "precision": backend.precision,
         "threads": backend.threads,
-        "sections": {work.section: _shape(work) for work in works},
+        "sections": {job.section: _section_settings(job) for job in jobs},
     }
 
 
-def _shape(work: Work) -> dict[str, int]:
-    """What a section's times depend on."""
-    shape = {"batch": work.batch, "seq_len": work.seq_len}
-    return {**shape, "recompute": work.recompute} if work.section in ("train", "start") else shape
+def _section_settings(job: Job) -> dict[str, int]:
+    settings = {"batch": job.batch, "seq_len": job.seq_len}
+    return {**settings, "recompute": job.recompute} if job.section in ("train", "start") else settings
 
 
 def _versions() -> dict[str, str]:
-    """Of Python and of what speed depends on, as far as it is installed."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the installed packages that affect speed."""
+    versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

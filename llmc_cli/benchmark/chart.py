@@ -1,4 +1,4 @@
-"""A benchmark as a picture."""
+"""Bar chart of a benchmark."""
 
 import importlib.util
 import io
@@ -14,91 +14,97 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".svg", ".png")
-INK, OURS, THEIRS = "#333333", "#2f6f9f", "#c8c8c8"
-BAR_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.28, 1.1, 8.0
-AGAINST_INCHES = 5.5  # what ratios need beside the shares
-LONGEST_SHARE = 1.5  # data in the caches can make it many times that
-TIMES = "times as fast as PyTorch in its best mode"
+TEXT_COLOR, LLMC_COLOR, SLOWER_COLOR = "#333333", "#2f6f9f", "#c8c8c8"
+BAR_INCHES, MARGIN_INCHES, WIDTH_INCHES = 0.28, 1.1, 8.0
+RATIO_INCHES = 5.5  # additional width for the ratios to PyTorch
+MAX_SHARE = 1.5  # longer bars are cut off; cached data can give many times this
 
 
 def require_chart(path: Path) -> None:
-    """UsageError where ``path`` is no picture that can be drawn, MissingError where what draws it is not installed."""
+    """Raise UsageError for an unsupported file type, and MissingError if matplotlib is not installed."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path}: found {path.suffix or 'no ending'}, expected .svg or .png")
+        raise UsageError(f"--plot {path}: found {path.suffix or 'no suffix'}, expected .svg or .png")
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingError("--plot: matplotlib is not installed; pip install 'llmc-cli[plot]'")
+        raise MissingError("--plot: matplotlib is not installed; run pip install 'llmc-cli[plot]'")
 
 
 def draw(benchmark: Benchmark, path: Path) -> None:
-    """A bar for each row: its share of the ceiling, and where PyTorch took part how many times as fast it is."""
+    """Draw a bar per row: its share of the ceiling, and if measured its speed relative to PyTorch."""
     from matplotlib.figure import Figure
 
-    against = any(row.torch for row in benchmark.rows)
+    has_ratios = any(row.torch for row in benchmark.rows)
     rows = [row for row in benchmark.rows if row.ceiling or row.torch]
-    width = WIDTH_INCHES + AGAINST_INCHES * against
-    figure = Figure(figsize=(width, HEAD_INCHES + BAR_INCHES * len(rows)), layout="constrained")
-    shares, *ratios = figure.subplots(1, 1 + against, sharey=True, squeeze=False)[0]
+    width = WIDTH_INCHES + RATIO_INCHES * has_ratios
+    figure = Figure(figsize=(width, MARGIN_INCHES + BAR_INCHES * len(rows)), layout="constrained")
+    shares, *ratios = figure.subplots(1, 1 + has_ratios, sharey=True, squeeze=False)[0]
     _shares(shares, rows)
     for axes in ratios:
         _ratios(axes, rows)
     for axes in (shares, *ratios):
-        axes.axvline(1.0, color=INK, linewidth=0.8, linestyle="--", zorder=0)
+        axes.axvline(1.0, color=TEXT_COLOR, linewidth=0.8, linestyle="--", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     shares.set_yticks(range(len(rows)), [row.name for row in rows])
     shares.margins(y=0.01)
-    shares.invert_yaxis()  # the first row on top
+    shares.invert_yaxis()  # first row on top
     settings, machine = benchmark.settings, benchmark.machine
-    on = machine.get("card") or f"{_threads(settings['threads'])}, {machine['processor']}"
-    title = f"llmc {settings['model']} {settings['precision']}, {on}"
-    others = ", ".join(f"{section} {theirs}" for section, (_, theirs) in benchmark.other_precisions.items())
+    hardware = machine.get("card") or f"{_threads(settings['threads'])}, {machine['processor']}"
+    title = f"llmc {settings['model']} {settings['precision']}, {hardware}"
+    others = ", ".join(f"{section} {torch}" for section, (_, torch) in benchmark.precision_differences.items())
     figure.suptitle(title + (f"; PyTorch: {others}" if others else ""), fontsize=10, x=0.01, ha="left")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower()[1:], dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.lower()[1:], dpi=150)
     with atomic_write(path) as file:
-        file.write(picture.getvalue())
+        file.write(image.getvalue())
 
 
 def _shares(axes: "Axes", rows: list[Row]) -> None:
-    """Each row's share of its ceiling, which is named; what is far above it is cut off."""
+    """Draw each row's share of its ceiling, cut off at ``MAX_SHARE``."""
     from matplotlib.ticker import PercentFormatter
 
-    lengths = [min(row.share, LONGEST_SHARE) for row in rows]
-    axes.barh(range(len(rows)), lengths, color=OURS)
+    lengths = [min(row.share, MAX_SHARE) for row in rows]
+    axes.barh(range(len(rows)), lengths, color=LLMC_COLOR)
     for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         share = f"{row.share:.0%} {row.ceiling}, " if row.ceiling else ""
         _annotate(axes, length, place, share + _milliseconds(row.seconds))
     axes.set_xlim(0, 1.6 * max([1.0, *lengths]))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("share of the ceiling that bounds it", fontsize=9)
+    axes.set_xlabel("share of the limiting ceiling", fontsize=9)
 
 
 def _ratios(axes: "Axes", rows: list[Row]) -> None:
-    """How many times as fast each row is as PyTorch; slower ones to the left of 1, in grey."""
+    """Draw each row's speed relative to PyTorch's fastest mode; slower rows are gray."""
     values = {place: row.ratios[row.best_mode] for place, row in enumerate(rows) if row.torch}
     axes.barh(
         list(values),
         [value - 1.0 for value in values.values()],
         left=1.0,
-        color=[OURS if value >= 1.0 else THEIRS for value in values.values()],
+        color=[LLMC_COLOR if value >= 1.0 else SLOWER_COLOR for value in values.values()],
     )
     for place, value in values.items():
         mode = rows[place].best_mode
         text = f"{value:.2f}x, {mode.removeprefix('torch ')} {_milliseconds(rows[place].torch[mode])}"
         _annotate(axes, max(1.0, value), place, text)
-    axes.set_xscale("log", base=2)  # twice as fast and half as fast are equally far from 1
+    axes.set_xscale("log", base=2)  # 2x and 0.5x are equally far from 1
     axes.xaxis.set_major_formatter("{x:g}")
     lowest, highest = min(0.5, *values.values()) / 1.1, max(2.0, *values.values())
     axes.set_xlim(lowest, highest * (highest / lowest) ** 0.7)  # room for the text
-    axes.set_xlabel(TIMES, fontsize=9)
+    axes.set_xlabel("speed relative to PyTorch's fastest mode", fontsize=9)
 
 
 def _annotate(axes: "Axes", x: float, y: int, text: str) -> None:
-    """Text to the right of a bar's end, readable across the line at 1."""
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    """Write text to the right of a bar, on a white background so that the line at 1 does not cross it."""
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.annotate(
-        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK, bbox=ground
+        text,
+        (x, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=TEXT_COLOR,
+        bbox=background,
     )
 
 

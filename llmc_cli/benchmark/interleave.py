@@ -1,4 +1,4 @@
-"""Sides that take turns at the same work, each in a process of its own: only one computes at a time."""
+"""Interleaved A/B benchmark: one worker process per implementation, only one of them running at a time."""
 
 import contextlib
 import json
@@ -11,31 +11,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from llmc_cli.benchmark.job import Work
+from llmc_cli.benchmark.job import Job
 from llmc_cli.errors import LlmcError, MissingError
-from llmc_cli.machine.idle_threads import users_environment
+from llmc_cli.machine.idle_threads import user_environment
 
-SETTLE_S = 0.02
-"""Between one side's run and the next's: a thread pool that spins a while after its work would slow the other side."""
+PAUSE_S = 0.02
+"""Pause before each run: the previous worker's thread pool may keep spinning briefly after its run."""
 
-TELL_EVERY_S = 10.0
+PROGRESS_INTERVAL_S = 10.0
 
-TAIL = 3  # lines of a failed process's stderr that are told
+STDERR_LINES = 3  # last lines of a failed process's stderr, quoted in the error
 
-LONG_TURN_S = 30.0
-"""A turn of all sides that took this long is the only one to warm up: most of it was work, not the start of it."""
+LONG_ROUND_S = 30.0
+"""After a warm-up round of at least this length no further warm-up rounds are run."""
 
-LEAST_RUNS = 3  # however long they take
+MIN_RUNS = 3  # whatever the time budget
 
 
-Note: TypeAlias = Callable[[str], None]
-"""Hears what is under way."""
+Log: TypeAlias = Callable[[str], None]
+"""Called with progress messages."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One run. ``flops`` and ``bytes`` are 0 where the side does not say; ``peak_memory`` is the process's
-    so far, on a GPU what it took of the GPU's since the run before. ``warnings``: given meanwhile."""
+class Measurement:
+    """One timed run.
+
+    ``flops``, ``bytes``: 0 if the worker does not report them. ``peak_memory``: of the process so far, or on a GPU the
+    memory allocated since the previous run. ``warnings``: raised during the run.
+    """
 
     seconds: float
     peak_memory: int | None
@@ -45,24 +48,24 @@ class Answer:
     warnings: Sequence[str] = ()
 
 
-class Unavailable(Exception):
-    """A side cannot take part, and why."""
+class WorkerError(Exception):
+    """A worker process could not start or failed."""
 
 
-class Contestant:
-    """The process of one side. Raises ``Unavailable`` where it cannot do the work."""
+class WorkerProcess:
+    """A subprocess that runs the tasks of one job. Raises ``WorkerError`` if the job fails."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.side = work, work.side
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed by close(); a pipe that nobody reads could fill
+    def __init__(self, job: Job) -> None:
+        self.job, self.implementation = job, job.implementation
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 closed by close(); an unread pipe could fill up
         self._process = subprocess.Popen(
-            # -P: modules in the folder at hand, which may have any names, are none of ours
-            [sys.executable, "-P", "-m", "llmc_cli.benchmark.worker", work.text()],
+            # -P: do not import modules from the working directory
+            [sys.executable, "-P", "-m", "llmc_cli.benchmark.worker", job.to_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=self._stderr,
             encoding="utf-8",
-            env=dict(os.environ) if work.side == "llmc" else users_environment(),
+            env=dict(os.environ) if job.implementation == "llmc" else user_environment(),
         )
         self.peak_memory: int | None = None
         self.warnings: list[str] = []
@@ -74,112 +77,122 @@ class Contestant:
         self.tasks: tuple[str, ...] = tuple(ready["tasks"])
         self.configuration: dict[str, Any] = ready["configuration"]
 
-    def ask(self, task: str, untimed: int = 0) -> Answer:
-        """Have it run a task ``untimed`` times and once more, timed."""
+    def run(self, task: str, warmup_runs: int = 0) -> Measurement:
+        """Run ``task`` ``warmup_runs`` times untimed, then once timed."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
-            self._process.stdin.write(json.dumps({"task": task, "untimed": untimed}) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; _receive() reports why
+            self._process.stdin.write(json.dumps({"task": task, "warmup_runs": warmup_runs}) + "\n")
             self._process.stdin.flush()
-        answer = Answer(**self._receive())
-        if answer.peak_memory is not None:
-            self.peak_memory = max(answer.peak_memory, self.peak_memory or 0)
-        self.warnings += [text for text in answer.warnings if text not in self.warnings]
-        return answer
+        measurement = Measurement(**self._receive())
+        if measurement.peak_memory is not None:
+            self.peak_memory = max(measurement.peak_memory, self.peak_memory or 0)
+        self.warnings += [text for text in measurement.warnings if text not in self.warnings]
+        return measurement
 
     def close(self) -> None:
-        """End the process, at once."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
-        self._errors.close()
+        self._stderr.close()
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-TAIL:]
-            raise Unavailable(f"the process ended with status {status}: {' / '.join(said) or 'it said nothing'}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise Unavailable(answer["error"])
-        return answer
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()[-STDERR_LINES:]
+            raise WorkerError(f"the process ended with status {status}: {' / '.join(lines) or 'no error message'}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(reply["error"])
+        return reply
 
 
 @contextlib.contextmanager
-def contest(works: Sequence[Work]) -> Iterator[tuple[list[Contestant], dict[str, str]]]:
-    """The contestants that can take part, the first of whom must, and for the others the reason why not."""
+def open_workers(jobs: Sequence[Job]) -> Iterator[tuple[list[WorkerProcess], dict[str, str]]]:
+    """Start a worker per job. Yield the workers that started, and the reason for each implementation that did not.
+
+    The first job must start: otherwise raises MissingError.
+    """
     with contextlib.ExitStack() as stack:
-        contestants: list[Contestant] = []
-        absent: dict[str, str] = {}
-        for work in works:
+        workers: list[WorkerProcess] = []
+        unavailable: dict[str, str] = {}
+        for job in jobs:
             try:
-                contestant = Contestant(work)
-            except Unavailable as error:
-                if work is works[0]:
-                    raise failure(work, error) from None
-                absent[work.side] = str(error)
+                worker = WorkerProcess(job)
+            except WorkerError as error:
+                if job is jobs[0]:
+                    raise job_error(job, error) from None
+                unavailable[job.implementation] = str(error)
                 continue
-            stack.callback(contestant.close)
-            contestants.append(contestant)
-        yield contestants, absent
+            stack.callback(worker.close)
+            workers.append(worker)
+        yield workers, unavailable
 
 
-def failure(work: Work, error: Unavailable) -> LlmcError:
+def job_error(job: Job, error: WorkerError) -> LlmcError:
+    """Return the error to raise if ``job`` failed with ``error``."""
     advice = ""
-    if work.device != "cpu" and "out of memory" in str(error).lower():
-        advice = "; all sides have their weights on the device at once: take a smaller --batch"
-    return MissingError(f"bench {work.section}: {work.side} cannot do this: {error}{advice}")
+    if job.device != "cpu" and "out of memory" in str(error).lower():
+        advice = "; the weights of all implementations are on the device at once: use a smaller --batch"
+    return MissingError(f"bench {job.section}: {job.implementation} failed: {error}{advice}")
 
 
-def alternate(
-    contestants: Sequence[Contestant],
+def measure_interleaved(
+    workers: Sequence[WorkerProcess],
     task: str,
     runs: int,
-    warm_up: int,
-    untimed: int,
-    note: Note,
+    warmup_rounds: int,
+    warmup_runs: int,
+    log: Log,
     budget: float | None = None,
-) -> dict[str, list[Answer]]:
-    """Per side its ``runs`` answers, in turns, after ``warm_up`` turns that do not count; fewer of both where turns are
-    long: see ``LONG_TURN_S`` and ``fitting_runs``. Each run may be preceded by ``untimed`` ones, which bring back what
-    the other side has used meanwhile, caches or a GPU's memory."""
-    for done in range(1, warm_up + 1):
+) -> dict[str, list[Measurement]]:
+    """Return ``runs`` measurements per implementation. In each round every worker runs the task once.
+
+    ``warmup_rounds`` untimed rounds come first; only one if it takes ``LONG_ROUND_S``. Within a round each timed run
+    follows ``warmup_runs`` untimed ones, which refill the caches or the GPU memory that another worker has used. With a
+    ``budget`` in seconds there are fewer runs if rounds are long (see ``runs_within_budget``).
+    """
+    for done in range(1, warmup_rounds + 1):
         start = time.monotonic()
-        _turn(contestants, task, untimed)
-        long = time.monotonic() - start
-        if long >= LONG_TURN_S or done == warm_up:
-            runs = fitting_runs(task, runs, long, note, budget)
+        _run_round(workers, task, warmup_runs)
+        round_seconds = time.monotonic() - start
+        if round_seconds >= LONG_ROUND_S or done == warmup_rounds:
+            runs = runs_within_budget(task, runs, round_seconds, log, budget)
             break
-    turns: list[list[Answer]] = []
+    rounds: list[list[Measurement]] = []
     last = time.monotonic()
-    while len(turns) < runs:
-        if time.monotonic() - last >= TELL_EVERY_S:
+    while len(rounds) < runs:
+        if time.monotonic() - last >= PROGRESS_INTERVAL_S:
             last = time.monotonic()
-            note(f"{task}: {len(turns)} of {runs} runs")
-        turns.append(_turn(contestants, task, untimed))
-    return {contestant.side: list(answers) for contestant, *answers in zip(contestants, *turns, strict=True)}
+            log(f"{task}: {len(rounds)} of {runs} runs")
+        rounds.append(_run_round(workers, task, warmup_runs))
+    return {worker.implementation: list(found) for worker, *found in zip(workers, *rounds, strict=True)}
 
 
-def fitting_runs(task: str, runs: int, long: float, note: Note, budget: float | None) -> int:
-    """How many turns of ``long`` seconds to make: ``runs``, or with a budget as many as it has time for, but not less
-    than ``LEAST_RUNS``. Where that takes a while it is told."""
-    fitting = runs if budget is None else min(runs, max(LEAST_RUNS, int(budget / max(long, 1e-9))))
-    if fitting < runs:
-        note(f"{task}: a turn takes {long:.0f} s: {fitting} runs instead of {runs}, about {fitting * long:.0f} s")
-    elif fitting * long >= TELL_EVERY_S:
-        note(f"{task}: {fitting} runs, about {fitting * long:.0f} s")
-    return fitting
+def runs_within_budget(task: str, runs: int, round_seconds: float, log: Log, budget: float | None) -> int:
+    """Return ``runs``, reduced to the rounds that fit into ``budget`` seconds but not below ``MIN_RUNS``.
+
+    Logs the expected time if the number was reduced or the time is long.
+    """
+    count = runs if budget is None else min(runs, max(MIN_RUNS, int(budget / max(round_seconds, 1e-9))))
+    total = count * round_seconds
+    if count < runs:
+        log(f"{task}: a round takes {round_seconds:.0f} s: {count} runs instead of {runs}, about {total:.0f} s")
+    elif total >= PROGRESS_INTERVAL_S:
+        log(f"{task}: {count} runs, about {total:.0f} s")
+    return count
 
 
-def _turn(contestants: Sequence[Contestant], task: str, untimed: int) -> list[Answer]:
-    """The answer of each contestant, one after the other."""
-    answers = []
-    for contestant in contestants:
-        if len(contestants) > 1:
-            time.sleep(SETTLE_S)
+def _run_round(workers: Sequence[WorkerProcess], task: str, warmup_runs: int) -> list[Measurement]:
+    """Run the task once on each worker, one worker after another."""
+    measurements = []
+    for worker in workers:
+        if len(workers) > 1:
+            time.sleep(PAUSE_S)
         try:
-            answers.append(contestant.ask(task, untimed))
-        except Unavailable as error:
-            raise failure(contestant.work, error) from None
-    return answers
+            measurements.append(worker.run(task, warmup_runs))
+        except WorkerError as error:
+            raise job_error(worker.job, error) from None
+    return measurements

@@ -1,4 +1,4 @@
-"""What one side of a contest is asked to do, as it travels to its process."""
+"""The description of a benchmark job that is passed to a worker process."""
 
 import dataclasses
 import json
@@ -8,16 +8,17 @@ from llmc_cli.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is to be done, and by whom.
+class Job:
+    """One section of the benchmark, run by one implementation.
 
-    ``side``: llmc, or a mode of PyTorch that ``measuring`` lists; ``section``: kernels, train, sample, prepro or start.
-    B sequences of T positions; ``steps`` tokens at least have room behind them in ``sample``. ``precision``: of
-    PyTorch's samples those that it has in common with ours, with blanks between. ``threads`` None: the side's own
-    default. ``recompute``: our level in ``train`` and ``start``.
+    ``implementation``: "llmc" or one of the PyTorch modes in ``sections.TORCH_MODES``. ``section``: kernels, train,
+    sample, prepro or start. ``batch`` sequences of ``seq_len`` positions; in ``sample`` these positions are already in
+    the cache. ``steps``: timed runs. ``precision``: in PyTorch sample jobs, a space-separated list of precisions.
+    ``threads`` None: the implementation's default. ``recompute``: llmc's recomputation level in ``train`` and
+    ``start``.
     """
 
-    side: str
+    implementation: str
     section: str
     config: ModelConfig
     batch: int
@@ -28,10 +29,10 @@ class Work:
     threads: int | None = None
     recompute: int = 0
 
-    def text(self) -> str:
+    def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_text(text: str) -> "Work":
+    def from_json(text: str) -> "Job":
         fields = json.loads(text)
-        return Work(**{**fields, "config": ModelConfig(**fields["config"])})
+        return Job(**{**fields, "config": ModelConfig(**fields["config"])})

@@ -8,10 +8,13 @@ from llmc_cli.benchmark.ceilings import Ceilings
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work. ``seconds``: the median of ``runs``; ``share`` of the ceiling called ``ceiling`` (0 and empty
-    where none applies). ``tokens_per_s`` is 0 where no tokens are counted. ``torch``: the median seconds of PyTorch's
-    modes at the same work. ``calls`` in one step, for a part of a step. ``launches``: what a GPU was asked for in a
-    step, kernels, matrix products and graphs of both, or in a part of a step, where nothing is in a graph."""
+    """The result of one task, or of one operation within a training step.
+
+    ``seconds``, ``best``: median and minimum of ``runs`` runs. ``share``: fraction of the ceiling named ``ceiling``; 0
+    and empty if none applies. ``tokens_per_s``: 0 if the task does not process tokens. ``calls``: calls of the
+    operation per step. ``torch``: PyTorch's median seconds for the same task, by mode. ``launches``: GPU launches per
+    step (kernels, matrix products and CUDA graphs), or per operation when run without graphs.
+    """
 
     name: str
     seconds: float
@@ -28,42 +31,41 @@ class Row:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """How many times as long PyTorch takes, by mode: above 1 we are faster."""
+        """PyTorch's time divided by llmc's, by mode: above 1 llmc is faster."""
         return {mode: seconds / self.seconds for mode, seconds in self.torch.items()}
 
     @property
     def best_mode(self) -> str:
-        """PyTorch's fastest mode; empty where it did not take part."""
+        """PyTorch's fastest mode; empty if PyTorch was not measured."""
         return min(self.torch, key=lambda mode: self.torch[mode], default="")
 
 
 @dataclass(frozen=True)
-class Side:
-    """A process that took part in a section: how it was set up, and the bytes of memory it held at most, of a GPU's
-    memory where that computes."""
+class WorkerInfo:
+    """A worker process of a section: its configuration and its peak memory in bytes (GPU memory on a GPU)."""
 
     section: str
-    side: str
+    implementation: str
     configuration: dict[str, Any]
     peak_memory: int | None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One section. ``absent``: the modes of PyTorch that could not take part, and why."""
+class SectionResult:
+    """The result of one section. ``unavailable``: the PyTorch modes that could not run, with the reason."""
 
     rows: list[Row]
-    sides: list[Side]
-    absent: dict[str, str] = field(default_factory=dict)
+    workers: list[WorkerInfo]
+    unavailable: dict[str, str] = field(default_factory=dict)
 
 
 def model_flops_utilization(flops_per_s: float, ceilings: Ceilings) -> tuple[float, str]:
-    """MFU, and by which peak: of the products measured here, unless another was given."""
+    """Return the MFU and its name. The peak is the published one if given, else the fastest product measured."""
     if ceilings.published is None:
         return flops_per_s / ceilings.flops, "MFU"
     return flops_per_s / ceilings.published, f"MFU of {ceilings.published / 1e12:g} TFLOP/s"
 
 
 def share_of_ceiling(flops_per_s: float, bytes_per_s: float, ceilings: Ceilings) -> tuple[float, str]:
-    """The larger of the two shares, and the name of its ceiling: that is what bounds the work."""
+    """Return the share of the ceiling that bounds the task (the larger of the two shares) and its name."""
     return max((flops_per_s / ceilings.flops, "matmul"), (bytes_per_s / ceilings.bandwidth, "memory"))

@@ -1,99 +1,105 @@
-"""One section of ``bench``: rows, each a share of a ceiling, and beside PyTorch where that is asked for."""
+"""Measures one section of ``bench``: its rows, with their shares of the ceilings, and optionally PyTorch's times."""
 
 import dataclasses
 import statistics
 
 from llmc_cli.benchmark.ceilings import Ceilings
-from llmc_cli.benchmark.interleave import Answer, Contestant, Note, alternate, contest
-from llmc_cli.benchmark.job import Work
-from llmc_cli.benchmark.results import Measured, Row, Side, model_flops_utilization, share_of_ceiling
+from llmc_cli.benchmark.interleave import Log, Measurement, WorkerProcess, measure_interleaved, open_workers
+from llmc_cli.benchmark.job import Job
+from llmc_cli.benchmark.results import Row, SectionResult, WorkerInfo, model_flops_utilization, share_of_ceiling
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import sampling_precisions
 
-WARM_UP = {"kernels": 1, "train": 2, "sample": 1, "prepro": 1}
-UNTIMED = {"kernels": 1}  # short runs: what the other side's run pushed out of the caches comes back first
-SPLIT_RUNS = 2
+WARMUP_ROUNDS = {"kernels": 1, "train": 2, "sample": 1, "prepro": 1}
+WARMUP_RUNS = {"kernels": 1}  # before each timed run: the runs are short, and the other worker has evicted the caches
+BREAKDOWN_RUNS = 2
 
 TORCH_MODES = {"kernels": ("torch eager",), "train": ("torch eager", "torch compiled"),
                "sample": ("torch eager", "torch compiled", "transformers")}  # fmt: skip
-ON_GPU = {"sample": ("torch graphs",)}  # further modes there: our tokens are graphs, too
+CUDA_TORCH_MODES = {"sample": ("torch graphs",)}  # in addition, on a GPU, where llmc uses CUDA graphs too
 
-SAME_PRECISION = {"kernels": ("fp32", "tf32", "bf16"), "train": ("fp32", "tf32", "bf16"), "sample": ("fp32",)}
-"""What PyTorch can be asked for too; beside any other precision of ours its side is fp32. On a GPU it samples in both
-precisions that ours has there."""
+TORCH_PRECISIONS = {"kernels": ("fp32", "tf32", "bf16"), "train": ("fp32", "tf32", "bf16"), "sample": ("fp32",)}
+"""Precisions that PyTorch runs in too; it is compared in fp32 otherwise. On a GPU it samples in all of llmc's."""
 
 
-def measure(work: Work, ceilings: Ceilings, torch: bool, note: Note, budget: float | None = None) -> Measured:
-    """What ``work``, of our side, comes to in ``work.steps`` runs, and with ``torch`` PyTorch at the same, in turns;
-    with a ``budget`` of seconds for each row in fewer runs where they are long."""
-    section = work.section
-    works = [work]
-    if torch and section in TORCH_MODES:
-        works += _others(work)
-    note(f"{section}: starting {', '.join(each.side for each in works)}")
-    with contest(works) as (contestants, absent):
-        if absent and len(contestants) == 1:
-            raise MissingError(f"--against torch: {section}: {'; '.join(dict.fromkeys(absent.values()))}")
-        ours, others = contestants[0], contestants[1:]
+def measure_section(
+    job: Job, ceilings: Ceilings, against_torch: bool, log: Log, budget: float | None = None
+) -> SectionResult:
+    """Measure llmc's ``job`` in ``job.steps`` runs per row, interleaved with PyTorch if ``against_torch``.
+
+    With a ``budget`` in seconds per row there are fewer runs if they are long. Raises MissingError if llmc cannot run
+    the job, or if no PyTorch mode can.
+    """
+    section = job.section
+    jobs = [job]
+    if against_torch and section in TORCH_MODES:
+        jobs += _torch_jobs(job)
+    log(f"{section}: starting {', '.join(each.implementation for each in jobs)}")
+    with open_workers(jobs) as (workers, unavailable):
+        if unavailable and len(workers) == 1:
+            raise MissingError(f"--against torch: {section}: {'; '.join(dict.fromkeys(unavailable.values()))}")
+        llmc, others = workers[0], workers[1:]
         rows: list[Row] = []
-        for task in ours.tasks:
+        for task in llmc.tasks:
             if task == "split":
                 continue
-            taking_part = [ours, *(other for other in others if task in other.tasks)]
-            note(f"{section}: {task}")
-            answers = alternate(taking_part, task, work.steps, WARM_UP[section], _untimed(work), note, budget)
-            rows.append(_row(work, task, answers, ceilings))
+            selected = [llmc, *(other for other in others if task in other.tasks)]
+            log(f"{section}: {task}")
+            measurements = measure_interleaved(
+                selected, task, job.steps, WARMUP_ROUNDS[section], _warmup_runs(job), log, budget
+            )
+            rows.append(_row(job, task, measurements, ceilings))
         if section == "prepro":
-            rows = _against_tokenizer(rows)
-        for each in contestants:
-            for text in each.warnings:
-                note(f"{section}: {each.side} warns: {text}")
-            if each.warnings:
-                each.configuration["warnings"] = "; ".join(each.warnings)
-        # what the split itself holds must not count, so memory is read before it
-        sides = [Side(section, each.side, each.configuration, each.peak_memory) for each in contestants]
-        if "split" in ours.tasks:
-            rows += _split(ours, rows[0], ceilings)
-    return Measured(rows, sides, absent)
+            rows = _relative_to_tokenizer(rows)
+        for worker in workers:
+            for text in worker.warnings:
+                log(f"{section}: warning from {worker.implementation}: {text}")
+            if worker.warnings:
+                worker.configuration["warnings"] = "; ".join(worker.warnings)
+        # read the peak memory before the breakdown, which allocates more
+        infos = [WorkerInfo(section, each.implementation, each.configuration, each.peak_memory) for each in workers]
+        if "split" in llmc.tasks:
+            rows += _breakdown(llmc, rows[0], ceilings)
+    return SectionResult(rows, infos, unavailable)
 
 
-def _others(work: Work) -> list[Work]:
-    """What PyTorch's modes are asked for beside ``work``."""
-    section, modes = work.section, TORCH_MODES[work.section]
-    precision = work.precision if work.precision in SAME_PRECISION[section] else "fp32"
-    if _on_gpu(work):
-        modes += ON_GPU.get(section, ())
+def _torch_jobs(job: Job) -> list[Job]:
+    """Return a job for each PyTorch mode to compare with llmc's ``job``."""
+    section, modes = job.section, TORCH_MODES[job.section]
+    precision = job.precision if job.precision in TORCH_PRECISIONS[section] else "fp32"
+    if _on_gpu(job):
+        modes += CUDA_TORCH_MODES.get(section, ())
         if section == "sample":
-            precision = " ".join(sampling_precisions(work.device, work.precision))
-    return [dataclasses.replace(work, side=mode, precision=precision) for mode in modes]
+            precision = " ".join(sampling_precisions(job.device, job.precision))
+    return [dataclasses.replace(job, implementation=mode, precision=precision) for mode in modes]
 
 
-def _untimed(work: Work) -> int:
-    """Runs that go before each timed one: on a GPU a side gives back what it does not use while others work there."""
-    return max(UNTIMED.get(work.section, 0), int(_on_gpu(work)))
+def _warmup_runs(job: Job) -> int:
+    """Untimed runs before each timed one: at least one on a GPU, where workers release cached memory between runs."""
+    return max(WARMUP_RUNS.get(job.section, 0), int(_on_gpu(job)))
 
 
-def _on_gpu(work: Work) -> bool:
-    return work.device != "cpu" and work.section in TORCH_MODES
+def _on_gpu(job: Job) -> bool:
+    return job.device != "cpu" and job.section in TORCH_MODES
 
 
-def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceilings) -> Row:
-    ours, *others = answers
-    times = [answer.seconds for answer in answers[ours]]
-    seconds, last = statistics.median(times), answers[ours][-1]
-    tokens = {"train": work.batch * work.seq_len, "sample": work.batch}.get(work.section, 0)
-    if work.section == "prepro":
+def _row(job: Job, task: str, measurements: dict[str, list[Measurement]], ceilings: Ceilings) -> Row:
+    llmc, *others = measurements
+    times = [measurement.seconds for measurement in measurements[llmc]]
+    seconds, last = statistics.median(times), measurements[llmc][-1]
+    tokens = {"train": job.batch * job.seq_len, "sample": job.batch}.get(job.section, 0)
+    if job.section == "prepro":
         tokens = last.detail["tokens"]
-    if work.section == "train":  # the formula counts arithmetic only, and its share is called MFU
+    if job.section == "train":
         share, ceiling = model_flops_utilization(last.flops / seconds, ceilings)
-    elif work.section == "prepro":
+    elif job.section == "prepro":
         share, ceiling = 0.0, ""
-    elif work.section == "sample":  # nothing is written that counts
+    elif job.section == "sample":  # reads every weight, writes almost nothing
         share, ceiling = last.bytes / seconds / ceilings.memory["read"], "read"
     else:
         share, ceiling = share_of_ceiling(last.flops / seconds, last.bytes / seconds, ceilings)
     return Row(
-        name=f"{work.section}/{task}",
+        name=f"{job.section}/{task}",
         seconds=seconds,
         best=min(times),
         runs=len(times),
@@ -102,31 +108,30 @@ def _row(work: Work, task: str, answers: dict[str, list[Answer]], ceilings: Ceil
         tokens_per_s=tokens / seconds,
         share=share,
         ceiling=ceiling,
-        torch={side: statistics.median(answer.seconds for answer in answers[side]) for side in others},
-        launches=last.detail["launches"] if work.section == "train" else 0,
+        torch={mode: statistics.median(each.seconds for each in measurements[mode]) for mode in others},
+        launches=last.detail["launches"] if job.section == "train" else 0,
     )
 
 
-def _against_tokenizer(rows: list[Row]) -> list[Row]:
-    """Of the way from text to files, the share that the tokenizer needs anyway: nothing can be faster than that."""
+def _relative_to_tokenizer(rows: list[Row]) -> list[Row]:
+    """Set the share of the ``files`` row to the part of its time that the tokenizer alone takes, a lower bound."""
     files, tokenizer = rows
-    fields = {**vars(files), "share": tokenizer.seconds / files.seconds, "ceiling": "tokenizer"}
-    return [Row(**fields), tokenizer]
+    return [dataclasses.replace(files, share=tokenizer.seconds / files.seconds, ceiling="tokenizer"), tokenizer]
 
 
-def _split(ours: Contestant, step: Row, ceilings: Ceilings) -> list[Row]:
-    """Where a step's time goes: the operations, the longest first, and what is none of them."""
-    answers = [ours.ask("split") for _ in range(SPLIT_RUNS)]
+def _breakdown(llmc: WorkerProcess, step: Row, ceilings: Ceilings) -> list[Row]:
+    """Measure the time of each operation in a training step: slowest first, then ``other`` for the rest."""
+    measurements = [llmc.run("split") for _ in range(BREAKDOWN_RUNS)]
     rows = []
-    for name, last in answers[-1].detail.items():
-        times = [answer.detail[name]["seconds"] for answer in answers]
+    for name, last in measurements[-1].detail.items():
+        times = [measurement.detail[name]["seconds"] for measurement in measurements]
         seconds = statistics.median(times)
         flops_per_s, bytes_per_s = last["flops"] / seconds, last["bytes"] / seconds
         share, ceiling = share_of_ceiling(flops_per_s, bytes_per_s, ceilings)
         rows.append(
-            Row(f"{step.name}/{name}", seconds, min(times), SPLIT_RUNS, flops_per_s, bytes_per_s, 0.0, share, ceiling,
-                last["calls"], launches=last["launches"])
+            Row(f"{step.name}/{name}", seconds, min(times), BREAKDOWN_RUNS, flops_per_s, bytes_per_s, 0.0, share,
+                ceiling, last["calls"], launches=last["launches"])
         )  # fmt: skip
     rows.sort(key=lambda row: -row.seconds)
-    rest = [answer.seconds - sum(operation["seconds"] for operation in answer.detail.values()) for answer in answers]
-    return [*rows, Row(f"{step.name}/other", statistics.median(rest), min(rest), SPLIT_RUNS)]
+    rest = [each.seconds - sum(operation["seconds"] for operation in each.detail.values()) for each in measurements]
+    return [*rows, Row(f"{step.name}/other", statistics.median(rest), min(rest), BREAKDOWN_RUNS)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmc_cli.benchmark.job import Work
+from llmc_cli.benchmark.job import Job
 from llmc_cli.benchmark.torch_gpt2 import GPT2
 from llmc_cli.benchmark.workloads import LR, TOKENS, WEIGHT_DECAY, Detail, Task, Workload, model_sizes
 from llmc_cli.errors import MissingError
@@ -310,31 +310,31 @@ def release() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def open_torch(work: Work) -> tuple[Workload, dict[str, Any]]:
-    """Return PyTorch's workload for ``work`` and its configuration.
+def open_torch(job: Job) -> tuple[Workload, dict[str, Any]]:
+    """Return PyTorch's workload for ``job`` and its configuration.
 
     With a compiled implementation the first task is compiled here; when sampling, other precisions are compiled when
-    first run. Raises MissingError if ``work`` requires a GPU and PyTorch finds none.
+    first run. Raises MissingError if ``job`` requires a GPU and PyTorch finds none.
     """
-    device = work.device if is_cuda(work.device) else "cpu"
+    device = job.device if is_cuda(job.device) else "cpu"
     if is_cuda(device):
-        _select_device(device, work.precision)
+        _select_device(device, job.precision)
     torch.manual_seed(SEED)
-    if work.threads is not None:
-        torch.set_num_threads(work.threads)
-    mode = MODES.get(work.side)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    mode = MODES.get(job.implementation)
     with torch.device(device):
-        workload = _workload(work, mode, device)
+        workload = _workload(job, mode, device)
     if mode:
-        first = f"token {work.precision.split()[0]}" if work.section == "sample" else workload.tasks[0]
+        first = f"token {job.precision.split()[0]}" if job.section == "sample" else workload.tasks[0]
         workload.prepare(first).run()
     configuration = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "precision": work.precision,
+        "precision": job.precision,
         "optimizer": "AdamW, fused",
         "attention": "scaled_dot_product_attention",
-        "mode": f"torch.compile, {mode}" if mode else "generate" if work.side == "transformers" else "eager",
+        "mode": f"torch.compile, {mode}" if mode else "generate" if job.implementation == "transformers" else "eager",
         "blas": "cuBLAS" if is_cuda(device) else "MKL" if torch.backends.mkl.is_available() else "no MKL",
     }
     if is_cuda(device):
@@ -352,17 +352,17 @@ def _select_device(device: str, precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-def _workload(work: Work, mode: str | None, device: str) -> Workload:
-    config, B, T = work.config, work.batch, work.seq_len
-    if work.section == "train":
-        return TrainWorkload(config, B, T, mode, work.precision, device)
-    if work.section == "kernels":
-        return KernelsWorkload(config, B, T, work.precision, device)
+def _workload(job: Job, mode: str | None, device: str) -> Workload:
+    config, B, T = job.config, job.batch, job.seq_len
+    if job.section == "train":
+        return TrainWorkload(config, B, T, mode, job.precision, device)
+    if job.section == "kernels":
+        return KernelsWorkload(config, B, T, job.precision, device)
 
     def create(dtype: torch.dtype) -> Sampler | TransformersSampler:
         with torch.device(device):
-            if work.side == "transformers":
+            if job.implementation == "transformers":
                 return TransformersSampler(config, B, T, dtype, device)
             return Sampler(config, B, T, mode, dtype, device)
 
-    return SampleWorkload(create, work.precision.split())
+    return SampleWorkload(create, job.precision.split())

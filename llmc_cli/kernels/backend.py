@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmc_cli.errors import MissingError, UsageError
 from llmc_cli.kernels.spec import Kernels
-from llmc_cli.machine.cores import available_cores, processor_name, usual_threads
+from llmc_cli.machine.cores import available_cores, default_threads, processor_name
 from llmc_cli.machine.memory import installed_memory
 
 PRECISIONS = ("auto", "fp32", "bf16", "bf16x3", "tf32")
@@ -61,7 +61,7 @@ def open_kernels(
     choice = os.environ.get("LLMC_MATMUL", "auto")
     if choice not in MATMULS:
         raise UsageError(f"LLMC_MATMUL={choice}: expected one of {', '.join(MATMULS)}")
-    threads = threads or usual_threads()
+    threads = threads or default_threads()
     _allow_threads(threads)
     tiles = choice != "blas" and _has_tiles()
     if choice == "tiles" and not tiles:

@@ -1,4 +1,4 @@
-"""The processor: its name, and the cores that this process may use."""
+"""The processor's name, and the number of cores available to this process."""
 
 import math
 import os
@@ -6,16 +6,16 @@ import platform
 from pathlib import Path
 
 
-def usual_threads() -> int:
-    """The cores that this process may use, but no more threads than the user has let numba start with."""
+def default_threads() -> int:
+    """Return the number of available cores, limited by ``NUMBA_NUM_THREADS`` if the user has set it."""
     cores = available_cores()
-    most = os.environ.get("NUMBA_NUM_THREADS", "")
-    return max(1, min(cores, int(most))) if most.isdecimal() else cores
+    limit = os.environ.get("NUMBA_NUM_THREADS", "")
+    return max(1, min(cores, int(limit))) if limit.isdecimal() else cores
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group rounded up; at least 1."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13: affinity, and PYTHON_CPU_COUNT
+    """Return the number of cores allowed by CPU affinity and by the cgroup quota, rounded up; at least 1."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13; honors PYTHON_CPU_COUNT
         cores = os.process_cpu_count()
     elif hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -25,10 +25,10 @@ def available_cores() -> int:
 
 
 def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that the control groups of this process allow, infinity where there is no limit.
+    """Return the CPU quota of this process's cgroups in cores, infinity if there is none.
 
-    ``process`` lists the groups, a line ``id:controllers:path`` each; a limit of any group above counts too. Inside a
-    container the path may name what is not visible there: then the root is the container's own group.
+    ``process`` has a line ``id:controllers:path`` per cgroup. Limits of parent groups apply too. In a container the
+    path may not be visible; the root then is the container's own group.
     """
     try:
         lines = process.read_text().splitlines()
@@ -49,7 +49,7 @@ def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/pro
 
 
 def _group_quota(folder: Path) -> float:
-    """The limit of one control group, of version 2 (``cpu.max``: quota and period) or 1 (a file for each)."""
+    """Return the quota of one group: ``cpu.max`` (cgroup v2) or ``cpu.cfs_quota_us`` and its period (v1)."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -57,12 +57,12 @@ def _group_quota(folder: Path) -> float:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no such file; "max" for no limit
+    except (OSError, ValueError):  # no such file, or "max": no limit
         return math.inf
 
 
 def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
+    """Return the processor's model name, or its architecture if the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

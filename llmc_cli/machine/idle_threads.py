@@ -1,25 +1,31 @@
-"""How idle threads wait, which the libraries that have them read from the environment when they load."""
+"""How idle threads of BLAS and numba wait. The libraries read these environment variables when they are loaded."""
 
 import os
 
-PASSIVE = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
-"""BLAS and numba take turns; a pool that spins while the other works costs half the machine."""
+PASSIVE_WAIT = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
+"""BLAS and numba alternate, so a thread pool that spins while idle takes up to half of the cores from the other."""
 
-SPINS = {"GOMP_SPINCOUNT": "2000"}
-"""Turns that idle threads of numba's spin before they sleep: a tenth of a millisecond."""
+SPIN_WAIT = {"GOMP_SPINCOUNT": "2000"}
+"""Iterations that idle numba threads spin before they sleep: about 0.1 ms."""
 
 _set_here: set[str] = set()
 
 
-def wait_passively() -> None:
-    """Set these variables for this process and its children, where the user has not; before NumPy is imported."""
-    _set(PASSIVE)
+def set_passive_wait() -> None:
+    """Make idle threads sleep, in this process and its children. Call before NumPy is imported.
+
+    Variables that the user has set are left alone.
+    """
+    _set(PASSIVE_WAIT)
 
 
-def spin_between_calls() -> None:
-    """For work of many short calls of numba's alone, as sampling is, where waking a thread takes longer than a call;
-    before numba is imported."""
-    _set(SPINS)
+def set_spin_wait() -> None:
+    """Make idle numba threads spin briefly before they sleep. Call before numba is imported.
+
+    For many short numba calls, as in sampling, where waking a thread takes longer than a call. Variables that the user
+    has set are left alone.
+    """
+    _set(SPIN_WAIT)
 
 
 def _set(variables: dict[str, str]) -> None:
@@ -29,6 +35,6 @@ def _set(variables: dict[str, str]) -> None:
             _set_here.add(name)
 
 
-def users_environment() -> dict[str, str]:
-    """The environment as the user gave it, for the processes of others."""
+def user_environment() -> dict[str, str]:
+    """Return the environment without the variables set by this module."""
     return {name: value for name, value in os.environ.items() if name not in _set_here}

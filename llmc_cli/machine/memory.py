@@ -1,4 +1,4 @@
-"""How much memory this process holds, as far as the system says."""
+"""Memory of this process and of this machine."""
 
 import os
 import sys
@@ -8,18 +8,18 @@ STATUS = Path("/proc/self/status")
 
 
 def resident_memory() -> int | None:
-    """Bytes held now; None where the system does not say."""
-    return _linux("VmRSS:") if STATUS.exists() else peak_memory()
+    """Return the resident memory of this process in bytes (elsewhere than on Linux, its peak); None if unknown."""
+    return _status_field("VmRSS:") if STATUS.exists() else peak_memory()
 
 
 def peak_memory() -> int | None:
-    """Bytes held at most so far; None where the system does not say.
+    """Return the peak resident memory of this process in bytes; None if unknown.
 
-    Linux: VmHWM, since getrusage's ru_maxrss there begins with what the parent process held. Elsewhere ru_maxrss, which
-    macOS gives in bytes and the BSDs in KiB.
+    Linux: VmHWM, because ``ru_maxrss`` of getrusage starts at the parent process's value there. Elsewhere
+    ``ru_maxrss``, in bytes on macOS and in KiB on the BSDs.
     """
     if STATUS.exists():
-        return _linux("VmHWM:")
+        return _status_field("VmHWM:")
     if sys.platform == "win32":
         return None
     import resource
@@ -28,7 +28,7 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _linux(field: str) -> int | None:
+def _status_field(field: str) -> int | None:
     for line in STATUS.read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -36,7 +36,7 @@ def _linux(field: str) -> int | None:
 
 
 def installed_memory() -> int | None:
-    """Bytes of this machine's memory. Windows has no such call, and refuses an allocation itself."""
+    """Return the physical memory of this machine in bytes; None on Windows, which has no sysconf."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

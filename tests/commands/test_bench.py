@@ -165,4 +165,4 @@ def test_against_torch(bench):
     assert lines[4].startswith("row\tms\tbest\truns\trate\tshare\tof\ttorch eager ms\tratio")
     assert any(line.startswith("train: torch eager\t") and "torch 2" in line for line in lines)
     assert lines[-1].startswith("train/step: ratio ")
-    assert "medians of 2 runs in turns" in lines[-1]
+    assert "medians of 2 interleaved runs" in lines[-1]

@@ -1,4 +1,3 @@
-import math
 import os
 import platform
 import subprocess
@@ -21,7 +20,7 @@ def test_cpu_backend_says_what_it_is(no_cupy):
     assert "cpu" in backend.reason
     assert "fp32" in backend.reason
     assert device.open_kernels("cpu", "fp32", None).reason == ""
-    assert device.open_kernels("cpu", "fp32", None).threads == cores.usual_threads()
+    assert device.open_kernels("cpu", "fp32", None).threads == cores.default_threads()
 
 
 @pytest.mark.parametrize(
@@ -141,71 +140,12 @@ def test_importing_program_is_not_surprised(tmp_path, monkeypatch, more):
     subprocess.run([sys.executable, "-c", PROGRAM.replace("MORE", str(more))], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(("most", "threads"), [("1", 1), ("100000", None), ("0", 1), ("", None), ("many", None)])
-def test_numba_limited_by_the_environment(monkeypatch, most, threads):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", most)
-    monkeypatch.setattr(cores, "available_cores", lambda: 3)
-    assert cores.usual_threads() == (threads or 3)
-    monkeypatch.delenv("NUMBA_NUM_THREADS")
-    assert cores.usual_threads() == 3
-
-
 def test_one_thread_by_the_environment(tmp_path):
     program = "from llmc_cli.kernels.backend import open_kernels; print(open_kernels('cpu', 'fp32', None).threads)"
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.stdout == "1\n", run.stderr
-
-
-def test_available_cores(monkeypatch):
-    assert cores.available_cores() >= 1
-    if hasattr(os, "sched_getaffinity"):
-        assert cores.available_cores() <= len(os.sched_getaffinity(0))
-    monkeypatch.setattr(cores, "cpu_quota", lambda: 0.4)
-    assert cores.available_cores() == 1
-    monkeypatch.setattr(cores, "cpu_quota", lambda: math.inf)
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cores.available_cores() == 1
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert cores.available_cores() == 6
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "quota"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
-        (
-            "0::/a/b\n",
-            {"cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "a/b/cpu.max": "300000 100000\n"},
-            2.0,
-        ),
-        ("0::/not/visible\n", {"cpu.max": "50000 100000\n"}, 0.5),
-        (
-            "4:memory:/x\n3:cpu,cpuacct:/\n",
-            {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"},
-            4.0,
-        ),
-        ("3:cpu:/j\n", {"cpu/j/cpu.cfs_quota_us": "-1\n", "cpu/j/cpu.cfs_period_us": "100000\n"}, math.inf),
-        ("1:name=systemd:/\n", {}, math.inf),
-        (None, {}, math.inf),
-    ],
-)
-def test_cpu_quota(tmp_path, groups, files, quota):
-    for name, text in files.items():
-        path = tmp_path / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if groups is not None:
-        (tmp_path / "self").write_text(groups)
-    assert cores.cpu_quota(tmp_path / "cgroup", tmp_path / "self") == quota
-
-
-def test_processor_name():
-    assert cores.processor_name() or sys.platform == "win32"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")

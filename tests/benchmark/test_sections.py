@@ -1,19 +1,17 @@
 """Ceilings, our workloads, and rows made of what they take; never how fast this machine is."""
 
 import contextlib
-import dataclasses
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.benchmark_inputs import CEILINGS, CONFIG, quiet, row, work
+from support.benchmark_inputs import CEILINGS, CONFIG, ignore, make_job
 from support.cuda_notebook import Notebook
 
 from llmc_cli.benchmark import sections
 from llmc_cli.benchmark.ceilings import memory_bandwidth
-from llmc_cli.benchmark.results import model_flops_utilization, share_of_ceiling
-from llmc_cli.benchmark.sections import measure
+from llmc_cli.benchmark.sections import measure_section
 from llmc_cli.benchmark.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.backend import open_sampling
@@ -22,17 +20,6 @@ from llmc_cli.kernels.operation import Cost
 from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.kernels.peak import matmul_flops
 from llmc_cli.models.layout import parameter_count
-
-
-def test_the_share_is_that_of_what_bounds_the_work():
-    assert share_of_ceiling(50e9, 1e9, CEILINGS) == (0.5, "matmul")
-    assert share_of_ceiling(5e9, 8e9, CEILINGS) == (0.8, "memory")
-
-
-def test_the_share_of_training_is_by_a_published_peak_where_there_is_one():
-    assert model_flops_utilization(50e9, CEILINGS) == (0.5, "MFU")
-    published = dataclasses.replace(CEILINGS, published=2e12)
-    assert model_flops_utilization(50e9, published) == (0.025, "MFU of 2 TFLOP/s")
 
 
 def test_ceilings_are_measured(backend):
@@ -91,8 +78,8 @@ def test_sample_workload_counts_the_bytes_that_weights_are_kept_in(backend):
         task.run()
 
 
-def test_a_training_section():
-    measured = measure(work("train"), CEILINGS, False, quiet)
+def test_train_section_has_a_step_and_its_operations():
+    measured = measure_section(make_job("train"), CEILINGS, False, ignore)
     step, *parts = measured.rows
     assert step.name == "train/step"
     assert step.runs == 2
@@ -101,64 +88,58 @@ def test_a_training_section():
     assert step.share == pytest.approx(step.flops_per_s / CEILINGS.flops)
     assert {"train/step/adamw", "train/step/other"} < {part.name for part in parts}
     assert [part.seconds for part in parts[:-1]] == sorted((part.seconds for part in parts[:-1]), reverse=True)
-    assert [side.side for side in measured.sides] == ["llmc"]
-    assert measured.sides[0].configuration["threads"] == 1
+    assert [worker.implementation for worker in measured.workers] == ["llmc"]
+    assert measured.workers[0].configuration["threads"] == 1
     assert not step.torch
     assert step.best_mode == ""
 
 
-def test_a_preprocessing_section_is_held_against_the_tokenizer():
-    files, tokenizer = measure(work("prepro"), CEILINGS, False, quiet).rows
+def test_prepro_share_is_relative_to_the_tokenizer():
+    files, tokenizer = measure_section(make_job("prepro"), CEILINGS, False, ignore).rows
     assert files.ceiling == "tokenizer"
     assert files.share == pytest.approx(tokenizer.seconds / files.seconds)
     assert files.tokens_per_s > 0
 
 
-def test_rows_know_their_ratios():
-    made = row("train/step", 2.0, torch={"torch eager": 3.0, "torch compiled": 1.0})
-    assert made.ratios == {"torch eager": 1.5, "torch compiled": 0.5}
-    assert made.best_mode == "torch compiled"
-
-
 @pytest.mark.parametrize(
-    ("section", "precision", "theirs"),
+    ("section", "precision", "torch_precision"),
     [("train", "bf16", "bf16"), ("kernels", "bf16", "bf16"), ("train", "bf16x3", "fp32"), ("sample", "bf16", "fp32")],
 )
-def test_pytorch_takes_part_in_our_precision_where_it_has_it(monkeypatch, section, precision, theirs):
-    def contest(works):
-        raise StopIteration([each.precision for each in works])
+def test_torch_uses_the_same_precision_if_supported(monkeypatch, section, precision, torch_precision):
+    def open_workers(jobs):
+        raise StopIteration([job.precision for job in jobs])
 
-    monkeypatch.setattr(sections, "contest", contest)
+    monkeypatch.setattr(sections, "open_workers", open_workers)
     with pytest.raises(StopIteration) as started:
-        measure(work(section, precision=precision), CEILINGS, True, quiet)
+        measure_section(make_job(section, precision=precision), CEILINGS, True, ignore)
     assert started.value.value[0] == precision
-    assert set(started.value.value[1:]) == {theirs}
+    assert set(started.value.value[1:]) == {torch_precision}
 
 
-def test_on_a_gpu_pytorch_may_make_graphs_and_samples_in_our_precisions(monkeypatch):
-    def contest(works):
-        raise StopIteration(works)
+def test_torch_samples_with_cuda_graphs_in_all_precisions_on_a_gpu(monkeypatch):
+    def open_workers(jobs):
+        raise StopIteration(jobs)
 
-    monkeypatch.setattr(sections, "contest", contest)
+    monkeypatch.setattr(sections, "open_workers", open_workers)
     monkeypatch.setattr(sections, "sampling_precisions", lambda device, precision: ("fp32", "bf16"))
     with pytest.raises(StopIteration) as started:
-        measure(work("sample", device="cuda:0", precision="auto"), CEILINGS, True, quiet)
-    assert {each.side: each.precision for each in started.value.value} == {
+        measure_section(make_job("sample", device="cuda:0", precision="auto"), CEILINGS, True, ignore)
+    assert {job.implementation: job.precision for job in started.value.value} == {
         "llmc": "auto",
         **dict.fromkeys(("torch eager", "torch compiled", "transformers", "torch graphs"), "fp32 bf16"),
     }
 
 
-def test_without_pytorch_nothing_is_measured(monkeypatch):
-    absent = {"torch eager": "too old", "torch compiled": "too old", "transformers": "not there"}
+def test_error_if_no_torch_mode_is_available(monkeypatch):
+    unavailable = {"torch eager": "too old", "torch compiled": "too old", "transformers": "not there"}
 
     @contextlib.contextmanager
-    def contest(works):
-        yield [SimpleNamespace(tasks=())], absent
+    def open_workers(jobs):
+        yield [SimpleNamespace(tasks=())], unavailable
 
-    monkeypatch.setattr(sections, "contest", contest)
+    monkeypatch.setattr(sections, "open_workers", open_workers)
     with pytest.raises(MissingError, match=r"^--against torch: sample: too old; not there$"):
-        measure(work("sample"), CEILINGS, True, quiet)
+        measure_section(make_job("sample"), CEILINGS, True, ignore)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +152,6 @@ def test_without_pytorch_nothing_is_measured(monkeypatch):
         ("prepro", "cuda:0", 0),
     ],
 )
-def test_runs_that_bring_back_what_others_have_used(section, device, runs):
-    found = sections._untimed(work(section, device=device))
-    assert (found, type(found)) == (runs, int)  # it is sent as JSON
+def test_number_of_warmup_runs(section, device, runs):
+    count = sections._warmup_runs(make_job(section, device=device))
+    assert (count, type(count)) == (runs, int)  # serialized to JSON

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from support.benchmark_inputs import CEILINGS, CONFIG, quiet, work
+from support.benchmark_inputs import CEILINGS, CONFIG, ignore, make_job
 
 from llmc_cli.benchmark import interleave, sections
-from llmc_cli.benchmark.sections import measure
+from llmc_cli.benchmark.sections import measure_section
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.models.layout import parameter_count
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.witness
 
 
 def test_torch_takes_turns_at_the_same_operations(monkeypatch):
-    monkeypatch.setattr(interleave, "SETTLE_S", 0)
-    measured = measure(work("kernels"), CEILINGS, True, quiet)
+    monkeypatch.setattr(interleave, "PAUSE_S", 0)
+    measured = measure_section(make_job("kernels"), CEILINGS, True, ignore)
     alone = {row.name for row in measured.rows if not row.torch}
     assert alone == {"kernels/attention_cached", "kernels/embedding_backward"}
-    assert measured.absent == {}
+    assert measured.unavailable == {}
 
 
 def test_every_equivalent_is_named_after_an_operation():
@@ -34,19 +34,19 @@ def test_every_equivalent_is_named_after_an_operation():
 @pytest.mark.parametrize("section", ["train", "sample"])
 def test_torch_takes_turns(monkeypatch, section):
     """Compiled as well, where there is a compiler; where there is none, that is said."""
-    monkeypatch.setitem(sections.WARM_UP, section, 1)
-    measured = measure(work(section), CEILINGS, True, quiet)
+    monkeypatch.setitem(sections.WARMUP_ROUNDS, section, 1)
+    measured = measure_section(make_job(section), CEILINGS, True, ignore)
     first = measured.rows[0]
     assert "torch eager" in first.torch
     modes = set(sections.TORCH_MODES[section])
-    assert modes == set(first.torch) | set(measured.absent)
-    assert set(measured.absent) <= {"torch compiled"}
+    assert modes == set(first.torch) | set(measured.unavailable)
+    assert set(measured.unavailable) <= {"torch compiled"}
     assert first.ratios[first.best_mode] == min(first.torch.values()) / first.seconds
-    configuration = measured.sides[1].configuration
+    configuration = measured.workers[1].configuration
     assert configuration["threads"] == 1
     assert configuration["precision"] == "fp32"
     assert configuration["optimizer"] == "AdamW, fused"
-    assert all(side.peak_memory for side in measured.sides)
+    assert all(worker.peak_memory for worker in measured.workers)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_without_a_card_it_says_so(monkeypatch, built, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(MissingError, match=rf"^PyTorch {re.escape(torch.__version__)} finds no CUDA device: {reason}"):
-        open_torch(work("train", side="torch eager", device="cuda:0", precision="bf16"))
+        open_torch(make_job("train", implementation="torch eager", device="cuda:0", precision="bf16"))
 
 
 def test_samples_in_common_are_of_the_same_precision(monkeypatch):
@@ -70,7 +70,7 @@ def test_samples_in_common_are_of_the_same_precision(monkeypatch):
     from llmc_cli.benchmark.torch_workloads import open_torch
 
     for precision, halved in (("fp32", False), ("fp32 bf16", True)):
-        workload, _ = open_torch(work("sample", side="torch eager", precision=precision))
+        workload, _ = open_torch(make_job("sample", implementation="torch eager", precision=precision))
         kept = {}
         for name in workload.tasks:
             task = workload.prepare(name)
@@ -86,7 +86,7 @@ def test_torch_in_bf16_runs_under_autocast(section):
 
     from llmc_cli.benchmark.torch_workloads import KernelsWorkload, open_torch
 
-    workload, configuration = open_torch(work(section, side="torch eager", precision="bf16"))
+    workload, configuration = open_torch(make_job(section, implementation="torch eager", precision="bf16"))
     assert configuration["precision"] == "bf16"
     for name in workload.tasks:
         workload.prepare(name).run()
@@ -149,7 +149,7 @@ def test_what_is_asked_for_is_compiled_first(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, mode: function)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32 bf16", torch.float32)):
-        workload, _ = open_torch(work("sample", side="torch compiled", precision=precision))
+        workload, _ = open_torch(make_job("sample", implementation="torch compiled", precision=precision))
         assert list(workload._samplers) == [dtype]
 
 
@@ -253,7 +253,9 @@ def test_all_of_it_is_on_the_card(card, section, precision, products):
             return out
 
     with OnTheCard():
-        workload, configuration = open_torch(work(section, side="torch eager", device=CARD, precision=precision))
+        workload, configuration = open_torch(
+            make_job(section, implementation="torch eager", device=CARD, precision=precision)
+        )
         assert card["waits"] == 0
         for count, name in enumerate(workload.tasks):
             workload.prepare(name).run()

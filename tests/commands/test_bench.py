@@ -1,4 +1,4 @@
-"""The command: what it prints and how it exits. Ceilings are made up; the tiny runs take no measure of this machine."""
+"""Output and exit status of ``bench``, with made-up ceilings and tiny runs."""
 
 import json
 
@@ -22,7 +22,7 @@ def bench(monkeypatch, tiny_config):
     return run
 
 
-@pytest.mark.usefixtures("backend")  # the kernels are compiled, so that no line tells of it
+@pytest.mark.usefixtures("backend")  # the kernels are compiled already
 def test_tables_on_stdout_progress_on_stderr(bench):
     result = bench("train", "-b", 2, "--precision", "fp32")
     assert result.exit_code == 0, result.output
@@ -43,7 +43,7 @@ def test_tables_on_stdout_progress_on_stderr(bench):
     assert "train: step" in result.stderr
 
 
-def test_the_level_of_recomputing_is_ours(bench):
+def test_recompute_level_is_recorded(bench):
     result = bench("train", "--recompute", 2, "--json", "--quiet")
     document = json.loads(result.stdout)
     assert document["settings"]["sections"] == {"train": {"batch": 4, "seq_len": 8, "recompute": 2}}
@@ -52,7 +52,7 @@ def test_the_level_of_recomputing_is_ours(bench):
     assert side["peak_memory"] is None or side["peak_memory"] > 0
 
 
-def test_quiet_json_is_one_document(bench):
+def test_json_output_is_one_document(bench):
     result = bench("sample", "--json", "--quiet")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
@@ -69,32 +69,32 @@ def test_quiet_json_is_one_document(bench):
     assert {"machine", "load", "versions", "changes", "compile_seconds"} < document.keys()
 
 
-def saved(path, scale):
-    """The saved results at ``path`` with all times multiplied."""
+def scale_saved_times(path, scale):
+    """Multiply the times in the saved results at ``path``."""
     content = json.loads(path.read_text())
     for row in content["rows"]:
         row["seconds"] *= scale
     path.write_text(json.dumps(content))
 
 
-def test_a_baseline_is_kept_and_held_against(bench, tmp_path):
+def test_save_and_compare_with_baseline(bench, tmp_path):
     path = tmp_path / "before.json"
     assert bench("sample", "--save", path).exit_code == 0
-    saved(path, 1e6)
+    scale_saved_times(path, 1e6)
     faster = bench("sample", "--baseline", path)
     assert faster.exit_code == 0, faster.output
     assert "sample/token fp32\t" in faster.stdout.split("row\tbefore, ms\tnow, ms\tchange\n")[1]
-    saved(path, 1e-12)
+    scale_saved_times(path, 1e-12)
     slower = bench("sample", "--baseline", path, "--tolerance", 0.25, "--save", path)
     assert slower.exit_code == 1
     assert "more than 25%: sample/token fp32 (+" in slower.stderr
-    assert json.loads(path.read_text())["changes"][0]["slowdown"] > 1  # what was measured is kept all the same
+    assert json.loads(path.read_text())["changes"][0]["slowdown"] > 1  # the results are saved despite exit status 1
     other = bench("sample", "--baseline", path, "-b", 3)
     assert other.exit_code == 2
     assert "sample: batch was 1, is 3" in other.stderr
 
 
-def test_a_dash_is_stdout_and_stdin(bench, tmp_path, monkeypatch):
+def test_dash_is_stdout_and_stdin(bench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = bench("sample", "--save", "-", "--quiet")
     assert saved.exit_code == 0, saved.output
@@ -109,22 +109,22 @@ def test_a_dash_is_stdout_and_stdin(bench, tmp_path, monkeypatch):
     assert "slower than stdin by more than 10%" in slower.stderr
     elsewhere = bench("sample", "--baseline", "-", "-b", 3, input=saved.stdout)
     assert elsewhere.exit_code == 2
-    assert "stdin: cannot be compared: sample: batch was 1, is 3" in elsewhere.stderr
+    assert "stdin: not comparable: sample: batch was 1, is 3" in elsewhere.stderr
     other = bench("sample", "--baseline", "-", input="x")
     assert other.exit_code == 3
-    assert other.stderr.startswith("llmc: stdin: found no saved benchmark")
+    assert other.stderr.startswith("llmc: stdin: not a saved benchmark")
     assert list(tmp_path.glob("-")) == []
 
 
-def test_a_picture(bench, tmp_path):
-    result = bench("sample", "--plot", tmp_path / "picture.svg")
+def test_plot_writes_a_chart(bench, tmp_path):
+    result = bench("sample", "--plot", tmp_path / "chart.svg")
     assert result.exit_code == 0, result.output
-    assert b"sample/token" in (tmp_path / "picture.svg").read_bytes()
+    assert b"sample/token" in (tmp_path / "chart.svg").read_bytes()
 
 
 @pytest.mark.usefixtures("backend")
-def test_the_start_has_rows_and_no_processes(bench, monkeypatch):
-    monkeypatch.setattr(startup, "first_step", lambda *arguments: 1.5)
+def test_start_section_has_rows_but_no_workers(bench, monkeypatch):
+    monkeypatch.setattr(startup, "time_first_step", lambda *arguments: 1.5)
     result = bench("start")
     assert result.exit_code == 0, result.output
     names = [line.split("\t")[0] for line in result.stdout.splitlines()]
@@ -135,26 +135,26 @@ def test_the_start_has_rows_and_no_processes(bench, monkeypatch):
     ("arguments", "status", "message"),
     [
         (("losses",), 2, "losses"),
-        (("train", "--plot", "picture.gif"), 2, "expected .svg or .png"),
-        (("start", "--plot", "picture.svg"), 2, "no shares"),
-        (("prepro", "--against", "torch"), 2, "no part in prepro"),
+        (("train", "--plot", "chart.gif"), 2, "expected .svg or .png"),
+        (("start", "--plot", "chart.svg"), 2, "no ceiling to plot against"),
+        (("prepro", "--against", "torch"), 2, "no PyTorch equivalent of prepro"),
         (("train", "--against", "jax"), 2, "jax"),
         (("train", "--baseline", "missing.json"), 3, "missing.json: No such file"),
         (("train", "--device", "cuda"), 4, "CuPy"),
     ],
 )
-def test_refusals(no_cupy, bench, arguments, status, message):
+def test_invalid_options(no_cupy, bench, arguments, status, message):
     result = bench(*arguments)
     assert result.exit_code == status
     assert message in result.stderr
     assert result.stdout == ""
 
 
-def test_without_torch(bench, monkeypatch):
+def test_missing_torch(bench, monkeypatch):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     result = bench("train", "--against", "torch")
     assert result.exit_code == 4
-    assert result.stderr == "llmc: --against torch: PyTorch is not installed; pip install 'llmc-cli[witness]'\n"
+    assert result.stderr == "llmc: --against torch: PyTorch is not installed; run pip install 'llmc-cli[witness]'\n"
 
 
 @pytest.mark.witness

@@ -82,7 +82,7 @@ def test_a_graph_that_is_refused_is_told_of(tiny_config, tmp_path):
     result = bench("train", tiny_config, "--json", PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     told = "--device cuda: launched one by one, since no graph can be made: "
-    assert f"train: llmc warns: {told}" in " ".join(result.stderr.split())
+    assert f"train: warning from llmc: {told}" in " ".join(result.stderr.split())
     (side,) = json.loads(result.stdout)["sides"]
     assert side["configuration"]["warnings"].startswith(told)
 
@@ -145,5 +145,5 @@ def test_pytorch_without_a_card_is_an_error(tiny_config):
 def test_a_device_too_small(tiny_config):
     result = bench("train", tiny_config, "-b", 100_000, "--quiet", LLMC_EMULATOR_MEMORY=str(40 << 20))
     assert (result.returncode, result.stdout) == (4, "")
-    assert "llmc cannot do this: OutOfMemoryError" in result.stderr
-    assert "take a smaller --batch" in result.stderr
+    assert "llmc failed: OutOfMemoryError" in result.stderr
+    assert "use a smaller --batch" in result.stderr

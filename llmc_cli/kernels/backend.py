@@ -90,7 +90,7 @@ def open_sampling(
     _allow_threads(threads)
     from llmc_cli.kernels.cpu import loading
 
-    kernels = loading.load_decoding(on_compile)(threads, precision)
+    kernels = loading.load(loading.SAMPLING, on_compile).SamplingKernels(threads, precision)
     description = _describe(threads, kernels.products_name())
     return Backend(kernels, "cpu", precision, threads, description, "; ".join(reasons), installed_memory())
 
@@ -194,19 +194,20 @@ def _open_cpu(
     """
     from llmc_cli.kernels.cpu import loading
 
-    kernels_class = loading.load_kernels(on_compile)
+    kernels_class = loading.load(loading.KERNELS, on_compile).CpuKernels
     matmul = attention = None
     if tiles:
-        matmul = loading.load_tiles(PARTS[precision], on_compile)
-        attention = loading.load_tile_attention(on_compile) if precision == "bf16" else None
+        parts = PARTS[precision]
+        matmul = loading.load(loading.tile_matmul(parts), on_compile).TileMatmul(parts)
+        attention = loading.load(loading.TILE_ATTENTION, on_compile) if precision == "bf16" else None
     elif precision == "bf16":
-        matmul = loading.load_rounded(on_compile)
+        matmul = loading.load(loading.ROUNDED_MATMUL, on_compile).RoundedMatmul()
     kernels = kernels_class(threads, matmul, attention, on_compile)
     products = kernels.matmul.name
     if tiles and may_choose_blas and precision == "fp32":
-        from llmc_cli.kernels.cpu.matmul_choice import gain
+        from llmc_cli.kernels.cpu.matmul_choice import speedup_over_blas
 
-        speedup = gain(kernels.matmul, threads)
+        speedup = speedup_over_blas(kernels.matmul, threads)
         if speedup is not None:
             if speedup < 1.0:
                 kernels = kernels_class(threads, None, None, on_compile)

@@ -68,10 +68,10 @@ def test_what_multiplies(monkeypatch, tiles):
 @pytest.mark.parametrize(("gained", "product"), [(1.5, "six bf16 products"), (0.9, "openblas")])
 def test_float32_takes_what_is_faster(monkeypatch, gained, product):
     monkeypatch.delenv("LLMC_MATMUL", raising=False)
-    loading.load_kernels()
+    loading.load(loading.KERNELS)
     from llmc_cli.kernels.cpu import matmul_choice
 
-    monkeypatch.setattr(matmul_choice, "gain", lambda matmul, threads: gained)
+    monkeypatch.setattr(matmul_choice, "speedup_over_blas", lambda matmul, threads: gained)
     backend = device.open_kernels("cpu", "fp32", 1)
     assert backend.kernels.matmul.name.startswith(product)
     assert f"six bf16 products on AMX tiles measured {gained:.2f} times as fast as BLAS" in backend.description
@@ -79,7 +79,7 @@ def test_float32_takes_what_is_faster(monkeypatch, gained, product):
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_what_is_faster_is_measured_once(monkeypatch, tmp_path, writable):
-    loading.load_kernels()
+    loading.load(loading.KERNELS)
     from llmc_cli.kernels.cpu import matmul_choice
     from llmc_cli.kernels.cpu.matmul import BlasMatmul
 
@@ -88,16 +88,16 @@ def test_what_is_faster_is_measured_once(monkeypatch, tmp_path, writable):
         folder.write_text("a file, so no folder")
     monkeypatch.setattr(compile_cache, "kernel_folder", lambda: folder)
     monkeypatch.setattr(matmul_choice, "is_busy", lambda: True)
-    assert matmul_choice.gain(BlasMatmul(), 1) is None
+    assert matmul_choice.speedup_over_blas(BlasMatmul(), 1) is None
     monkeypatch.setattr(matmul_choice, "is_busy", lambda: False)
-    found = matmul_choice.gain(BlasMatmul(), 1)
+    found = matmul_choice.speedup_over_blas(BlasMatmul(), 1)
     assert 0.05 < found < 20.0  # itself, on a busy machine
     if writable:
-        monkeypatch.setattr(matmul_choice, "measure", lambda matmul: pytest.fail("measured again"))
-        assert matmul_choice.gain(BlasMatmul(), 1) == pytest.approx(found, abs=0.006)
+        monkeypatch.setattr(matmul_choice, "measure_speedup", lambda matmul: pytest.fail("measured again"))
+        assert matmul_choice.speedup_over_blas(BlasMatmul(), 1) == pytest.approx(found, abs=0.006)
     else:
-        monkeypatch.setattr(matmul_choice, "measure", lambda matmul: 7.0)
-        assert matmul_choice.gain(BlasMatmul(), 1) == 7.0
+        monkeypatch.setattr(matmul_choice, "measure_speedup", lambda matmul: 7.0)
+        assert matmul_choice.speedup_over_blas(BlasMatmul(), 1) == 7.0
 
 
 def test_what_cannot_multiply(monkeypatch):

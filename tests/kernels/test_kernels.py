@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from support.cpu_kernels import scratch_bytes, thread_limit
 
 from llmc_cli.kernels.backend import open_kernels
 from llmc_cli.kernels.cases import Case, cases, prepare, run
@@ -66,7 +67,7 @@ WITH_BLAS = [case for case in CASES if case.operation in USES_BLAS]
 def test_same_bits_with_one_thread_and_two(precise, case):
     cpu, _ = precise
     two = {name: value.tobytes() for name, value in run(cpu, case).items()}
-    with cpu.limited_to(1):
+    with thread_limit(cpu, 1):
         one = {name: value.tobytes() for name, value in run(cpu, case).items()}
     assert one == two
 
@@ -116,7 +117,7 @@ def test_alloc_is_aligned_and_zero(cpu):
 
 
 def test_large_memory_is_zero(cpu, monkeypatch):
-    monkeypatch.setattr("llmc_cli.kernels.cpu.kernels.LARGE", 1000)
+    monkeypatch.setattr("llmc_cli.kernels.cpu.kernels.PARALLEL_CLEAR", 1000)
     for size in (250, 999, 50_000):
         cpu.alloc((size,), np.float32)[:] = 1.0  # given back at once: the next may be made of it
         assert not cpu.alloc((size,), np.float32).any()
@@ -245,4 +246,4 @@ def test_workspace_is_planned(precise):
         Case("sum_squares", "", {"out": np.zeros(1), "g": np.zeros(Vp * C)}),
     ):  # fmt: skip
         run(fresh, case)
-    assert 0 < fresh.scratch_bytes() <= fresh.workspace_bytes(B, T, C, NH, Vp)
+    assert 0 < scratch_bytes(fresh, fresh.matmul) <= fresh.workspace_bytes(B, T, C, NH, Vp)

@@ -14,7 +14,7 @@ from numba import carray, njit
 from numba.core.types import int64, voidptr
 from numba.extending import intrinsic
 
-from llmc_cli.kernels.cpu import amx, compiling
+from llmc_cli.kernels.cpu import amx, compiling, loading
 from llmc_cli.kernels.cpu.amx import intrinsics
 
 
@@ -173,17 +173,26 @@ MODULES = ("panels", "matmul", "attention")
 def emulated():
     """The modules of ``MODULES`` once more, by name, on emulated tiles. The real ones and their cache know nothing of
     these."""
+    loading.load(loading.KERNELS)  # first, so that only emulated kernels are registered below
     tiles = types.ModuleType("emulated_amx")
     vars(tiles).update(vars(intrinsics))
     vars(tiles).update({function.__name__: function for function in INSTEAD}, available=lambda: True)
     softmax = types.ModuleType("emulated_softmax")
     softmax.exponentials, softmax.score_gradients = exponentials, score_gradients
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "caching", False)
         patch.setattr(amx, "intrinsics", tiles)
         patch.setattr(amx, "softmax", softmax, raising=False)
         for name in MODULES:
             patch.setitem(sys.modules, f"{amx.__name__}.{name}", None)  # put back or removed at the end
             patch.setattr(amx, name, None, raising=False)
             del sys.modules[f"{amx.__name__}.{name}"]
-        return {name: importlib.import_module(f"{amx.__name__}.{name}") for name in MODULES}
+        modules = {name: importlib.import_module(f"{amx.__name__}.{name}") for name in MODULES}
+        compiling.compile_registered(None)
+        return modules
+
+
+def emulated_matmul(matmul, parts):
+    """Return ``TileMatmul(parts)`` of the emulated module ``matmul``."""
+    matmul.register_product(parts)
+    compiling.compile_registered(None)
+    return matmul.TileMatmul(parts)

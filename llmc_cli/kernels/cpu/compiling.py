@@ -1,18 +1,19 @@
-"""How every kernel of this folder is compiled.
+"""Decorators for the CPU kernels, and their compilation.
 
-A kernel is a function over whole arrays with one signature, compiled when its module is imported and kept in the cache
-that ``cache.load_kernels`` chose before. A helper is inlined into kernels and compiled with them.
+A kernel is a function over whole arrays with one signature. Its decorator only registers it; ``compile_registered``
+compiles it, with or without an on-disk cache. A helper is a function that kernels call; it is compiled with them.
 
-Kernels are parallel over outputs and split their work in pieces whose size does not depend on the number of threads, so
-that the same inputs give the same bits. Of fast mathematics only those parts are allowed that keep NaN and infinity:
-``REORDER`` lets sums be vectorized, ``CONTRACT`` makes fused multiply-adds. (Reordering products can overflow: where
-exponentials are multiplied it is CONTRACT.)
+Kernels are parallel over outputs and divide their work into pieces whose size does not depend on the number of threads,
+so the same inputs give the same bits. Only those fast-math flags are used that preserve NaN and infinity: ``REORDER``
+allows sums to be vectorized, ``CONTRACT`` only allows fused multiply-adds. Reordered products can overflow, so code
+that multiplies exponentials uses ``CONTRACT``.
 
-LLVM vectorizes loops that count from 0 over whole arrays. One from ``start`` to ``stop`` it often does not, since
-numba's indices may be negative: such loops stand in a helper that gets slices.
+LLVM vectorizes loops that run from 0 over a whole array. It often fails on loops from ``start`` to ``stop``, because
+numba's indices may be negative; such loops are moved into a helper that receives slices.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -40,38 +41,80 @@ ubytes2 = types.uint8[:, ::1]
 uint2 = types.uint32[:, ::1]
 
 WIDE_VECTORS = "+avx512fp16"
-"""What only processors have on which vectors of 512 bits are worth their clock rate. LLVM prefers 256 on them, too."""
+"""A feature of those processors on which 512-bit vectors do not lower the clock rate much. LLVM prefers 256 bits there,
+too."""
 
-_settings: Any = numba.config  # made of the environment, so no type checker knows what is in it
+_settings: Any = numba.config  # its attributes are created at run time, so type checkers do not know them
 if _settings.CPU_FEATURES is None and WIDE_VECTORS in (features := get_host_cpu_features()).split(","):
-    # read when the first kernel of the process is compiled; later it has no effect
+    # numba reads this setting once, when it compiles the first kernel of the process
     _settings.CPU_FEATURES = f"{features},-prefer-256-bit"
 
-caching = True
-"""Whether kernels compiled from now on are kept on disk; ``cache.load_kernels`` sets it."""
+_registered: list[tuple[Any, Any]] = []
+"""Dispatchers and signatures that ``compile_registered`` has not compiled yet."""
 
 
 def target() -> tuple[str, str, str]:
-    """What numba compiles for: LLVM's triple, the processor's name, its features as ``+avx2,-avx512f,…``."""
+    """Return numba's compilation target: LLVM triple, processor name, and features as ``+avx2,-avx512f,...``."""
     triple, name, features = cpu_target.target_context.codegen().magic_tuple()
     return triple, name, features
 
 
 def kernel(*arguments: Any, fastmath: set[str], parallel: bool = True) -> Decorator:
-    """Compile the decorated function for exactly these argument types; without ``parallel``, prange is a plain range:
-    for calls so short that waking the threads would take longer."""
-    decorator: Decorator = njit(
-        void(*arguments), parallel=parallel, cache=caching, fastmath=fastmath, error_model="numpy", boundscheck=False
-    )
-    return decorator
+    """Register the decorated function as a kernel with these argument types.
+
+    With ``parallel=False``, prange is range: for calls so short that waking the threads would take longer.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(parallel=parallel, fastmath=fastmath, error_model="numpy", boundscheck=False)(function)
+        register(dispatcher, *arguments)
+        return dispatcher
+
+    return decorate
 
 
 def specialized(function: Callable[..., Any]) -> Any:
-    """Compile the decorated function for the argument types of each call, when the first such call is made."""
-    return njit(function, parallel=True, cache=caching, fastmath=CONTRACT, error_model="numpy", boundscheck=False)
+    """Make a kernel without a signature; pass each of its signatures to ``register``."""
+    return njit(function, parallel=True, fastmath=CONTRACT, error_model="numpy", boundscheck=False)
 
 
 def helper(fastmath: set[str], inline: bool = True) -> Decorator:
     """Compile the decorated function as part of the kernels that call it."""
     decorator: Decorator = njit(fastmath=fastmath, error_model="numpy", boundscheck=False, forceinline=inline)
     return decorator
+
+
+def register(dispatcher: Any, *arguments: Any) -> None:
+    """Let the next ``compile_registered`` compile ``dispatcher`` for these argument types."""
+    _registered.append((dispatcher, void(*arguments)))
+
+
+def compile_registered(cache: Path | None) -> None:
+    """Compile the registered kernels, or load them from numba's cache in the folder ``cache``; None: use no cache.
+
+    Raises OSError if the folder cannot be used. The kernels stay registered then, for a call without a cache.
+    """
+    for dispatcher, signature in _registered:
+        if cache is None:
+            dispatcher._cache.disable()  # a cache that failed; numba has no public way to remove it
+        else:
+            _enable_cache(dispatcher, cache)
+        if dispatcher.signatures:
+            dispatcher.disable_compile(False)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()  # calls with other types raise TypeError
+    _registered.clear()
+
+
+def _enable_cache(dispatcher: Any, folder: Path) -> None:
+    """Enable numba's cache for one dispatcher. Numba reads the folder from a global setting, which is restored."""
+    previous = _settings.CACHE_DIR
+    _settings.CACHE_DIR = str(folder)
+    try:
+        dispatcher.enable_caching()
+    except RuntimeError as error:  # no folder is writable
+        raise OSError(f"{folder}: {error}") from error
+    finally:
+        _settings.CACHE_DIR = previous
+    if not Path(dispatcher.stats.cache_path).is_relative_to(folder):  # numba falls back to folders of its own
+        raise OSError(f"{folder}: numba cannot write to it")

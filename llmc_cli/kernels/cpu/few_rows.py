@@ -306,12 +306,12 @@ def byte_rows(y, act, x, w, scales, b, biased, activated, digits, starts, steps)
         finish(y, act, b, biased, activated, here)
 
 
-BYTEWISE = multiplies_bytes()
+BYTE_PRODUCTS = multiplies_bytes()
 COMMON = (float1, float1, boolean, boolean, boolean)
 fp32_rows = kernel(float2, float2, float2, float2, *COMMON, fastmath=CONTRACT)(float_rows)
 bf16_rows = kernel(float2, float2, float2, uint2, *COMMON, fastmath=CONTRACT)(float_rows)
 BYTES = (float1, float1, boolean, boolean, bytes3, int2, float1)
-if BYTEWISE:
+if BYTE_PRODUCTS:
     int8_rows = kernel(float2, float2, float2, ubytes2, *BYTES, fastmath=CONTRACT)(byte_rows)
 else:
     int8_rows = kernel(float2, float2, float2, ubytes2, *COMMON, fastmath=CONTRACT)(float_rows)

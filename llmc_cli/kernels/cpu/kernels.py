@@ -1,9 +1,8 @@
-"""``spec.Kernels`` on the CPU in float32: what runs for each operation, and the scratch memory it needs."""
+"""``spec.Kernels`` on the CPU in float32: calls the kernels of each operation and owns their scratch memory."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,18 +17,19 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
-SUM_PIECES = 1024
+SUM_PIECES = 1024  # partial sums of ``sum_squares``
 ALIGNMENT = 64  # bytes
-LARGE = 1 << 25  # bytes: what is larger is cleared at once, by all threads
+PARALLEL_CLEAR = 1 << 25  # bytes: larger arrays are cleared by all threads
 
 
 class CpuKernels:
-    """Float32 on ``threads`` threads, BLAS included. A weight is its master array. ``matmul`` is what multiplies
-    matrices, BLAS where nothing else is said, and ``attend`` the module of attention's kernels in training, float32's
-    where nothing else is said. Those in float32 are loaded when they are needed, and ``on_compile`` told if they have
-    to be compiled.
+    """Float32 operations on ``threads`` threads, BLAS included. A weight is its master array.
 
-    Scratch arrays are named, grow to the largest call and stay; views of them are handed out by shape.
+    ``matmul`` computes the matrix products; the default is BLAS. ``attention`` is the module with the attention kernels
+    for training. By default the float32 kernels, which are loaded when they are first used: ``on_compile`` is called
+    before a wait for the compiler.
+
+    Scratch arrays have names and grow to the largest call; callers get views of the shape that they need.
     """
 
     name: str = "cpu"
@@ -41,44 +41,31 @@ class CpuKernels:
         self,
         threads: int,
         matmul: Matmul | None = None,
-        attend: ModuleType | None = None,
+        attention: ModuleType | None = None,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        self.matmul, self._attend, self._on_compile = matmul or BlasMatmul(), attend, on_compile
+        self.matmul, self._attention, self._on_compile = matmul or BlasMatmul(), attention, on_compile
         self._scratch: dict[str, NDArray[Any]] = {}
-        self._set_threads(threads)
+        self.set_threads(threads)
 
-    def _set_threads(self, threads: int) -> None:
+    def set_threads(self, threads: int) -> None:
+        """Set the number of threads of numba and BLAS, which is the same for all kernels of this process."""
         self.threads = threads
         numba.set_num_threads(threads)
         blas.limit_threads(threads)
 
     @functools.cached_property
-    def _attention(self) -> ModuleType:
-        return loading.load_attention(self._on_compile)
+    def attention(self) -> ModuleType:
+        return self._attention or loading.load(loading.ATTENTION, self._on_compile)
 
     @functools.cached_property
     def _cached_attention(self) -> ModuleType:
-        return loading.load_cached_attention(self._on_compile)
-
-    @property
-    def attend(self) -> ModuleType:
-        return self._attend or self._attention
-
-    @contextlib.contextmanager
-    def limited_to(self, threads: int) -> Iterator[None]:
-        """Run on fewer threads inside the block."""
-        kept = self.threads
-        self._set_threads(threads)
-        try:
-            yield
-        finally:
-            self._set_threads(kept)
+        return loading.load(loading.CACHED_ATTENTION, self._on_compile)
 
     def alloc(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
-        if size <= LARGE:
+        if size <= PARALLEL_CLEAR:
             raw = np.zeros(size + ALIGNMENT, np.uint8)
         else:
             raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -106,16 +93,12 @@ class CpuKernels:
         return work
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        """Memory that the next call of the same name may overwrite; its content is whatever it was."""
+        """Return uninitialized memory, valid until the next call with the same name."""
         size = math.prod(shape)
         flat = self._scratch.get(name)
         if flat is None or flat.size < size:
             flat = self._scratch[name] = self.alloc((size,), dtype)
         return flat[:size].reshape(shape)
-
-    def scratch_bytes(self) -> int:
-        """Bytes of scratch memory held now."""
-        return sum(flat.nbytes for flat in self._scratch.values()) + self.matmul.scratch_bytes()
 
     def launch_count(self) -> int:
         return 0
@@ -128,15 +111,15 @@ class CpuKernels:
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
         """Bytes of scratch memory that training steps of this size come to."""
-        work: int = self.threads * self.attend.work_floats(T, channels // num_heads)
+        attention: int = self.threads * self.attention.work_floats(T, channels // num_heads)
         C, N, rows = channels, B * T, min(self.matmul.head_rows, B * T)
         logits = rows * padded_vocab_size
-        sums = 3 * -(-B * T // norm.ROWS) * channels
-        # outputs, inputs and rows of the products; each has three: forward, and the gradients of inputs and weights
-        layers = [(3 * C, C, N), (C, C, N), (4 * C, C, N), (C, 4 * C, N), (padded_vocab_size, C, rows)]
-        sizes = [(R, out, into) for out, into, R in layers]
-        sizes += [(R, into, out) for out, into, R in layers] + layers
-        return 4 * (work + logits + sums) + 8 * SUM_PIECES + self.matmul.workspace_bytes(sizes, self.threads)
+        norm_sums = 3 * -(-N // norm.ROWS) * C
+        # (rows, outputs, inputs) of each layer's forward product; backward has two more, for dx and dw
+        layers = [(N, 3 * C, C), (N, C, C), (N, 4 * C, C), (N, C, 4 * C), (rows, padded_vocab_size, C)]
+        sizes = [size for R, O, I in layers for size in ((R, O, I), (R, I, O), (O, I, R))]  # M, N, K  # noqa: E741
+        matmul = self.matmul.workspace_bytes(sizes, self.threads)
+        return 4 * (attention + logits + norm_sums) + 8 * SUM_PIECES + matmul
 
     def bind_bytes(self, numbers: int) -> int:
         return 0
@@ -167,24 +150,24 @@ class CpuKernels:
         dy: Float32, res: Float32, mean: Float32, rstd: Float32, w: Float32, dres: Float32 | None, acc: bool,
     ) -> None:  # fmt: skip
         N, C = dx.shape
-        parts = self.scratch("norm", (3, -(-N // norm.ROWS), C))
+        partial_dw, partial_db, row = self.scratch("norm", (3, -(-N // norm.ROWS), C))
         add = dres is not None
-        norm.norm_backward(dx, parts[0], parts[1], parts[2], dy, res, mean, rstd, w, dres if add else dy, add)
-        linear.sum_rows(dw, parts[0], acc)
-        linear.sum_rows(db, parts[1], acc)
+        norm.norm_backward(dx, partial_dw, partial_db, row, dy, res, mean, rstd, w, dres if add else dy, add)
+        linear.sum_rows(dw, partial_dw, acc)
+        linear.sum_rows(db, partial_db, acc)
 
     def linear_forward(self, y: Float32, x: Float32, w: Float32, b: Float32 | None) -> None:
-        self.matmul(y, x, w, False, True, False, b)
+        self.matmul(y, x, w, transpose_b=True, bias=b)
 
     def linear_backward(
         self, dx: Float32 | None, dw: Float32, db: Float32 | None, dy: Float32, x: Float32, w: Float32, acc: bool
     ) -> None:
-        self.matmul(dw, dy, x, True, False, acc, None, line_sums=db)
+        self.matmul(dw, dy, x, transpose_a=True, acc=acc, dbias=db)
         if dx is not None:
-            self.matmul(dx, dy, w, False, False, False, None)
+            self.matmul(dx, dy, w)
 
     def linear_gelu_forward(self, act: Float32, pre: Float32, x: Float32, w: Float32, b: Float32) -> None:
-        self.matmul(pre, x, w, False, True, False, b, act=act)
+        self.matmul(pre, x, w, transpose_b=True, bias=b, act=act)
 
     def gelu_forward(self, act: Float32, pre: Float32) -> None:
         linear.gelu_forward(act.reshape(-1), pre.reshape(-1))
@@ -193,12 +176,12 @@ class CpuKernels:
         self, dpre: Float32, dw: Float32, db: Float32, dy: Float32, act: Float32, pre: Float32, w: Float32, acc: bool
     ) -> None:
         self.linear_backward(None, dw, db, dy, act, w, acc)
-        self.matmul(dpre, dy, w, False, False, False, None, pre=pre)
+        self.matmul(dpre, dy, w, pre=pre)
 
     def attention_forward(self, out: Float32, lse: Float32, qkv: Float32, num_heads: int) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, self.attend.work_floats(T, C // num_heads)))
-        self.attend.attention_forward(
+        work = self.scratch("attention", (self.threads, self.attention.work_floats(T, C // num_heads)))
+        self.attention.attention_forward(
             out.reshape(-1), lse.reshape(-1), qkv.reshape(-1), work, B, T, num_heads, C // num_heads
         )
 
@@ -206,8 +189,8 @@ class CpuKernels:
         self, dqkv: Float32, dout: Float32, out: Float32, lse: Float32, qkv: Float32, num_heads: int
     ) -> None:
         B, T, C = out.shape
-        work = self.scratch("attention", (self.threads, self.attend.work_floats(T, C // num_heads)))
-        self.attend.attention_backward(
+        work = self.scratch("attention", (self.threads, self.attention.work_floats(T, C // num_heads)))
+        self.attention.attention_backward(
             dqkv.reshape(-1), dout.reshape(-1), out.reshape(-1), lse.reshape(-1), qkv.reshape(-1),
             work, B, T, num_heads, C // num_heads,
         )  # fmt: skip
@@ -229,18 +212,18 @@ class CpuKernels:
         N, (Vp, _), V = len(x), w.shape, vocab_size
         for start in range(0, N, self.matmul.head_rows):
             rows = slice(start, min(N, start + self.matmul.head_rows))
-            whole = self.scratch("logits", (rows.stop - start, Vp))
-            logits, hidden = whole[:, :V], x[rows]  # (R, V), (R, C)
-            self.matmul(logits, hidden, w[:V], False, True, False, None)
-            classifier.softmax_loss(losses[rows], whole, targets[rows], V, dloss, dx is not None)
+            padded = self.scratch("logits", (rows.stop - start, Vp))
+            logits, hidden = padded[:, :V], x[rows]  # (R, V), (R, C)
+            self.matmul(logits, hidden, w[:V], transpose_b=True)
+            classifier.softmax_loss(losses[rows], padded, targets[rows], V, dloss, dx is not None)
             if dx is not None and dw is not None:
-                self.matmul(dx[rows], logits, w[:V], False, False, False, None)
-                self.matmul(dw[:V], logits, hidden, True, False, acc or start > 0, None)
+                self.matmul(dx[rows], logits, w[:V])
+                self.matmul(dw[:V], logits, hidden, transpose_a=True, acc=acc or start > 0)
         if dw is not None and not acc:
             dw[V:] = 0.0
 
     def head_logits(self, logits: Float32, x: Float32, w: Float32) -> None:
-        self.matmul(logits, x, w[: logits.shape[1]], False, True, False, None)
+        self.matmul(logits, x, w[: logits.shape[1]], transpose_b=True)
 
     def sum_squares(self, out: Float64, g: Float32) -> None:
         optimizer.sum_squares(out, self.scratch("sums", (SUM_PIECES,), np.float64), g)

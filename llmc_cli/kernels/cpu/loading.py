@@ -1,73 +1,66 @@
-"""Load the groups of compiled kernels."""
+"""The groups of CPU kernels. Each is compiled, or loaded from the cache, when it is first needed."""
 
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from llmc_cli.kernels.cpu.kernels import CpuKernels
-    from llmc_cli.kernels.cpu.matmul import Matmul
-    from llmc_cli.kernels.cpu.sampling import DecodingKernels
-from llmc_cli.kernels.cpu.compile_cache import (
-    ATTENTION,
-    CACHED_ATTENTION,
-    DECODING,
-    KERNELS,
-    ROUNDED,
-    TILE_ATTENTION,
-    TILES,
-    _load,
+from llmc_cli.kernels.cpu import compile_cache
+
+_PACKAGE = "llmc_cli.kernels.cpu"
+
+
+class Group(NamedTuple):
+    """Kernels that are compiled together."""
+
+    module: str  # importing it registers the kernels
+    marker: str  # file in the cache folder
+    message: str  # for ``on_compile``
+    requires: tuple["Group", ...] = ()  # groups whose kernels the module uses
+    parts: int = 0  # of ``tile_matmul`` only
+
+
+KERNELS = Group(f"{_PACKAGE}.kernels", "complete", "compiling kernels, once, about 10 s")
+ATTENTION = Group(f"{_PACKAGE}.attention", "complete-attention", "compiling attention, once, about 8 s")
+CACHED_ATTENTION = Group(
+    f"{_PACKAGE}.cached_attention", "complete-cached-attention", "compiling attention for sampling, once, about 4 s"
+)
+SAMPLING = Group(
+    f"{_PACKAGE}.sampling", "complete-sampling", "compiling kernels for sampling, once, about 10 s",
+    (KERNELS, CACHED_ATTENTION),
+)  # fmt: skip
+ROUNDED_MATMUL = Group(
+    f"{_PACKAGE}.rounded_matmul", "complete-rounded-matmul", "compiling the rounding to bf16, once, about 2 s",
+    (KERNELS,),
+)  # fmt: skip
+TILE_ATTENTION = Group(
+    f"{_PACKAGE}.amx.attention", "complete-tile-attention", "compiling attention on tiles, once, about 10 s"
 )
 
 
-def load_kernels(on_compile: Callable[[str], None] | None = None) -> "type[CpuKernels]":
-    """The class of the CPU's kernels, compiled or loaded from the cache.
+def tile_matmul(parts: int) -> Group:
+    """Return the group of matrix products on AMX tiles with float32 split into this many bf16 parts."""
+    marker, message = f"complete-tile-matmul-{parts}", "compiling matrix products, once, about 6 s"
+    return Group(f"{_PACKAGE}.amx.matmul", marker, message, (KERNELS,), parts)
 
-    Before a wait for the compiler, or for another process that is compiling, ``on_compile`` is told what is coming.
-    Where the cache cannot be written the kernels are compiled for this process only.
+
+_loaded: set[Group] = set()
+
+
+def load(group: Group, on_compile: Callable[[str], None] | None = None) -> ModuleType:
+    """Make a group of kernels callable, and return its module.
+
+    ``on_compile`` receives a message before a wait for the compiler, or for another process that is compiling.
     """
-    _load(KERNELS, on_compile, "compiling kernels, once, about 10 s")
-    loaded: type[CpuKernels] = importlib.import_module(KERNELS).CpuKernels
-    return loaded
-
-
-def load_decoding(on_compile: Callable[[str], None] | None = None) -> "type[DecodingKernels]":
-    """The class of the CPU's kernels for sampling; as ``load_kernels``."""
-    load_kernels(on_compile)
-    load_cached_attention(on_compile)
-    _load(DECODING, on_compile, "compiling kernels for sampling, once, about 10 s")
-    loaded: type[DecodingKernels] = importlib.import_module(DECODING).DecodingKernels
-    return loaded
-
-
-def load_tiles(parts: int, on_compile: Callable[[str], None] | None = None) -> "Matmul":
-    """Products on AMX tiles, of numbers in this many parts; as ``load_kernels``."""
-    _load(TILES, on_compile, "compiling matrix products, once, about 6 s", parts)
-    made: Matmul = importlib.import_module(TILES).TileMatmul(parts)
-    return made
-
-
-def load_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
-    """Attention in float32; as ``load_kernels``."""
-    _load(ATTENTION, on_compile, "compiling attention, once, about 8 s")
-    return importlib.import_module(ATTENTION)
-
-
-def load_cached_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
-    """Attention of new tokens to what is cached, in float32; as ``load_kernels``."""
-    _load(CACHED_ATTENTION, on_compile, "compiling attention for sampling, once, about 4 s")
-    return importlib.import_module(CACHED_ATTENTION)
-
-
-def load_tile_attention(on_compile: Callable[[str], None] | None = None) -> ModuleType:
-    """Attention on AMX tiles, once ``load_tiles`` has succeeded; as ``load_kernels``."""
-    _load(TILE_ATTENTION, on_compile, "compiling attention on tiles, once, about 10 s")
-    return importlib.import_module(TILE_ATTENTION)
-
-
-def load_rounded(on_compile: Callable[[str], None] | None = None) -> "Matmul":
-    """Products of numbers rounded to bf16, by BLAS; as ``load_kernels``."""
-    _load(ROUNDED, on_compile, "compiling the rounding to bf16, once, about 2 s")
-    made: Matmul = importlib.import_module(ROUNDED).RoundedMatmul()
-    return made
+    for required in group.requires:
+        load(required, on_compile)
+    if group in _loaded:
+        return importlib.import_module(group.module)
+    if on_compile is not None and not compile_cache.is_complete(group.marker):
+        on_compile(group.message)
+    module = importlib.import_module(group.module)
+    if group.parts:
+        module.register_product(group.parts)
+    compile_cache.compile_kernels(group.marker)
+    _loaded.add(group)
+    return module

@@ -1,4 +1,4 @@
-"""What multiplies matrices: an object that has a name and scratch memory. BLAS is the one that is always there."""
+"""The interface of matrix multiplication, and its implementation by BLAS."""
 
 from typing import Protocol
 
@@ -11,32 +11,33 @@ Float32 = NDArray[np.float32]
 
 
 class Matmul(Protocol):
-    """Scratch memory grows to the largest call and stays."""
+    """A way to multiply float32 matrices. Its scratch memory grows to the largest call."""
 
     name: str
-    """In words, for people."""
+    """Description for the user."""
 
     head_rows: int
-    """Rows of logits at a time: with more the products are faster, and the logits take more memory."""
+    """Rows of logits per chunk of ``head_loss``: more rows make the products faster and take more memory."""
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
+        self, c: Float32, a: Float32, b: Float32, *, transpose_a: bool = False, transpose_b: bool = False,
+        acc: bool = False, bias: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, dbias: Float32 | None = None,
     ) -> None:  # fmt: skip
-        """c (M,N) = a · b + bias (N,), or added to c with ``acc``, where there is no bias; a is (M,K), or (K,M) to be
-        transposed, b (K,N) or (N,K). Rows of all three may be further apart than they are long. With act (M,N) also
-        act = gelu(c), or with pre (M,N) c is multiplied by gelu'(pre) at the end; c is contiguous then. With line_sums
-        (M,) also the sum over k of a given as (K,M), contiguous, overwritten or added to as c is."""
+        """c (M,N) = a (M,K) · b (K,N) + bias (N,), overwritten, or with ``acc`` c += a · b, without bias.
 
-    def scratch_bytes(self) -> int:
-        """Bytes of scratch memory held now."""
+        With ``transpose_a`` a is (K,M), with ``transpose_b`` b is (N,K). The rows of c, a and b may be strided.
+        act (M,N) = gelu(c), overwritten. With pre (M,N), c is multiplied by gelu'(pre) at the end. With either, c must
+        be contiguous. dbias (M,) = the sum of a (K,M) over k, the gradient of a bias; it needs ``transpose_a`` and a
+        contiguous a, and is overwritten, or added to with ``acc``.
+        """
 
     def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
-        """Bytes of scratch memory that products of these sizes (M, N, K) come to."""
+        """Return the scratch memory in bytes that products of these sizes (M, N, K) need."""
 
 
-def activate(c: Float32, act: Float32 | None, pre: Float32 | None) -> None:
-    """What stands behind a product, in a pass of its own."""
+def apply_gelu(c: Float32, act: Float32 | None, pre: Float32 | None) -> None:
+    """Compute the ``act`` and ``pre`` options of ``Matmul`` in a separate pass over c."""
     if act is not None:
         linear.gelu_forward(act.reshape(-1), c.reshape(-1))
     if pre is not None:
@@ -44,7 +45,7 @@ def activate(c: Float32, act: Float32 | None, pre: Float32 | None) -> None:
 
 
 class BlasMatmul:
-    """Float32 as it is."""
+    """``Matmul`` in float32 by BLAS."""
 
     head_rows = 1024
 
@@ -52,16 +53,14 @@ class BlasMatmul:
         self.name = blas.name()
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
+        self, c: Float32, a: Float32, b: Float32, *, transpose_a: bool = False, transpose_b: bool = False,
+        acc: bool = False, bias: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, dbias: Float32 | None = None,
     ) -> None:  # fmt: skip
-        if line_sums is not None:
-            linear.sum_rows(line_sums, a, acc)
+        if dbias is not None:
+            linear.sum_rows(dbias, a, acc)
         blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
-        activate(c, act, pre)
-
-    def scratch_bytes(self) -> int:
-        return 0
+        apply_gelu(c, act, pre)
 
     def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
         return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.cpu_kernels import thread_limit
 from support.paths import FIXTURES
 
 from llmc_cli.errors import DataError, MissingError, UsageError
@@ -39,15 +40,14 @@ def opened():
     """Kernels by name: the three forms, and int8 as on a processor without products of bytes."""
     made = {form: open_sampling("cpu", form, 2).kernels for form in ("fp32", "bf16", "int8")}
     from llmc_cli.kernels.cpu import compiling, few_rows
-    from llmc_cli.kernels.cpu.sampling import DecodingKernels
+    from llmc_cli.kernels.cpu.sampling import SamplingKernels
 
-    compiling.caching = False
     plain = compiling.kernel(
         compiling.float2, compiling.float2, compiling.float2, compiling.ubytes2, *few_rows.COMMON,
         fastmath=compiling.CONTRACT,
     )(few_rows.float_rows)  # fmt: skip
-    compiling.caching = True
-    return {**made, "int8 plain": DecodingKernels(2, "int8", bytewise=False, multiply_steps=plain)}
+    compiling.compile_registered(None)
+    return {**made, "int8 plain": SamplingKernels(2, "int8", byte_products=False, int8_rows=plain)}
 
 
 NAMES = ("fp32", "bf16", "int8", "int8 plain")
@@ -56,12 +56,12 @@ NAMES = ("fp32", "bf16", "int8", "int8 plain")
 def kept(kernels, master):
     """The float64 values that a weight is kept as, computed here by other means than the kernels'."""
     master = np.asarray(master, np.float32)
-    if kernels.form == "bf16":
+    if kernels.precision == "bf16":
         bits, wide = np.empty(master.shape, np.uint16), np.empty(master.shape, np.float32)
         bfloat16.from_float32(master, bits)
         bfloat16.to_float32(bits, wide)
         return wide.astype(np.float64)
-    if kernels.form == "int8":
+    if kernels.precision == "int8":
         largest = np.abs(master).max(axis=1, keepdims=True)
         scale = (largest / np.float32(127)).astype(np.float64)
         steps = np.rint((master * (np.float32(127) / np.where(largest > 0, largest, 1))).astype(np.float64))
@@ -80,7 +80,7 @@ def test_against_reference(opened, name, case):
     found, expected = run(kernels, case), run(REFERENCE, Case(case.operation, case.label, args))
     for output, values in found.items():
         bound = OPERATIONS[case.operation].bounds[output]
-        if name == "int8" and kernels.bytewise and case.operation != "head_loss":
+        if name == "int8" and kernels.byte_products and case.operation != "head_loss":
             bound = max(bound, BYTES_BOUND)
         check = compare(case.operation, output, values, expected[output], bound)
         assert check.ok, check
@@ -113,7 +113,7 @@ def test_rows_together_equal_rows_alone_with_one_thread_and_two(opened, name, O,
     x, master, b = normal(kernels, 8, K), normal(kernels, O, K), normal(kernels, O)
     alone = [product(kernels, x[i : i + 1], master, b) for i in range(8)]
     for N in range(1, 9):
-        with kernels.limited_to(1 + N % 2):
+        with thread_limit(kernels, 1 + N % 2):
             together = product(kernels, x[:N], master, b)
         for output, one in zip(together, zip(*alone[:N], strict=True), strict=True):
             error = np.abs(output - np.concatenate(one)).max()
@@ -137,7 +137,7 @@ def test_a_wide_matrix_is_widened_in_blocks(opened, monkeypatch):
 
     x, master, b = (normal(opened["bf16"], *shape) for shape in ((20, 64), (100, 64), (100,)))
     whole = product(opened["bf16"], x, master, b)
-    monkeypatch.setattr(sampling, "WIDENED", 64 * 33)
+    monkeypatch.setattr(sampling, "DEQUANTIZED_NUMBERS", 64 * 33)
     for output, expected in zip(product(opened["bf16"], x, master, b), whole, strict=True):
         assert np.allclose(output, expected, rtol=1e-5, atol=1e-5)
 
@@ -256,7 +256,7 @@ def test_sees_bad_weights(opened):
 
 def test_what_sampling_is_opened_with(no_cupy):
     backend = open_sampling("auto", "auto", 1)
-    assert (backend.precision, backend.threads, backend.kernels.form) == ("fp32", 1, "fp32")
+    assert (backend.precision, backend.threads, backend.kernels.precision) == ("fp32", 1, "fp32")
     assert "fp32: the default" in backend.reason
     assert "int8 weights" in open_sampling("cpu", "int8", 1).description
     with pytest.raises(UsageError, match="--precision int8: for llmc sample and"):

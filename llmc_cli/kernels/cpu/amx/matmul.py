@@ -27,10 +27,10 @@ from llmc_cli.errors import MissingError
 from llmc_cli.kernels.cpu import blas, linear
 from llmc_cli.kernels.cpu.amx import intrinsics
 from llmc_cli.kernels.cpu.amx.panels import BLOCK, EDGE, ROW, SIDE, copy, copy_block, pack, vector
-from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, helper, int64, specialized, void
+from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, helper, int64, register, specialized
 from llmc_cli.kernels.cpu.exponential import ZERO
 from llmc_cli.kernels.cpu.linear import gelu_piece, gelu_piece_backward
-from llmc_cli.kernels.cpu.matmul import activate
+from llmc_cli.kernels.cpu.matmul import apply_gelu
 
 Float32 = NDArray[np.float32]
 
@@ -126,12 +126,12 @@ def add_lines(to, source, stride, count, size, acc, room):
 
 @specialized
 def product(
-    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc, line_sums, beside, ld_beside, gelu,
+    c, ldc, M, N, K, a, lda, a_along, b, ldb, b_along, bias, acc, dbias, beside, ld_beside, gelu,
     shared, private, private_bytes, workers, block, depth, at_once, divide_a, stream, parts,
 ):  # fmt: skip
     """The whole product: addresses and bytes between rows of c, a, b. ``block``: rows or columns of a task; ``depth``:
     steps that a task packs at a time; ``private``: ``private_bytes`` of scratch for each of the ``workers``. 0 for
-    ``bias``, ``line_sums`` or ``beside``: there is none; sums are made where a is divided and given across."""
+    ``bias``, ``dbias`` or ``beside``: there is none; sums are made where a is divided and given across."""
     size = 2 * intrinsics.TILE * len(parts)
     all_steps = (K + SIDE - 1) // SIDE
     panels = ((N if divide_a else M) + SIDE - 1) // SIDE
@@ -163,8 +163,8 @@ def product(
                 if divide_a:
                     at = a + (m * lda + k * 4 if a_along else k * lda + m * 4)
                     pack(own, steps * size, steps, at, lda, a_along, False, rows, deep, 0, count, edge, parts)
-                    if line_sums != 0:  # of what the caches hold now
-                        add_lines(line_sums + m * 4, at, lda, deep, rows, acc or step > 0, edge)
+                    if dbias != 0:  # of what the caches hold now
+                        add_lines(dbias + m * 4, at, lda, deep, rows, acc or step > 0, edge)
                 else:
                     at = b + (n * ldb + k * 4 if b_along else k * ldb + n * 4)
                     pack(own, steps * size, steps, at, ldb, b_along, True, columns, deep, 0, count, edge, parts)
@@ -191,10 +191,10 @@ def product(
         intrinsics.release()
 
 
-def compile_product(parts: int) -> None:
-    """Compile ``product`` for numbers in this many parts, or read it from the cache, where that has not been done."""
+def register_product(parts: int) -> None:
+    """Register ``product`` for numbers in this many parts."""
     numbers = [int64] * 7 + [boolean] + [int64] * 2 + [boolean, int64, boolean] + [int64] * 11 + [boolean] * 2
-    product.compile(void(*numbers, types.UniTuple(int64, parts)))
+    register(product, *numbers, types.UniTuple(int64, parts))
 
 
 class TileMatmul:
@@ -210,27 +210,30 @@ class TileMatmul:
         self._shared = self._private = np.empty(0, np.uint8)
 
     def __call__(
-        self, c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None,
-        act: Float32 | None = None, pre: Float32 | None = None, line_sums: Float32 | None = None,
+        self, c: Float32, a: Float32, b: Float32, *, transpose_a: bool = False, transpose_b: bool = False,
+        acc: bool = False, bias: Float32 | None = None,
+        act: Float32 | None = None, pre: Float32 | None = None, dbias: Float32 | None = None,
     ) -> None:  # fmt: skip
         M, N = c.shape
         K = a.shape[0] if transpose_a else a.shape[1]
         workers = numba.get_num_threads()
         blocking = self.blocking(M, N, K, workers)
-        if line_sums is not None and not blocking.divide_a:
-            linear.sum_rows(line_sums, a, acc)
-            line_sums = None
+        if dbias is not None and not blocking.divide_a:
+            linear.sum_rows(dbias, a, acc)
+            dbias = None
         if M == 1 and transpose_b and not transpose_a:  # a token at a time: b is read as it is
             blas.matmul(c, a, b, transpose_a, transpose_b, acc, bias)
-            activate(c, act, pre)
+            apply_gelu(c, act, pre)
             return
         if blocking.k < K:
             for start in range(0, K, blocking.k):
                 piece = slice(start, min(K, start + blocking.k))
                 left, right = a[piece] if transpose_a else a[:, piece], b[:, piece] if transpose_b else b[piece]
                 last = piece.stop == K
-                self(c, left, right, transpose_a, transpose_b, acc or start > 0, None if start else bias,
-                     act if last else None, pre if last else None, line_sums)  # fmt: skip
+                self(
+                    c, left, right, transpose_a=transpose_a, transpose_b=transpose_b, acc=acc or start > 0,
+                    bias=None if start else bias, act=act if last else None, pre=pre if last else None, dbias=dbias,
+                )  # fmt: skip
             return
         beside, gelu = (act, GELU) if act is not None else (pre, GELU_BACKWARD) if pre is not None else (None, NO_GELU)
         written = [c] if act is None else [c, act]
@@ -241,15 +244,12 @@ class TileMatmul:
         product(
             c.ctypes.data, c.strides[0], M, N, K,
             a.ctypes.data, a.strides[0], not transpose_a, b.ctypes.data, b.strides[0], transpose_b,
-            0 if bias is None else bias.ctypes.data, acc, 0 if line_sums is None else line_sums.ctypes.data,
+            0 if bias is None else bias.ctypes.data, acc, 0 if dbias is None else dbias.ctypes.data,
             0 if beside is None else beside.ctypes.data, 0 if beside is None else beside.strides[0], gelu,
             _aligned(self._shared), _aligned(self._private), blocking.private, workers,
             blocking.lines, blocking.depth, STEPS[len(self.parts)], blocking.divide_a, stream,
             self.parts,
         )  # fmt: skip
-
-    def scratch_bytes(self) -> int:
-        return self._shared.nbytes + self._private.nbytes
 
     def workspace_bytes(self, sizes: list[tuple[int, int, int]], threads: int) -> int:
         blockings = [self.blocking(*size, threads) for size in sizes]

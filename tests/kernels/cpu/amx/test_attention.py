@@ -14,8 +14,7 @@ from llmc_cli.verification.comparison import compare
 @pytest.fixture(scope="module")
 def kernels():
     """All on the CPU but attention, which is on emulated tiles."""
-    made = loading.load_kernels()
-    return made(2, None, emulated()["attention"])
+    return loading.load(loading.KERNELS).CpuKernels(2, attention=emulated()["attention"])
 
 
 @pytest.mark.parametrize("operation", ["attention_forward", "attention_backward"])
@@ -31,5 +30,5 @@ def test_scratch_need_not_be_clean(kernels):
     """What a longer call leaves there does not reach the results of the next."""
     case = next(case for case in cases("attention_backward") if "T=65" in case.label)
     clean = run(kernels, case)["dqkv"]
-    kernels.scratch("attention", (2, kernels.attend.work_floats(65, 64)))[:] = np.nan
+    kernels.scratch("attention", (2, kernels.attention.work_floats(65, 64)))[:] = np.nan
     assert np.array_equal(run(kernels, case)["dqkv"], clean)

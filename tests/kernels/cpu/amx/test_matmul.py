@@ -7,11 +7,13 @@ import sys
 import numba
 import numpy as np
 import pytest
-from support.emulated_tiles import emulated
+from support.cpu_kernels import scratch_bytes
+from support.emulated_tiles import emulated, emulated_matmul
 
 from llmc_cli.errors import MissingError
 from llmc_cli.kernels.cpu import loading
 from llmc_cli.kernels.cpu.amx import intrinsics
+from llmc_cli.kernels.cpu.matmul import BlasMatmul
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
 BOUNDS = {1: 2.0**-7, 2: 2.0**-14, 3: 1e-6}
@@ -29,13 +31,11 @@ EMULATED_SIZES = [(1, 1, 1), (33, 31, 100), (34, 97, 40), (97, 34, 1030)]
 def tiles(request):
     if not intrinsics.available():
         pytest.skip("needs AMX tiles; the emulated ones are tested everywhere")
-    loading.load_kernels()
-    return loading.load_tiles(request.param)
+    return loading.load(loading.tile_matmul(request.param)).TileMatmul(request.param)
 
 
 @pytest.fixture(scope="module")
 def emulation():
-    loading.load_kernels()  # before the products, which import some of them
     return emulated()["matmul"]
 
 
@@ -48,8 +48,8 @@ def matrix(rng, rows, columns, extra, offset):
 def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
     rng = np.random.default_rng([M, N, K])
     a, b = (
-        matrix(rng, *(shape[::-1] if turned else shape), extra, offset)
-        for shape, turned, extra, offset in (((M, K), transpose_a, 3, 1), ((K, N), transpose_b, 0, 0))
+        matrix(rng, *(shape[::-1] if transpose else shape), extra, offset)
+        for shape, transpose, extra, offset in (((M, K), transpose_a, 3, 1), ((K, N), transpose_b, 0, 0))
     )
     surrounding = matrix(rng, M, N + 5, 0, 0)
     c, bias = surrounding[:, :N], rng.standard_normal(N, np.float32) if mode == "bias" else None
@@ -58,8 +58,8 @@ def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
         c[...] = np.nan
     act = matrix(rng, M, N, 2, 1) if mode == "gelu" else None
     pre = matrix(rng, M, N, 2, 1) if mode == "gelu backward" else None
-    multiply(c, a, b, transpose_a, transpose_b, mode == "acc", bias, act, pre)
-    left, right = (x.T if turned else x for x, turned in ((a, transpose_a), (b, transpose_b)))
+    multiply(c, a, b, transpose_a=transpose_a, transpose_b=transpose_b, acc=mode == "acc", bias=bias, act=act, pre=pre)
+    left, right = (x.T if transpose else x for x, transpose in ((a, transpose_a), (b, transpose_b)))
     start = before if mode == "acc" else np.zeros(N) if bias is None else bias.astype(np.float64)
     expected = left.astype(np.float64) @ right.astype(np.float64) + start
     scale = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64) + np.abs(start)
@@ -86,7 +86,7 @@ def test_against_float64(tiles, M, N, K, mode):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_emulated(emulation, parts):
-    multiply = emulation.TileMatmul(parts)
+    multiply = emulated_matmul(emulation, parts)
     modes = itertools.cycle(MODES)
     for (M, N, K), turns in itertools.product(EMULATED_SIZES, itertools.product((False, True), repeat=2)):
         check(multiply, M, N, K, *turns, next(modes), BOUNDS[parts])
@@ -98,8 +98,8 @@ def test_emulation_does_what_tiles_do(tiles, emulation):
         return  # compiles for seconds and shows nothing new
     a, b = (matrix(np.random.default_rng(seed), 40, 40, 0, 0) for seed in (1, 2))
     found, expected = np.empty((40, 40), np.float32), np.empty((40, 40), np.float32)
-    tiles(found, a, b, False, True, False, None)
-    emulation.TileMatmul(len(tiles.parts))(expected, a, b, False, True, False, None)
+    tiles(found, a, b, transpose_b=True)
+    emulated_matmul(emulation, len(tiles.parts))(expected, a, b, transpose_b=True)
     assert (np.abs(found - expected) <= 1e-6 * (np.abs(a) @ np.abs(b).T)).all()
 
 
@@ -113,7 +113,7 @@ def test_large_results_go_past_the_caches(tiles):
     assert c.ctypes.data % 64 == c.strides[0] % 64 == 0
     assert 4 * c.size >= sys.modules[type(tiles).__module__].STREAMED
     kept = whole[:, 4100:].copy()
-    tiles(c, a, b, False, True, False, None)
+    tiles(c, a, b, transpose_b=True)
     error = np.abs(c - a.astype(np.float64) @ b.T.astype(np.float64))
     assert (error <= BOUNDS[len(tiles.parts)] * (np.abs(a) @ np.abs(b).T)).all()
     assert np.array_equal(whole[:, 4100:], kept)
@@ -131,15 +131,13 @@ def test_same_bits_with_any_number_of_threads(tiles, M, N, K):
 def test_six_products_are_as_good_as_blas(tiles):
     if len(tiles.parts) < 3:
         return
-    from llmc_cli.kernels.cpu import blas  # which has kernels too, so the cache goes first
-
     rng = np.random.default_rng(4)
     a, b = rng.standard_normal((64, 3072), np.float32), rng.standard_normal((96, 3072), np.float32)
     expected = a.astype(np.float64) @ b.T.astype(np.float64)
     errors = []
-    for multiply in (tiles, blas.matmul):
+    for multiply in (tiles, BlasMatmul()):
         c = np.empty((64, 96), np.float32)
-        multiply(c, a, b, False, True, False, None)
+        multiply(c, a, b, transpose_b=True)
         errors.append(np.sqrt(np.mean((c - expected) ** 2)))
     assert errors[0] <= 1.5 * errors[1]
 
@@ -150,8 +148,8 @@ def test_scratch_is_planned(tiles):
     sizes = [(300, 100, 200), (100, 600, 64)]
     for M, N, K in sizes:
         check(fresh, M, N, K, False, False, "overwrite", BOUNDS[len(tiles.parts)])
-        assert 0 < fresh.scratch_bytes() <= fresh.workspace_bytes(sizes, threads)
-    assert fresh.scratch_bytes() == fresh.workspace_bytes(sizes, threads)
+        assert 0 < scratch_bytes(fresh) <= fresh.workspace_bytes(sizes, threads)
+    assert scratch_bytes(fresh) == fresh.workspace_bytes(sizes, threads)
 
 
 def test_emulation_stays_apart(emulation):
@@ -160,6 +158,6 @@ def test_emulation_stays_apart(emulation):
 
 
 def test_no_tiles(monkeypatch, emulation):
-    monkeypatch.setattr(emulation.amx, "available", lambda: False)
+    monkeypatch.setattr(emulation.intrinsics, "available", lambda: False)
     with pytest.raises(MissingError, match="no AMX tiles"):
         emulation.TileMatmul(1)

@@ -1,4 +1,4 @@
-"""`llmc convert`: models from one form into another."""
+"""``llmc convert``."""
 
 import contextlib
 import time
@@ -14,48 +14,60 @@ from llmc_cli.commands.render import Output, format_duration, format_size
 if TYPE_CHECKING:
     from llmc_cli.conversion.conversion import Conversion
     from llmc_cli.conversion.sources import OnProgress
-    from llmc_cli.conversion.writers import Written
+    from llmc_cli.conversion.writers import WrittenFile
 
 
 def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A model file (.bin), a folder as transformers writes it, or an id on its hub."
+            metavar="SOURCE", help="A model file (.bin), a Hugging Face model folder, or a model id on the hub."
         ),
     ],
     dest: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="X.bin, or a folder that transformers can load.")
+        Path | None, typer.Argument(metavar="DEST", help="A model file (.bin), or a folder that transformers can load.")
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None,
-        typer.Option("--dtype", show_default="fp32", help="What DEST holds its weights in."),
+        typer.Option("--dtype", show_default="fp32", help="Data type of the weights in DEST."),
     ] = None,
     version: Annotated[
         int | None,
         typer.Option(
-            "--version", metavar="N", show_default="3, or 5 for bf16", help="Of a .bin: 1 or 3 is fp32, 5 is bf16."
+            "--version",
+            metavar="N",
+            show_default="3, or 5 for bf16",
+            help="Format version of a .bin file: 1 or 3 (fp32), or 5 (bf16).",
         ),
     ] = None,
     order: Annotated[
         Literal["layers", "norms-last"] | None,
         typer.Option(
             "--order",
-            show_default="found by content",
-            help="Of the tensors in a .bin of version 2, which exists with the layernorms in their layers or last.",
+            show_default="detected",
+            help="Tensor order of a version 2 SOURCE file: layernorms within the layers, or at the end.",
         ),
     ] = None,
     debug_state: Annotated[
         Path | None,
-        typer.Option("--debug-state", metavar="FILE", help="Write a batch with its logits, loss and gradients."),
+        typer.Option(
+            "--debug-state",
+            metavar="FILE",
+            help="Write a debug state: a batch with the model's logits, loss and gradients.",
+        ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", metavar="B", min=1, show_default="4", help="Rows of that batch.")
+        int | None,
+        typer.Option("--batch", metavar="B", min=1, show_default="4", help="Batch size of the debug state."),
     ] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
-            "--seq-len", metavar="T", min=1, show_default="64, or what the model allows", help="Tokens in each row."
+            "--seq-len",
+            metavar="T",
+            min=1,
+            show_default="64, or the model's maximum",
+            help="Sequence length of the debug state.",
         ),
     ] = None,
     data: Annotated[
@@ -64,26 +76,31 @@ def convert(
             "--data",
             metavar="SHARD",
             show_default="Tiny Shakespeare's validation shard",
-            help="Where that batch comes from.",
+            help="Token shard from which the debug state's batch is read.",
         ),
     ] = None,
     reference: Annotated[
         Literal["torch", "numpy"] | None,
-        typer.Option("--reference", show_default="torch where it is installed", help="What computes that batch."),
+        typer.Option(
+            "--reference",
+            show_default="torch if installed",
+            help="Reference implementation that computes the debug state.",
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Write the table of the model's tokens.")
+        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Write the model's tokenizer table.")
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a model, and write what belongs to it.
+    """Convert a model to another format, and write its debug state or tokenizer table.
 
-    `llmc convert gpt2` fetches GPT-2 from the Hugging Face hub and writes gpt2_124M.bin, gpt2_124M_bf16.bin,
-    gpt2_124M_debug_state.bin and gpt2_tokenizer.bin. Models of other names, and folders of one's own, take a DEST:
-    `llmc convert openai-community/gpt2-xl gpt2_1558M.bin`. Back again: `llmc convert gpt2_1558M.bin my-gpt2`.
+    `llmc convert gpt2` downloads GPT-2 from the Hugging Face hub and writes gpt2_124M.bin, gpt2_124M_bf16.bin,
+    gpt2_124M_debug_state.bin and gpt2_tokenizer.bin. Other models and local folders need a DEST:
+    `llmc convert openai-community/gpt2-xl gpt2_1558M.bin`. To convert back to a Hugging Face folder:
+    `llmc convert gpt2_1558M.bin my-gpt2`.
 
-    A debug state is computed in float64, and takes about 30 bytes of memory a parameter.
+    A debug state is computed in float64, which takes about 30 bytes of memory per parameter.
     """
     from llmc_cli.conversion.conversion import plan
     from llmc_cli.conversion.targets import Request
@@ -103,37 +120,37 @@ def convert(
         reference=reference,
         tokenizer=tokenizer,
     )
-    with bars(output) as tell:
-        conversion = plan(request, tell, output.warning)
+    with progress_bars(output) as on_progress:
+        conversion = plan(request, on_progress, output.warning)
         files = []
-        for file in conversion.run(tell):
+        for file in conversion.run(on_progress):
             if not json:
                 output.print_line(f"writing {file.content} to {file.path}")
             files.append(file)
     if json:
-        output.print_json(document(conversion, files))
+        output.print_json(json_document(conversion, files))
     total = sum(file.bytes for file in files)
     output.info(f"{format_size(total)} in {format_duration(time.monotonic() - start)}")
 
 
 @contextlib.contextmanager
-def bars(output: Output) -> Iterator["OnProgress"]:
-    """Progress of one thing after another, each shown from its first word to the first word of the next."""
+def progress_bars(output: Output) -> Iterator["OnProgress"]:
+    """Show a progress bar for each operation, until the next one starts."""
     with contextlib.ExitStack() as stack:
         current: str | None = None
-        show: Any = None
+        update: Any = None
 
-        def tell(what: str, done: int, total: int | None) -> None:
-            nonlocal current, show
-            if what != current:
+        def on_progress(description: str, done: int, total: int | None) -> None:
+            nonlocal current, update
+            if description != current:
                 stack.close()
-                current, show = what, stack.enter_context(output.progress(what, total, format_size))
-            show(done)
+                current, update = description, stack.enter_context(output.progress(description, total, format_size))
+            update(done)
 
-        yield tell
+        yield on_progress
 
 
-def document(conversion: "Conversion", files: list["Written"]) -> dict[str, Any]:
+def json_document(conversion: "Conversion", files: list["WrittenFile"]) -> dict[str, Any]:
     config = conversion.source.config
     return {
         "source": conversion.request.source,

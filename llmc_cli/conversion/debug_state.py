@@ -1,7 +1,7 @@
-"""What a model makes of one batch, from a reference: the content of a debug state.
+"""Computes the content of a debug state: the logits, loss and gradients of a model for one batch.
 
-Two references compute the same in float64, from code that has nothing in common: PyTorch, with its own gradients, and
-the model on the reference kernels. The values are rounded to float32 at the end.
+Two independent reference implementations compute them in float64: PyTorch with autograd, and the package's model with
+the NumPy reference kernels. The results are rounded to float32.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from llmc_cli.tokenizer.tokenizer import load_tokenizer
 Params = Mapping[str, NDArray[np.float32]]
 Reference: TypeAlias = Literal["torch", "numpy"]
 
-DATA = Path("data/tinyshakespeare/tiny_shakespeare_val.bin")
+DEFAULT_DATA = Path("data/tinyshakespeare/tiny_shakespeare_val.bin")
 
 
 class Batch(NamedTuple):
@@ -36,58 +36,69 @@ class Batch(NamedTuple):
     targets: NDArray[np.int32]  # (B, T)
 
 
-class Values(NamedTuple):
+class ReferenceValues(NamedTuple):
     logits: NDArray[np.float32]  # (B, T, V)
     loss: float  # the mean, in nats
-    grads: dict[str, NDArray[np.float32]]  # of the mean loss, by name, in the order of a model file
+    grads: dict[str, NDArray[np.float32]]  # gradients of the mean loss by tensor name, in the order of a model file
 
 
-def take_batch(
-    data: Path | None, config: ModelConfig, B: int, T: int, on_shortfall: Callable[[str], None] = lambda why: None
+def load_batch(
+    data: Path | None, config: ModelConfig, B: int, T: int, on_warning: Callable[[str], None] = lambda message: None
 ) -> Batch:
-    """The first B·T tokens of a shard, and those one further.
+    """Read the first B·T + 1 tokens of a shard: the inputs, and the targets shifted by one.
 
-    Without ``data`` it is Tiny Shakespeare's validation shard, and where that is not there either, the bundled text,
-    which ``on_shortfall`` is told. Raises UsageError where neither fits the model, DataError for a shard that is too
-    short, FormatError for one that is damaged or of another vocabulary.
+    ``data`` defaults to Tiny Shakespeare's validation shard or, if that does not exist, to the bundled text, with a
+    call of ``on_warning``. Raises UsageError if the bundled text does not match the model's vocabulary, DataError for
+    a shard that is too short, and FormatError for one that is damaged or has another vocabulary.
     """
     count = B * T + 1
-    if data is None and not DATA.exists():
+    if data is None and not DEFAULT_DATA.exists():
         if config.vocab_size != GPT2_VOCAB_SIZE:
-            raise UsageError(f"a vocabulary of {config.vocab_size} is not GPT-2's: give tokens of this model by --data")
-        on_shortfall(f"{DATA}: not there, so the first tokens of the bundled text are used; see llmc prepro")
-        tokens, where = _bundled_tokens(count), "the bundled text"
+            raise UsageError(
+                f"found a vocabulary of {config.vocab_size:,}, expected GPT-2's {GPT2_VOCAB_SIZE:,} without --data; "
+                "give a shard for this model with --data"
+            )
+        on_warning(f"{DEFAULT_DATA}: file not found; using the bundled text instead (llmc prepro writes the file)")
+        tokens, origin = _bundled_tokens(count), "the bundled text"
     else:
-        shard = read_shard(data or DATA)
-        tokens, where = shard.tokens[:count].astype(np.int32), str(shard.path)
-        check_ids(where, "tokens", tokens, config.vocab_size)
+        shard = read_shard(data or DEFAULT_DATA)
+        tokens, origin = shard.tokens[:count].astype(np.int32), str(shard.path)
+        check_ids(origin, "tokens", tokens, config.vocab_size)
     if tokens.size < count:
-        raise DataError(f"{where}: found {tokens.size:,} tokens, expected {count:,} for a batch of {B} x {T}")
+        raise DataError(
+            f"{origin}: found {tokens.size:,} tokens, expected {count:,} for a batch of {B} x {T}; "
+            "use a smaller --batch or --seq-len"
+        )
     return Batch(tokens[:-1].reshape(B, T), tokens[1:].reshape(B, T))
 
 
 def _bundled_tokens(count: int) -> NDArray[np.int32]:
     tokenizer = load_tokenizer("gpt2")
-    # A document is a token at least: its end-of-text.
+    # Each section has at least one token, its end-of-text token, so ``count`` sections are enough.
     sections = list(itertools.islice(shakespeare_sections(shakespeare_text("bundled").text), count))
     return encode_batch(tokenizer, sections)[:count]
 
 
-def choose_reference(wanted: Reference | None) -> Reference:
-    """The reference asked for, else PyTorch where it is installed. MissingError where it is asked for and is not."""
+def choose_reference(requested: Reference | None) -> Reference:
+    """Return the requested reference; by default PyTorch if it is installed.
+
+    Raises MissingError if PyTorch is requested but not installed.
+    """
     installed = importlib.util.find_spec("torch") is not None
-    if wanted == "torch" and not installed:
-        raise MissingError("--reference torch: PyTorch is not installed: pip install torch, or --reference numpy")
-    return wanted or ("torch" if installed else "numpy")
+    if requested == "torch" and not installed:
+        raise MissingError(
+            "--reference torch: PyTorch is not installed; install it with `pip install torch`, or use --reference numpy"
+        )
+    return requested or ("torch" if installed else "numpy")
 
 
-def compute(reference: Reference, config: ModelConfig, params: Params, batch: Batch) -> Values:
-    """Logits, loss and gradients of ``batch`` by one of the references."""
-    return by_torch(config, params, batch) if reference == "torch" else by_numpy(config, params, batch)
+def compute(reference: Reference, config: ModelConfig, params: Params, batch: Batch) -> ReferenceValues:
+    """Compute logits, loss and gradients of ``batch`` with the given reference."""
+    return compute_torch(config, params, batch) if reference == "torch" else compute_numpy(config, params, batch)
 
 
-def by_numpy(config: ModelConfig, params: Params, batch: Batch) -> Values:
-    """The model on the reference kernels."""
+def compute_numpy(config: ModelConfig, params: Params, batch: Batch) -> ReferenceValues:
+    """Run the package's model with the reference kernels."""
     model = GPT2(config, ReferenceKernels())
     for name, view in params.items():
         model.params[name][...] = view
@@ -96,12 +107,14 @@ def by_numpy(config: ModelConfig, params: Params, batch: Batch) -> Values:
     model.forward(batch.inputs)
     logits = model.logits(slice(None)).astype(np.float32).reshape(B, T, -1)
     model.backward(batch.targets, 1.0 / (B * T), acc=False)
-    return Values(logits, float(model.losses().mean()), {name: g.astype(np.float32) for name, g in model.grads.items()})
+    return ReferenceValues(
+        logits, float(model.losses().mean()), {name: g.astype(np.float32) for name, g in model.grads.items()}
+    )
 
 
-def by_torch(config: ModelConfig, params: Params, batch: Batch) -> Values:
-    """GPT-2 in PyTorch's own operations, differentiated by PyTorch."""
-    # untyped, so that the types are checked the same with and without it
+def compute_torch(config: ModelConfig, params: Params, batch: Batch) -> ReferenceValues:
+    """Run GPT-2 with PyTorch's operations and autograd."""
+    # Any, so that type checking does not depend on whether PyTorch is installed
     torch: Any = importlib.import_module("torch")
     functional = torch.nn.functional
     weights = {name: torch.from_numpy(view).double().requires_grad_() for name, view in params.items()}
@@ -116,9 +129,9 @@ def by_torch(config: ModelConfig, params: Params, batch: Batch) -> Values:
         normed = functional.layer_norm(x, (C,), p["ln1w"], p["ln1b"], eps)
         qkv = functional.linear(normed, p["qkvw"], p["qkvb"])  # (B, T, 3C)
         q, k, v = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=2))  # (B, NH, T, HS)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        mixed = mixed.transpose(1, 2).reshape(B, T, C)
-        x = x + functional.linear(mixed, p["attprojw"], p["attprojb"])
+        attention = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attention = attention.transpose(1, 2).reshape(B, T, C)
+        x = x + functional.linear(attention, p["attprojw"], p["attprojb"])
         normed = functional.layer_norm(x, (C,), p["ln2w"], p["ln2b"], eps)
         hidden = functional.gelu(functional.linear(normed, p["fcw"], p["fcb"]), approximate="tanh")  # (B, T, 4C)
         x = x + functional.linear(hidden, p["fcprojw"], p["fcprojb"])
@@ -127,4 +140,4 @@ def by_torch(config: ModelConfig, params: Params, batch: Batch) -> Values:
     loss = functional.cross_entropy(logits.view(B * T, -1), targets.view(-1))
     loss.backward()
     grads = {name: each.grad.float().numpy() for name, each in weights.items() if each.grad is not None}
-    return Values(logits.detach().float().numpy(), loss.item(), grads)
+    return ReferenceValues(logits.detach().float().numpy(), loss.item(), grads)

@@ -1,4 +1,4 @@
-"""Where a model to convert comes from: a model file, a folder as transformers writes it, or the Hugging Face hub."""
+"""Sources of a conversion: a model file, a Hugging Face model folder, or a model on the Hugging Face hub."""
 
 import json
 import re
@@ -24,27 +24,30 @@ from llmc_cli.tokenizer.base import Tokenizer
 from llmc_cli.tokenizer.tokenizer import load_tokenizer
 
 OPENAI = re.compile(r"(openai-community/)?gpt2(-medium|-large|-xl)?")
-"""Ids on the hub whose tokenizer is the one that ships with the program."""
+"""Model ids on the hub whose tokenizer is the bundled GPT-2 tokenizer."""
 
-LATER = (Kind.LLAMA3_MODEL, Kind.LLAMA2C_MODEL, Kind.GGUF)
-LATER_TYPES = ("llama",)
-FILES = (".bin", ".gguf", ".safetensors", ".pt", ".pth")  # names that are no ids on the hub
+UNSUPPORTED_KINDS = (Kind.LLAMA3_MODEL, Kind.LLAMA2C_MODEL, Kind.GGUF)
+UNSUPPORTED_TYPES = ("llama",)
+FILE_SUFFIXES = (".bin", ".gguf", ".safetensors", ".pt", ".pth")  # of names that are never model ids
 
 OnProgress: TypeAlias = Callable[[str, int, int | None], None]
-"""Takes what is being done, how far it is, and of how much (bytes, or bytes of parameters; None: unknown)."""
+"""Called with a description of the current operation, the bytes done, and the total bytes (None if unknown)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be loaded. ``order`` is forced on a model file of version 2."""
+    """A model that can be loaded. ``order`` sets the tensor order of a model file of version 2."""
 
-    path: Path  # a file, or a folder
+    path: Path  # a file or a folder
     config: ModelConfig
     order: weights.Order | None = None
-    uses_gpt2_tokenizer: bool = False  # whatever files the folder holds
+    uses_gpt2_tokenizer: bool = False  # use the bundled tokenizer even if the folder has tokenizer files
 
     def load(self, on_progress: OnProgress) -> Arena:
-        """The sixteen tensors in one arena. FormatError or DataError where they are damaged or not a GPT-2's."""
+        """Load the sixteen tensors into one arena.
+
+        Raises FormatError or DataError if they are damaged or are not those of a GPT-2 model.
+        """
         if self.path.is_file():
             params = self._allocate()
             weights.load_weights(self.path, params, self.order)
@@ -62,83 +65,85 @@ class Source:
         return Arena(np.zeros, parameter_shapes(self.config), np.float32)
 
     def tokenizer_files(self) -> list[Path]:
-        """The files of a tokenizer that the model brings along."""
+        """Return the paths of the tokenizer files in the model's folder."""
         if self.uses_gpt2_tokenizer or self.path.is_file():
             return []
         return [path for name in hub.TOKENIZER_FILES if (path := self.path / name).is_file()]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model brings along, else GPT-2's where the vocabulary has its size.
+        """Load the tokenizer of the model's folder, or GPT-2's if the model has GPT-2's vocabulary size.
 
-        Raises DataError where neither is so, or the tokenizer has more tokens than the model.
+        Raises DataError if neither applies, or if the tokenizer has more tokens than the model.
         """
-        own = {path.name for path in self.tokenizer_files()}
-        if "vocab.json" in own and "tokenizer.json" not in own:
+        names = {path.name for path in self.tokenizer_files()}
+        if "vocab.json" in names and "tokenizer.json" not in names:
             raise DataError(
-                f"{self.path}: its tokenizer is in vocab.json only, expected a tokenizer.json; "
-                "save it with AutoTokenizer of transformers"
+                f"{self.path}: found a tokenizer in vocab.json only, expected a tokenizer.json; "
+                "save it with transformers' AutoTokenizer"
             )
-        if "tokenizer.json" not in own and self.config.vocab_size != GPT2_VOCAB_SIZE:
-            raise DataError(f"{self.path}: no tokenizer is known for a vocabulary of {self.config.vocab_size:,}")
-        tokenizer = load_tokenizer(str(self.path) if "tokenizer.json" in own else "gpt2")
+        if "tokenizer.json" not in names and self.config.vocab_size != GPT2_VOCAB_SIZE:
+            raise DataError(
+                f"{self.path}: found no tokenizer for a vocabulary of {self.config.vocab_size:,}, expected a "
+                "tokenizer.json in the model's folder"
+            )
+        tokenizer = load_tokenizer(str(self.path) if "tokenizer.json" in names else "gpt2")
         if tokenizer.vocab_size > self.config.vocab_size:
             raise DataError(
-                f"{tokenizer.name}: found {tokenizer.vocab_size:,} tokens, expected at most the "
-                f"{self.config.vocab_size:,} of the model"
+                f"{tokenizer.name}: found {tokenizer.vocab_size:,} tokens, expected at most "
+                f"{self.config.vocab_size:,}, the vocabulary size of the model"
             )
         return tokenizer
 
 
-def open_source(name: str, order: weights.Order | None, tokenizer: bool, on_progress: OnProgress) -> Source:
-    """The model called ``name``: a file or folder where there is one, else an id on the hub, which is fetched, with
-    ``tokenizer`` including the files of its tokenizer.
+def open_source(name: str, order: weights.Order | None, with_tokenizer: bool, on_progress: OnProgress) -> Source:
+    """Open a model file, a model folder, or a model on the hub, which is downloaded.
 
-    Nothing but its config is read yet. Raises DataError or FormatError for what is no GPT-2, MissingError for what
-    cannot be converted yet and where the hub cannot be reached, UsageError for an ``order`` of anything but a model
-    file of version 2.
+    ``with_tokenizer`` also downloads the tokenizer files. Only the config is read. Raises DataError or FormatError if
+    the source is not a GPT-2 model, MissingError if its kind is not supported yet or the hub cannot be reached, and
+    UsageError if ``order`` is given for anything but a model file of version 2.
     """
     path = Path(name)
     if order is not None and not path.is_file():
-        raise UsageError(f"{name}: --order is for a model file of version 2")
+        raise UsageError(f"{name}: --order applies only to model files of version 2; omit it")
     if path.is_file():
         return _open_file(path, order)
     uses_gpt2_tokenizer = False
     if not path.is_dir():
-        if not hub.REPOSITORY.fullmatch(name) or path.suffix in FILES:
+        if not hub.REPOSITORY.fullmatch(name) or path.suffix in FILE_SUFFIXES:
             raise DataError(f"{name}: no such file or folder")
         uses_gpt2_tokenizer = OPENAI.fullmatch(name) is not None
         path = hub.fetch_model(
             name,
-            tokenizer and not uses_gpt2_tokenizer,
-            lambda file, done, total: on_progress(f"fetching {file}", done, total),
+            with_tokenizer and not uses_gpt2_tokenizer,
+            lambda file, done, total: on_progress(f"downloading {file}", done, total),
         )
     return Source(path, _read_config(path / "config.json"), uses_gpt2_tokenizer=uses_gpt2_tokenizer)
 
 
 def _open_file(path: Path, order: weights.Order | None) -> Source:
     kind = identify(path)
-    if kind in LATER:
-        raise MissingError(f"{path}: a {kind.value}: not yet; only GPT-2 can be converted")
+    if kind in UNSUPPORTED_KINDS:
+        raise MissingError(f"{path}: found a {kind.value}, which is not supported yet; expected a GPT-2 model")
     if kind in (Kind.SAFETENSORS, Kind.TORCH_ZIP):
-        raise DataError(f"{path}: found a {kind.value}; give the folder that it lies in, with its config.json")
+        raise DataError(
+            f"{path}: found a {kind.value}, expected a model file or folder; give the folder with its config.json"
+        )
     if kind is not Kind.GPT2_MODEL:
         raise DataError(f"{path}: found a {kind.value}, expected a {Kind.GPT2_MODEL.value}")
     header = weights.read_header(path)
     if order is not None and header.version != 2:
-        raise UsageError(
-            f"{path}: --order is for version 2, which exists in two orders; found version {header.version}"
-        )
+        raise UsageError(f"{path}: --order applies only to model files of version 2, found version {header.version}")
     return Source(path, read_config(path), order)
 
 
 def _read_config(path: Path) -> ModelConfig:
-    """The shape that a folder's config.json gives; MissingError for the families that come later."""
+    """Read a model folder's config.json. Raises MissingError for model types that are not supported yet."""
     if not path.is_file():
-        raise DataError(f"{path}: not there; a folder as transformers writes it has one")
+        raise DataError(f"{path}: file not found, expected the config.json of a Hugging Face model folder")
     try:
-        family = json.loads(path.read_bytes()).get("model_type")
+        model_type = json.loads(path.read_bytes()).get("model_type")
     except (ValueError, AttributeError):
-        family = None  # the reader below says what is wrong
-    if family in LATER_TYPES:
-        raise MissingError(f"{path}: a model of type {family}: not yet; only GPT-2 can be converted")
+        model_type = None  # read_config reports the error
+    if model_type in UNSUPPORTED_TYPES:
+        raise MissingError(f"{path}: found model_type {model_type}, which is not supported yet; expected gpt2")
     return huggingface_config.read_config(path)

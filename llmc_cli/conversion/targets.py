@@ -1,4 +1,4 @@
-"""What a conversion writes."""
+"""Targets of a conversion: the files and folders it writes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +13,25 @@ Dtype: TypeAlias = Literal["fp32", "bf16"]
 
 
 VERSIONS: dict[Dtype, tuple[int, ...]] = {"fp32": (3, 1), "bf16": (5,)}
-"""Of a model file, the usual one first."""
+"""The versions of a model file by dtype, the default first."""
 
+DTYPE_NAMES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
 
-STORED: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-GPT2 = ("gpt2", "openai-community/gpt2")
-"""Ids that have files of their own when none are asked for."""
-
+GPT2_IDS = ("gpt2", "openai-community/gpt2")
+"""Model ids that can be converted without a destination; their output files have fixed names."""
 
 FOLDER_FILES = {"config.json", "model.safetensors", *hub.TOKENIZER_FILES}
-"""What a folder is made of; one that holds nothing else may be replaced."""
+"""The possible files of a model folder. An existing folder is replaced only if it contains no other files."""
 
-NOT_WRITTEN = (".gguf", ".safetensors", ".pt", ".pth")
+UNSUPPORTED_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. ``dest`` is a file that ends in .bin or a folder; None: see ``choose_targets``.
+    """The arguments of a conversion. ``dest`` is a name that ends in .bin, a folder, or None (see ``choose_targets``).
 
-    ``batch`` (None: 4), ``seq_len`` (None: 64, or what the model allows), ``data`` (None: the usual shard, or the
-    bundled text) and ``reference`` (None: PyTorch where it is installed) are of the debug state.
+    ``batch`` (default 4), ``seq_len`` (default 64 or the model's maximum), ``data`` (default: Tiny Shakespeare's
+    validation shard, or the bundled text) and ``reference`` (default: PyTorch if installed) apply to the debug state.
     """
 
     source: str
@@ -52,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be written: model files with their versions, a folder, and what goes with a model."""
+    """The outputs of a conversion: model files with their versions, a folder, a debug state and a tokenizer table."""
 
     models: tuple[tuple[Path, int], ...] = ()
     folder: Path | None = None
@@ -61,70 +58,74 @@ class Targets:
 
     @property
     def paths(self) -> list[Path]:
-        others = (path for path in (self.folder, self.debug_state, self.tokenizer) if path is not None)
-        return [*(path for path, _ in self.models), *others]
+        optional = (path for path in (self.folder, self.debug_state, self.tokenizer) if path is not None)
+        return [*(path for path, _ in self.models), *optional]
 
 
 def choose_targets(request: Request) -> Targets:
-    """What is to be written. UsageError where the request contradicts itself, or asks for nothing.
+    """Return the outputs of a request. Raises UsageError if its options conflict or it has no output.
 
-    Without a destination it is what else is asked for, or, for GPT-2 alone, the four files that llm.c's programs read.
+    Without a destination, these are the debug state and the tokenizer table if requested, and for the model ids in
+    GPT2_IDS otherwise the four files that llm.c's programs read.
     """
     dest, dtype, version = request.dest, request.dtype, request.version
-    others = Targets(debug_state=request.debug_state, tokenizer=request.tokenizer)
+    extras = Targets(debug_state=request.debug_state, tokenizer=request.tokenizer)
     if dest is None:
         if dtype is not None or version is not None:
-            raise UsageError("--dtype and --version say how DEST is to be written; give a DEST")
-        if others.paths:
-            return others
-        if request.source not in GPT2:
-            raise UsageError("give a DEST, X.bin or a folder, or ask for --debug-state or --tokenizer")
+            raise UsageError("--dtype and --version need a DEST, which is missing; give a DEST")
+        if extras.paths:
+            return extras
+        if request.source not in GPT2_IDS:
+            raise UsageError("nothing to write: give a DEST (X.bin or a folder), --debug-state or --tokenizer")
         return Targets(
             models=((Path("gpt2_124M.bin"), 3), (Path("gpt2_124M_bf16.bin"), 5)),
             debug_state=Path("gpt2_124M_debug_state.bin"),
             tokenizer=Path("gpt2_tokenizer.bin"),
         )
     if dest.suffix == ".bin":
-        return Targets(((dest, choose_version(dtype, version)),), None, others.debug_state, others.tokenizer)
-    if dest.suffix in NOT_WRITTEN or (dest.exists() and not dest.is_dir()):
-        raise UsageError(f"{dest}: expected a name that ends in .bin, or a folder")
+        return Targets(((dest, choose_version(dtype, version)),), None, extras.debug_state, extras.tokenizer)
+    if dest.suffix in UNSUPPORTED_SUFFIXES or (dest.exists() and not dest.is_dir()):
+        raise UsageError(f"{dest}: expected a file name that ends in .bin, or a folder")
     if dest.name in ("", ".."):
-        raise UsageError(f"{dest}: expected the name of a folder, which is made anew")
+        raise UsageError(f"{dest}: expected the name of a folder, which is created or replaced")
     if version is not None:
-        raise UsageError(f"{dest}: --version {version} is for a .bin, and this is a folder; use --dtype")
-    return Targets((), dest, others.debug_state, others.tokenizer)
+        raise UsageError(f"{dest}: --version {version} applies to .bin files, but DEST is a folder; use --dtype")
+    return Targets((), dest, extras.debug_state, extras.tokenizer)
 
 
 def choose_version(dtype: Dtype | None, version: int | None) -> int:
-    """The version of a model file. UsageError where it is not written, or not of this dtype."""
+    """Return the version of a model file. Raises UsageError if it cannot be written or has another dtype."""
     if version is None:
         return VERSIONS[dtype or "fp32"][0]
-    holds = next((each for each, versions in VERSIONS.items() if version in versions), None)
-    if holds is None:
-        raise UsageError(f"--version {version} is not written; there are 3 and 1 (fp32) and 5 (bf16)")
-    if dtype not in (None, holds):
-        raise UsageError(f"--version {version} holds {holds}, and --dtype asks for {dtype}; give one of them")
+    version_dtype = next((each for each, versions in VERSIONS.items() if version in versions), None)
+    if version_dtype is None:
+        raise UsageError(f"--version {version} cannot be written; expected 1 or 3 (fp32) or 5 (bf16)")
+    if dtype not in (None, version_dtype):
+        raise UsageError(f"--version {version} is {version_dtype}, but --dtype is {dtype}; give only one of them")
     return version
 
 
 def check_paths(request: Request, targets: Targets) -> None:
-    """Raise UsageError where a target is a source, another target, a folder in the place of a file, or a folder with
-    files that are not ours to replace."""
+    """Check the paths of the outputs.
+
+    Raises UsageError if an output is also an input, occurs twice, is an existing folder although a file is expected,
+    or is a folder that contains files other than FOLDER_FILES.
+    """
     if "-" in (request.source, *map(str, targets.paths)):
-        raise UsageError("-: convert reads and writes files only; give names")
+        raise UsageError("-: convert does not read stdin or write stdout; give file names")
     sources = [Path(name).resolve() for name in (request.source, request.data) if name is not None]
     seen: set[Path] = set()
     for path in targets.paths:
-        place = path.resolve()
-        if place in sources or (place.parent in sources and place.exists()):
-            raise UsageError(f"{path}: this is what is read; give another name to what is written")
-        if place in seen:
-            raise UsageError(f"{path}: asked for twice")
-        seen.add(place)
+        resolved = path.resolve()
+        if resolved in sources or (resolved.parent in sources and resolved.exists()):
+            raise UsageError(f"{path}: the output would overwrite an input; give another name")
+        if resolved in seen:
+            raise UsageError(f"{path}: the same name is given for two outputs; give different names")
+        seen.add(resolved)
         if path != targets.folder and path.is_dir():
-            raise UsageError(f"{path}: this is a folder; expected the name of a file")
+            raise UsageError(f"{path}: found a folder, expected the name of a file")
     folder = targets.folder
     if folder and folder.is_dir():
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in FOLDER_FILES)
-        if foreign:
-            raise UsageError(f"{folder}: holds other files ({foreign[0]}); give a new folder")
+        other_files = sorted(entry.name for entry in folder.iterdir() if entry.name not in FOLDER_FILES)
+        if other_files:
+            raise UsageError(f"{folder}: the folder contains other files ({other_files[0]}); give a new folder")

@@ -1,4 +1,4 @@
-"""The command: what it prints where, and its exit status."""
+"""``llmc convert``: output, exit status and error messages."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def llmc(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-def test_a_line_a_file_on_stdout(llmc):
+def test_stdout_has_a_line_per_file(llmc):
     result = llmc(TINY_GPT2 / "safetensors", "tiny.bin")
     assert result.exit_code == 0
     assert result.stdout == "writing 9,024 parameters (fp32, version 3) to tiny.bin\n"
@@ -30,7 +30,7 @@ def test_a_line_a_file_on_stdout(llmc):
     )
     folder = Path("folder")
     assert llmc("tiny.bin", folder, "--dtype", "bf16").stdout == (
-        f"writing the shape of the model to {folder / 'config.json'}\n"
+        f"writing the model configuration to {folder / 'config.json'}\n"
         f"writing 8,528 parameters (bf16) to {folder / 'model.safetensors'}\n"
     )
     state = ("--debug-state", "state.bin", "--batch", 2, "--seq-len", 24, "--data", "shard.bin")
@@ -39,7 +39,7 @@ def test_a_line_a_file_on_stdout(llmc):
     )
 
 
-def test_json_is_one_document(llmc):
+def test_json_output(llmc):
     result = llmc(TINY_GPT2 / "model.bin", "tiny.bin", "--dtype", "bf16", "--json", "--quiet")
     assert result.stderr == ""
     assert json.loads(result.stdout) == {
@@ -58,7 +58,7 @@ def test_json_is_one_document(llmc):
     }
 
 
-def test_the_debug_state_names_its_reference(llmc):
+def test_json_output_names_the_reference(llmc):
     options = ("--debug-state", "state.bin", "--batch", 1, "--seq-len", 8, "--data", "shard.bin", "--json")
     result = llmc(TINY_GPT2 / "model.bin", *options, "--reference", "numpy")
     assert json.loads(result.stdout)["reference"] == "numpy"
@@ -68,15 +68,19 @@ def test_the_debug_state_names_its_reference(llmc):
     ("arguments", "status", "message"),
     [
         ([TINY_GPT2 / "model.bin"], 2, "give a DEST"),
-        ([TINY_GPT2 / "model.bin", "tiny.bin", "--version", 3, "--dtype", "bf16"], 2, "--version 3 holds fp32"),
-        ([TINY_GPT2 / "model.bin", "tiny.bin", "--order", "norms-last"], 2, "--order is for version 2"),
+        ([TINY_GPT2 / "model.bin", "tiny.bin", "--version", 3, "--dtype", "bf16"], 2, "--version 3 is fp32"),
+        (
+            [TINY_GPT2 / "model.bin", "tiny.bin", "--order", "norms-last"],
+            2,
+            "--order applies only to model files of version 2",
+        ),
         (["missing.bin", "tiny.bin"], 3, "missing.bin: no such file or folder"),
         (["shard.bin", "tiny.bin"], 3, "found a GPT-2 token shard"),
         ([".", "tiny.bin"], 3, "config.json"),
-        (["model.gguf", "tiny.bin"], 4, "GGUF file: not yet"),
+        (["model.gguf", "tiny.bin"], 4, "found a GGUF file, which is not supported yet"),
     ],
 )
-def test_errors_are_a_line(llmc, arguments, status, message):
+def test_errors_are_one_line(llmc, arguments, status, message):
     Path("model.gguf").write_bytes(b"GGUF" + bytes(100))
     result = llmc(*arguments)
     assert (result.exit_code, result.stdout) == (status, "")
@@ -86,7 +90,7 @@ def test_errors_are_a_line(llmc, arguments, status, message):
     assert not Path("tiny.bin").exists()
 
 
-def test_a_damaged_model(llmc):
+def test_damaged_model_is_rejected(llmc):
     content = bytearray((TINY_GPT2 / "model.bin").read_bytes())
     content[1024 + 4 * 100 : 1024 + 4 * 101] = np.float32(np.nan).tobytes()
     Path("damaged.bin").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Models from one form into another."""
+"""Conversion between model files and Hugging Face folders."""
 
 import json
 from pathlib import Path
@@ -15,24 +15,24 @@ from llmc_cli.formats.weights import NORMS_LAST, TENSORS, read_header
 
 @pytest.mark.parametrize("form", ["safetensors", "pytorch"])
 @pytest.mark.parametrize(("dtype", "expected"), [("fp32", MODEL), ("bf16", BF16)])
-def test_a_folder_becomes_the_golden_file(tmp_path, form, dtype, expected):
+def test_folder_to_model_file_matches_golden_file(tmp_path, form, dtype, expected):
     written = convert(TINY_GPT2 / form, tmp_path / "tiny.bin", dtype=dtype)
     assert (tmp_path / "tiny.bin").read_bytes() == expected.read_bytes()
     assert [(file.path, file.bytes) for file in written] == [(tmp_path / "tiny.bin", expected.stat().st_size)]
 
 
 @pytest.mark.parametrize(("dtype", "golden"), [("fp32", MODEL), ("bf16", BF16)])
-def test_a_file_comes_back_from_a_folder(tmp_path, dtype, golden):
+def test_model_file_to_folder_and_back(tmp_path, dtype, golden):
     written = convert(golden, tmp_path / "folder", dtype=dtype)
     assert {file.path.name for file in written} == {"config.json", "model.safetensors"}
     tensors = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
-    assert {info.dtype for info in tensors.info.values()} == {targets.STORED[dtype]}
-    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["torch_dtype"] == targets.STORED[dtype]
+    assert {info.dtype for info in tensors.info.values()} == {targets.DTYPE_NAMES[dtype]}
+    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["torch_dtype"] == targets.DTYPE_NAMES[dtype]
     convert(tmp_path / "folder", tmp_path / "back.bin", dtype=dtype)
     assert (tmp_path / "back.bin").read_bytes() == golden.read_bytes()
 
 
-def test_a_folder_holds_what_transformers_saves(tmp_path):
+def test_written_folder_matches_transformers(tmp_path):
     convert(MODEL, tmp_path / "folder")
     ours = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
     theirs = SafetensorsFile(TINY_GPT2 / "safetensors" / "model.safetensors")
@@ -45,7 +45,7 @@ def test_a_folder_holds_what_transformers_saves(tmp_path):
 
 
 @pytest.mark.parametrize(("golden", "version"), [(MODEL, 1), (MODEL, 3), (BF16, 5)])
-def test_versions_come_back(tmp_path, golden, version):
+def test_conversion_between_versions_is_lossless(tmp_path, golden, version):
     convert(golden, tmp_path / "there.bin", version=version)
     assert read_header(tmp_path / "there.bin").version == version
     convert(tmp_path / "there.bin", tmp_path / "again.bin", version=version)
@@ -56,8 +56,8 @@ def test_versions_come_back(tmp_path, golden, version):
 
 @pytest.mark.parametrize(("version", "order"), [(4, TENSORS), (2, TENSORS), (2, NORMS_LAST)])
 @pytest.mark.parametrize("forced", [False, True])
-def test_older_versions_are_read(tmp_path, version, order, forced):
-    """Matrices in bfloat16, layernorms in float32."""
+def test_read_versions_2_and_4(tmp_path, version, order, forced):
+    """These versions have bfloat16 matrices and float32 layernorms."""
     header, tensors = read_header(BF16), tensors_of(BF16)
     tensors |= {name: values for name, values in tensors_of(MODEL).items() if name.startswith("ln")}
     with (tmp_path / "old.bin").open("wb") as file:
@@ -73,19 +73,19 @@ def test_older_versions_are_read(tmp_path, version, order, forced):
         np.testing.assert_array_equal(values, tensors[name])
 
 
-def test_names_without_prefix_masks_and_a_tied_head(tmp_path, rewrite):
-    def older(tensors):
+def test_tensor_names_of_older_checkpoints(tmp_path, rewrite):
+    def rename(tensors):
         tensors = {name.removeprefix("transformer."): values for name, values in tensors.items()}
         masks = {
             f"h.{layer}.attn.{name}": np.ones((1, 1, 24, 24), np.float32) for layer in (0, 1) for name in ("bias",)
         }
         return {**tensors, **masks, "h.0.attn.masked_bias": np.float32([-1e4]), "lm_head.weight": tensors["wte.weight"]}
 
-    convert(rewrite(older), tmp_path / "tiny.bin")
+    convert(rewrite(rename), tmp_path / "tiny.bin")
     assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
 
 
-def test_parts_with_an_index(tmp_path, tiny_folder):
+def test_sharded_checkpoint(tmp_path, tiny_folder):
     whole = SafetensorsFile(tiny_folder / "model.safetensors")
     names = list(whole)
     for number, half in enumerate((names[::2], names[1::2])):
@@ -97,7 +97,7 @@ def test_parts_with_an_index(tmp_path, tiny_folder):
     assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
 
 
-def test_bfloat16_and_float16_weights(tmp_path, rewrite):
+def test_read_bfloat16_and_float16_weights(tmp_path, rewrite):
     folder = rewrite(lambda tensors: None, "bfloat16")
     convert(folder, tmp_path / "tiny.bin", dtype="bf16")
     assert (tmp_path / "tiny.bin").read_bytes() == BF16.read_bytes()
@@ -119,7 +119,7 @@ def write_float16(path, tensors):
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(values.tobytes() for values in tensors.values()))
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_folder_unchanged(tmp_path, monkeypatch):
     dest = tmp_path / "folder"
     convert(MODEL, dest)
     (dest / "vocab.json").write_text("{}")
@@ -141,7 +141,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_interrupt_while_a_folder_is_replaced(tmp_path, monkeypatch):
+def test_interrupted_rename_restores_the_old_folder(tmp_path, monkeypatch):
     dest = tmp_path / "folder"
     convert(MODEL, dest)
     before = (dest / "model.safetensors").read_bytes()
@@ -161,7 +161,7 @@ def test_an_interrupt_while_a_folder_is_replaced(tmp_path, monkeypatch):
 
 @pytest.mark.witness
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
-def test_transformers_loads_what_it_saved(tmp_path, form):
+def test_transformers_loads_converted_models(tmp_path, form):
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Reference batches that come with a conversion."""
+"""Computation of debug states by the reference implementations."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ from llmc_cli.formats.weights import read_header
 
 @pytest.fixture
 def shard(tmp_path):
-    """The tokens of the tiny model's debug state."""
+    """A shard with the tokens of the tiny model's debug state."""
     state = read_debug_state(STATE)
     tokens = np.append(state.x.reshape(-1), state.y[-1, -1])
     write_shard(tmp_path / "shard.bin", tokens)
     return tmp_path / "shard.bin"
 
 
-def test_a_debug_state_is_the_golden_one(tmp_path, shard):
+def test_debug_state_matches_golden_file(tmp_path, shard):
     convert(MODEL, debug_state=tmp_path / "state.bin", batch=2, seq_len=16, data=shard, reference="numpy")
     found, golden = (read_debug_state(path, read_header(MODEL)) for path in (tmp_path / "state.bin", STATE))
     np.testing.assert_array_equal(found.x, golden.x)
@@ -32,7 +32,7 @@ def test_a_debug_state_is_the_golden_one(tmp_path, shard):
         np.testing.assert_allclose(found.grads[name], values, rtol=0, atol=1e-7)
 
 
-def test_batches_that_cannot_be(tmp_path, shard, monkeypatch):
+def test_invalid_batches_are_rejected(tmp_path, shard, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "state.bin"
     with pytest.raises(UsageError, match="24 positions"):
@@ -47,7 +47,7 @@ def test_batches_that_cannot_be(tmp_path, shard, monkeypatch):
     assert not state.exists()
 
 
-def test_torch_where_it_is_not(tmp_path, shard, monkeypatch):
+def test_torch_reference_needs_pytorch(tmp_path, shard, monkeypatch):
     monkeypatch.setattr(debug_state.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="pip install torch"):
         convert(MODEL, debug_state=tmp_path / "state.bin", data=shard, reference="torch")
@@ -55,7 +55,7 @@ def test_torch_where_it_is_not(tmp_path, shard, monkeypatch):
 
 
 @pytest.mark.witness
-def test_both_references_agree(tmp_path, shard):
+def test_torch_and_numpy_references_agree(tmp_path, shard):
     model_of_transformers(seed=9).save_pretrained(tmp_path / "theirs")
     states = []
     for reference in ("torch", "numpy"):

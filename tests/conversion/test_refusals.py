@@ -14,7 +14,7 @@ from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats.errors import FormatError, NonFiniteError
 
 
-def test_a_wrong_order_is_an_error(tmp_path):
+def test_order_is_rejected_for_other_sources(tmp_path):
     with pytest.raises(UsageError, match="version 3"):
         convert(MODEL, tmp_path / "new.bin", order="layers")
     with pytest.raises(UsageError, match="--order"):
@@ -41,14 +41,14 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_tensors_that_do_not_fit(tmp_path, rewrite, case):
+def test_mismatched_tensors_are_rejected(tmp_path, rewrite, case):
     change, message = BAD_FOLDERS[case]
     with pytest.raises(DataError, match=message):
         convert(rewrite(change), tmp_path / "tiny.bin")
     assert not (tmp_path / "tiny.bin").exists()
 
 
-def test_an_absurd_config_costs_nothing(tmp_path, tiny_folder):
+def test_extreme_config_is_rejected_without_allocating(tmp_path, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_bytes())
     for change, message in (({"n_layer": 10**9}, "cannot be 1,000,000,000 layers"), ({"n_positions": 10**12}, "wpe")):
         (tiny_folder / "config.json").write_text(json.dumps(config | change))
@@ -56,7 +56,7 @@ def test_an_absurd_config_costs_nothing(tmp_path, tiny_folder):
             convert(tiny_folder, tmp_path / "tiny.bin")
 
 
-def test_integers_are_no_weights(tmp_path, tiny_folder):
+def test_integer_weights_are_rejected(tmp_path, tiny_folder):
     path = tiny_folder / "model.safetensors"
     content = path.read_bytes()
     at = content.index(b'"F32"', content.index(b"transformer.wpe.weight"))
@@ -66,7 +66,7 @@ def test_integers_are_no_weights(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite(tmp_path, rewrite, value):
+def test_nonfinite_weights_are_rejected(tmp_path, rewrite, value):
     def change(tensors):
         tensors["transformer.h.1.mlp.c_proj.weight"][5, 3] = value
 
@@ -74,12 +74,12 @@ def test_values_that_are_not_finite(tmp_path, rewrite, value):
         convert(rewrite(change), tmp_path / "tiny.bin")
 
 
-def test_folders_that_are_no_model(tmp_path, tiny_folder):
+def test_invalid_model_folders_are_rejected(tmp_path, tiny_folder):
     with pytest.raises(DataError, match=r"config\.json"):
         convert(tmp_path, tmp_path / "tiny.bin")
     config = json.loads((tiny_folder / "config.json").read_bytes())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(MissingError, match="llama: not yet"):
+    with pytest.raises(MissingError, match="model_type llama, which is not supported yet"):
         convert(tiny_folder, tmp_path / "tiny.bin")
     (tiny_folder / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
     with pytest.raises(DataError, match="relu"):
@@ -96,28 +96,28 @@ def test_folders_that_are_no_model(tmp_path, tiny_folder):
 @pytest.mark.parametrize(
     ("start", "error", "message"),
     [
-        (b"GGUF\3\0\0\0", MissingError, "GGUF file: not yet"),
-        (np.array([20240803, 3], "<i4").tobytes(), MissingError, "Llama 3 model: not yet"),
-        (np.array([0x616B3432, 1], "<i4").tobytes(), MissingError, "llama2.c model: not yet"),
+        (b"GGUF\3\0\0\0", MissingError, "GGUF file, which is not supported yet"),
+        (np.array([20240803, 3], "<i4").tobytes(), MissingError, "Llama 3 model, which is not supported yet"),
+        (np.array([0x616B3432, 1], "<i4").tobytes(), MissingError, "llama2.c model, which is not supported yet"),
         (np.array([20240520, 1], "<i4").tobytes(), DataError, "GPT-2 token shard, expected a GPT-2 model"),
         (b"hello, world", FormatError, "a supported file format"),
     ],
 )
-def test_files_that_are_no_gpt2(tmp_path, start, error, message):
+def test_other_files_are_rejected(tmp_path, start, error, message):
     path = tmp_path / "other.bin"
     path.write_bytes(start + bytes(2048))
     with pytest.raises(error, match=message):
         convert(path, tmp_path / "tiny.bin")
 
 
-def test_weights_alone_are_no_model(tmp_path):
+def test_weight_file_without_config_is_rejected(tmp_path):
     for path in (TINY_GPT2 / "safetensors" / "model.safetensors", TINY_GPT2 / "pytorch" / "pytorch_model.bin"):
         with pytest.raises(DataError, match="give the folder"):
             convert(path, tmp_path / "tiny.bin")
 
 
 @pytest.mark.parametrize("name", ["missing.bin", "missing.gguf", "./missing", "a/b/c", "no such name"])
-def test_a_name_of_nothing(tmp_path, name):
+def test_missing_source_is_rejected(tmp_path, name):
     with pytest.raises(DataError, match="no such file or folder"):
         convert(name, tmp_path / "tiny.bin")
 
@@ -125,22 +125,22 @@ def test_a_name_of_nothing(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"version": 5, "dtype": "fp32"}, "holds bf16"),
-        ({"version": 3, "dtype": "bf16"}, "holds fp32"),
-        ({"version": 2}, "not written"),
-        ({"version": 4, "dtype": "bf16"}, "not written"),
+        ({"version": 5, "dtype": "fp32"}, "version 5 is bf16"),
+        ({"version": 3, "dtype": "bf16"}, "version 3 is fp32"),
+        ({"version": 2}, "cannot be written"),
+        ({"version": 4, "dtype": "bf16"}, "cannot be written"),
         ({"batch": 4}, "--batch"),
         ({"seq_len": 8}, "--seq-len"),
         ({"data": Path("x.bin")}, "--data"),
         ({"reference": "numpy"}, "--reference"),
     ],
 )
-def test_options_that_contradict(tmp_path, options, message):
+def test_conflicting_options_are_rejected(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         convert(MODEL, tmp_path / "tiny.bin", **options)
 
 
-def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
+def test_invalid_destinations_are_rejected(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy = tmp_path / "copy.bin"
     shutil.copy(MODEL, copy)
@@ -151,11 +151,11 @@ def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
     cases = [
         (copy, None, {}, "give a DEST"),
         (copy, None, {"dtype": "bf16"}, "give a DEST"),
-        (copy, copy, {}, "what is read"),
-        (copy, Path("copy.bin"), {}, "what is read"),
-        (tiny_folder, tiny_folder, {}, "what is read"),
-        (TINY_GPT2 / "pytorch", TINY_GPT2 / "pytorch" / "pytorch_model.bin", {}, "what is read"),
-        (copy, Path("new.bin"), {"tokenizer": tmp_path / "new.bin"}, "twice"),
+        (copy, copy, {}, "overwrite an input"),
+        (copy, Path("copy.bin"), {}, "overwrite an input"),
+        (tiny_folder, tiny_folder, {}, "overwrite an input"),
+        (TINY_GPT2 / "pytorch", TINY_GPT2 / "pytorch" / "pytorch_model.bin", {}, "overwrite an input"),
+        (copy, Path("new.bin"), {"tokenizer": tmp_path / "new.bin"}, "two outputs"),
         (copy, Path("new.gguf"), {}, r"\.bin"),
         (copy, Path("plain"), {}, r"\.bin"),
         (copy, Path(), {}, "name of a folder"),
@@ -163,8 +163,8 @@ def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
         (copy, Path("taken.bin"), {}, "folder"),
         (copy, Path("full"), {}, r"thesis\.tex"),
         (copy, Path("new"), {"version": 3}, "--version"),
-        (copy, Path("-"), {}, "files only"),
-        ("-", Path("new.bin"), {}, "files only"),
+        (copy, Path("-"), {}, "does not read stdin"),
+        ("-", Path("new.bin"), {}, "does not read stdin"),
     ]
     for source, dest, options, message in cases:
         with pytest.raises(UsageError, match=message):
@@ -174,7 +174,7 @@ def test_destinations_that_cannot_be(tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
-def test_a_pipe_or_device_is_no_destination(tmp_path):
+def test_pipe_is_rejected_as_destination(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match=r"\.bin"):
         convert(MODEL, tmp_path / "pipe")

@@ -1,4 +1,4 @@
-"""The tokenizer that comes with a conversion, as a table or as files."""
+"""The tokenizer of a converted model, written as a table or as files."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ from llmc_cli.tokenizer.tokenizer import GPT2_SHA256, load_tokenizer
 
 
 @pytest.fixture
-def wide(tmp_path):
-    """A folder with a model that has GPT-2's vocabulary, and little else."""
+def gpt2_vocab_folder(tmp_path):
+    """A model folder with GPT-2's vocabulary and very small layers."""
     config = ModelConfig(64, 50257, 1, 1, 2)
     generator = np.random.default_rng(5)
     params = {name: generator.standard_normal(shape, np.float32) for name, shape in parameter_shapes(config).items()}
@@ -34,11 +34,11 @@ def wide(tmp_path):
     return tmp_path / "wide"
 
 
-def test_gpt2_gives_four_files(tmp_path, wide, monkeypatch):
+def test_gpt2_writes_four_files(tmp_path, gpt2_vocab_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmc_cli.downloads.hub.fetch_model", lambda repository, tokenizer, on_bytes: wide)
-    shortfalls = []
-    conversion = plan(Request("gpt2", reference="numpy"), on_shortfall=shortfalls.append)
+    monkeypatch.setattr("llmc_cli.downloads.hub.fetch_model", lambda repository, tokenizer, on_bytes: gpt2_vocab_folder)
+    warnings = []
+    conversion = plan(Request("gpt2", reference="numpy"), on_warning=warnings.append)
     files = list(conversion.run(lambda what, done, total: None))
     assert [str(file.path) for file in files] == [
         "gpt2_124M.bin",
@@ -49,18 +49,18 @@ def test_gpt2_gives_four_files(tmp_path, wide, monkeypatch):
     assert [read_header(file.path).version for file in files[:2]] == [3, 5]
     state = read_debug_state(files[2].path, read_header(files[0].path))
     assert state.x.shape == (4, 64)
-    assert state.x[0, 0] == 50256  # a document begins
-    assert "bundled text" in shortfalls[0]
+    assert state.x[0, 0] == 50256  # the end-of-text token before a document
+    assert "bundled text" in warnings[0]
     assert files[3].bytes == 372_108
 
 
-def test_the_tokenizer_table_is_exact(tmp_path, wide):
-    convert(wide, tokenizer=tmp_path / "table.bin")
+def test_tokenizer_table_matches_llm_c(tmp_path, gpt2_vocab_folder):
+    convert(gpt2_vocab_folder, tokenizer=tmp_path / "table.bin")
     assert hashlib.sha256((tmp_path / "table.bin").read_bytes()).hexdigest() == GPT2_SHA256
 
 
-def test_a_folder_with_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, wide):
-    convert(wide, tmp_path / "model.bin")
+def test_folder_with_gpt2_vocabulary_gets_the_gpt2_tokenizer(tmp_path, gpt2_vocab_folder):
+    convert(gpt2_vocab_folder, tmp_path / "model.bin")
     convert(tmp_path / "model.bin", tmp_path / "folder")
     ours, theirs = load_tokenizer("gpt2"), load_tokenizer(str(tmp_path / "folder"))
     assert theirs.tokens == ours.tokens
@@ -71,8 +71,8 @@ def test_a_folder_with_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, wide):
     assert hashlib.sha256((tmp_path / "table.bin").read_bytes()).hexdigest() == GPT2_SHA256
 
 
-def test_merges_are_those_of_openai():
-    """The file that OpenAI published lists them, a line each."""
+def test_merges_match_openai_vocab_bpe():
+    """Compare with the hash of OpenAI's vocab.bpe, which has one merge per line."""
     lines = [f"{token_to_text(left)} {token_to_text(right)}\n" for left, right in merges(load_tokenizer("gpt2"))]
     text = "".join(["#version: 0.2\n", *lines])
     found = hashlib.sha256(text.encode()).hexdigest()
@@ -80,8 +80,8 @@ def test_merges_are_those_of_openai():
 
 
 @pytest.fixture
-def letters(tiny_folder):
-    """The tiny model's folder with a tokenizer of its own, of single bytes."""
+def letters_folder(tiny_folder):
+    """The tiny model's folder with a byte-level tokenizer.json."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:90]
     rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={char: id for id, char in enumerate(alphabet)}, merges=[]))
     rust.decoder = tokenizers.decoders.ByteLevel()
@@ -90,31 +90,31 @@ def letters(tiny_folder):
     return tiny_folder
 
 
-def test_a_tokenizer_of_its_own_comes_along(tmp_path, letters):
-    convert(letters, tmp_path / "folder", tokenizer=tmp_path / "table.bin")
-    assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == (letters / "tokenizer.json").read_bytes()
+def test_own_tokenizer_is_copied(tmp_path, letters_folder):
+    convert(letters_folder, tmp_path / "folder", tokenizer=tmp_path / "table.bin")
+    assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == (letters_folder / "tokenizer.json").read_bytes()
     table = read_vocabulary(tmp_path / "table.bin")
     assert (len(table.tokens), table.end_of_text) == (91, 90)
 
 
-def test_tokenizers_that_cannot_be(tmp_path, letters):
-    with pytest.raises(DataError, match="no tokenizer is known for a vocabulary of 97"):
+def test_invalid_tokenizers_are_rejected(tmp_path, letters_folder):
+    with pytest.raises(DataError, match="found no tokenizer for a vocabulary of 97"):
         convert(MODEL, tokenizer=tmp_path / "table.bin")
-    config = json.loads((letters / "config.json").read_bytes())
-    (letters / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
-    with pytest.raises(DataError, match="91 tokens, expected at most the 90"):
-        convert(letters, tokenizer=tmp_path / "table.bin")
-    (letters / "tokenizer.json").rename(letters / "vocab.json")
+    config = json.loads((letters_folder / "config.json").read_bytes())
+    (letters_folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(DataError, match="91 tokens, expected at most 90"):
+        convert(letters_folder, tokenizer=tmp_path / "table.bin")
+    (letters_folder / "tokenizer.json").rename(letters_folder / "vocab.json")
     with pytest.raises(DataError, match=r"vocab\.json only"):
-        convert(letters, tokenizer=tmp_path / "table.bin")
+        convert(letters_folder, tokenizer=tmp_path / "table.bin")
     assert not (tmp_path / "table.bin").exists()
 
 
 @pytest.mark.witness
-def test_transformers_takes_the_tokenizer(tmp_path, wide):
+def test_transformers_loads_the_tokenizer(tmp_path, gpt2_vocab_folder):
     from transformers import AutoTokenizer
 
-    convert(wide, tmp_path / "model.bin")
+    convert(gpt2_vocab_folder, tmp_path / "model.bin")
     convert(tmp_path / "model.bin", tmp_path / "folder")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "folder"), load_tokenizer("gpt2")
     text = shakespeare_text("bundled").text[:200] + " \n\n\t 'twas naïve, 日本語 🙂 x1234y"

@@ -7,9 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.paths import TINY_GPT2
 
-from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.kernels.backend import open_kernels
 from llmc_cli.machine.cores import available_cores
@@ -125,24 +123,3 @@ def tiny_options(tiny_config, tiny_data):
 def but(tiny_options):
     """``tiny_options`` with some of them changed."""
     return lambda **changes: dataclasses.replace(tiny_options, **changes)
-
-
-@pytest.fixture
-def tiny_folder(tmp_path):
-    """A copy of the tiny model's folder, to be changed."""
-    shutil.copytree(TINY_GPT2 / "safetensors", tmp_path / "source")
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def rewrite(tiny_folder):
-    """Saves the folder's tensors anew after a change of the dict of them; returns the folder."""
-
-    def run(change, dtype="float32"):
-        path = tiny_folder / "model.safetensors"
-        tensors = {name: np.array(values) for name, values in SafetensorsFile(path).items()}
-        tensors = change(tensors) or tensors
-        write_safetensors(path, tensors, dtype)
-        return tiny_folder
-
-    return run

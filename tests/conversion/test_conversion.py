@@ -1,14 +1,13 @@
 """Conversion between model files and Hugging Face folders."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from support.converting import BF16, MODEL, convert, model_of_transformers, tensors_of
+from support.converting import BF16, MODEL, convert, load_tensors, transformers_model
 from support.paths import TINY_GPT2
 
-from llmc_cli.conversion import targets, writers
+from llmc_cli.conversion import targets
 from llmc_cli.formats.safetensors import SafetensorsFile, write_safetensors
 from llmc_cli.formats.weights import NORMS_LAST, TENSORS, read_header
 
@@ -58,8 +57,8 @@ def test_conversion_between_versions_is_lossless(tmp_path, golden, version):
 @pytest.mark.parametrize("forced", [False, True])
 def test_read_versions_2_and_4(tmp_path, version, order, forced):
     """These versions have bfloat16 matrices and float32 layernorms."""
-    header, tensors = read_header(BF16), tensors_of(BF16)
-    tensors |= {name: values for name, values in tensors_of(MODEL).items() if name.startswith("ln")}
+    header, tensors = read_header(BF16), load_tensors(BF16)
+    tensors |= {name: values for name, values in load_tensors(MODEL).items() if name.startswith("ln")}
     with (tmp_path / "old.bin").open("wb") as file:
         file.write(np.array([20240326, version, *header[2:7], 128 if version == 4 else 0] + [0] * 248, "<i4"))
         for name in order:
@@ -69,11 +68,11 @@ def test_read_versions_2_and_4(tmp_path, version, order, forced):
             file.write(values.tobytes())
     force = ("layers" if order is TENSORS else "norms last") if forced and version == 2 else None
     convert(tmp_path / "old.bin", tmp_path / "new.bin", order=force)
-    for name, values in tensors_of(tmp_path / "new.bin").items():
+    for name, values in load_tensors(tmp_path / "new.bin").items():
         np.testing.assert_array_equal(values, tensors[name])
 
 
-def test_tensor_names_of_older_checkpoints(tmp_path, rewrite):
+def test_tensor_names_of_older_checkpoints(tmp_path, rewrite_tensors):
     def rename(tensors):
         tensors = {name.removeprefix("transformer."): values for name, values in tensors.items()}
         masks = {
@@ -81,7 +80,7 @@ def test_tensor_names_of_older_checkpoints(tmp_path, rewrite):
         }
         return {**tensors, **masks, "h.0.attn.masked_bias": np.float32([-1e4]), "lm_head.weight": tensors["wte.weight"]}
 
-    convert(rewrite(rename), tmp_path / "tiny.bin")
+    convert(rewrite_tensors(rename), tmp_path / "tiny.bin")
     assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
 
 
@@ -97,15 +96,15 @@ def test_sharded_checkpoint(tmp_path, tiny_folder):
     assert (tmp_path / "tiny.bin").read_bytes() == MODEL.read_bytes()
 
 
-def test_read_bfloat16_and_float16_weights(tmp_path, rewrite):
-    folder = rewrite(lambda tensors: None, "bfloat16")
+def test_read_bfloat16_and_float16_weights(tmp_path, rewrite_tensors):
+    folder = rewrite_tensors(lambda tensors: None, "bfloat16")
     convert(folder, tmp_path / "tiny.bin", dtype="bf16")
     assert (tmp_path / "tiny.bin").read_bytes() == BF16.read_bytes()
     path = folder / "model.safetensors"
     half = {name: values.astype(np.float16) for name, values in SafetensorsFile(path).items()}
     write_float16(path, half)
     convert(folder, tmp_path / "half.bin")
-    found = tensors_of(tmp_path / "half.bin")
+    found = load_tensors(tmp_path / "half.bin")
     np.testing.assert_array_equal(found["wpe"], half["transformer.wpe.weight"].astype(np.float32))
     np.testing.assert_array_equal(found["fcw"][1], half["transformer.h.1.mlp.c_fc.weight"].T.astype(np.float32))
 
@@ -119,53 +118,13 @@ def write_float16(path, tensors):
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(values.tobytes() for values in tensors.values()))
 
 
-def test_failed_write_leaves_the_old_folder_unchanged(tmp_path, monkeypatch):
-    dest = tmp_path / "folder"
-    convert(MODEL, dest)
-    (dest / "vocab.json").write_text("{}")
-    before = (dest / "model.safetensors").read_bytes()
-
-    def fail(path, tensors, dtype):
-        path.parent.mkdir()
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(writers, "write_safetensors", fail)
-        convert(BF16, dest)
-    assert (dest / "model.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-    convert(BF16, dest)
-    assert (dest / "model.safetensors").read_bytes() != before
-    assert sorted(path.name for path in dest.iterdir()) == ["config.json", "model.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_interrupted_rename_restores_the_old_folder(tmp_path, monkeypatch):
-    dest = tmp_path / "folder"
-    convert(MODEL, dest)
-    before = (dest / "model.safetensors").read_bytes()
-    rename = Path.rename
-
-    def interrupted(self, target):
-        if self.name == "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", interrupted)
-        convert(BF16, dest)
-    assert (dest / "model.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
 @pytest.mark.witness
 @pytest.mark.parametrize("form", ["safetensors", "pickle"])
 def test_transformers_loads_converted_models(tmp_path, form):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = model_of_transformers(seed=7).eval()
+    model = transformers_model(seed=7).eval()
     model.save_pretrained(tmp_path / "theirs")
     if form == "pickle":
         (tmp_path / "theirs" / "model.safetensors").unlink()

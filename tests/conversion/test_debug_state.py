@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.converting import MODEL, STATE, convert, model_of_transformers
+from support.converting import MODEL, STATE, convert, transformers_model
 
 from llmc_cli.conversion import debug_state
 from llmc_cli.errors import DataError, MissingError, UsageError
@@ -56,7 +56,7 @@ def test_torch_reference_needs_pytorch(tmp_path, shard, monkeypatch):
 
 @pytest.mark.witness
 def test_torch_and_numpy_references_agree(tmp_path, shard):
-    model_of_transformers(seed=9).save_pretrained(tmp_path / "theirs")
+    transformers_model(seed=9).save_pretrained(tmp_path / "theirs")
     states = []
     for reference in ("torch", "numpy"):
         path = tmp_path / f"{reference}.bin"

@@ -1,4 +1,4 @@
-"""The tiny model of the fixtures in its forms, and a conversion as ``llmc convert`` makes it."""
+"""Conversions as ``llmc convert`` runs them, and the files of the tiny model."""
 
 import runpy
 
@@ -16,8 +16,8 @@ def convert(source, dest=None, **options):
     return list(plan(Request(str(source), dest, **options)).run(lambda what, done, total: None))
 
 
-def tensors_of(path):
-    """A model file's tensors by name."""
+def load_tensors(path):
+    """Load the tensors of a model file, by name."""
     header = read_header(path)
     shapes = tensor_shapes(header._replace(version=3))
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -25,6 +25,6 @@ def tensors_of(path):
     return tensors
 
 
-def model_of_transformers(seed):
-    """A model like the tiny one, made by PyTorch and transformers."""
+def transformers_model(seed):
+    """Create a model of the tiny model's shape with PyTorch and transformers."""
     return runpy.run_path(str(FIXTURES / "make_gpt2_goldens.py"))["make_model"](seed=seed)

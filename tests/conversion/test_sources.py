@@ -18,23 +18,23 @@ def test_order_is_rejected_for_other_sources(tmp_path):
         convert(TINY_GPT2 / "safetensors", tmp_path / "new.bin", order="layers")
 
 
-def with_tensors(**changed):
-    return lambda tensors: tensors | {f"transformer.{name.replace('__', '.')}": v for name, v in changed.items()}
+def add_tensors(**new):
+    return lambda tensors: tensors | {f"transformer.{name.replace('__', '.')}": v for name, v in new.items()}
 
 
 BAD_FOLDERS = {
     "another head": (lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}, "only a tied head"),
     "unknown": (
-        with_tensors(h__0__attn__extra=np.zeros(3, np.float32)),
+        add_tensors(h__0__attn__extra=np.zeros(3, np.float32)),
         r"transformer\.h\.0\.attn\.extra, which a GPT-2",
     ),
     "one layer too many": (
-        with_tensors(h__2__ln_1__bias=np.zeros(16, np.float32)),
+        add_tensors(h__2__ln_1__bias=np.zeros(16, np.float32)),
         r"found transformer\.h\.2\.ln_1\.bias",
     ),
     "missing": (lambda t: {name: v for name, v in t.items() if ".h.1." not in name}, "lack h.1.*and 9 more"),
     "both names": (lambda t: {**t, "wpe.weight": t["transformer.wpe.weight"]}, "found both wpe.weight"),
-    "shape": (with_tensors(wpe__weight=np.zeros((23, 16), np.float32)), r"wpe.weight is \(23, 16\).*\(24, 16\)"),
+    "shape": (add_tensors(wpe__weight=np.zeros((23, 16), np.float32)), r"wpe.weight is \(23, 16\).*\(24, 16\)"),
     "not transposed": (
         lambda t: {name: v.T if "c_fc.weight" in name else v for name, v in t.items()},
         r"c_fc.weight is \(64, 16\).*\(16, 64\)",

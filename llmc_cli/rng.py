@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-DEFAULT_SEED = 1337  # llm.c's
-
 BLOCK = 16  # PyTorch makes normals sixteen at a time: the vector path of its CPU kernel
 CHUNK = BLOCK << 12  # elements made at once: bounds the scratch memory, and keeps it in the cache
 

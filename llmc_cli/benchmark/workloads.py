@@ -20,8 +20,9 @@ from llmc_cli.models.initialization import INIT_STD
 from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.models.layout import MATRICES, flops_per_token, parameter_count
 from llmc_cli.rng import Xorshift
-from llmc_cli.sampling.filters import SamplingOptions, sample_token
+from llmc_cli.sampling.filters import sample_token
 from llmc_cli.sampling.generation import Decoder
+from llmc_cli.sampling.options import SamplingOptions
 from llmc_cli.training.optimizer import AdamW
 
 LR, WEIGHT_DECAY = 1e-4, 0.1

@@ -12,8 +12,9 @@ from llmc_cli.models.arena import arena_bytes
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.models.kv_cache import KVCache, cache_shapes
-from llmc_cli.rng import DEFAULT_SEED, Xorshift
-from llmc_cli.sampling.filters import SamplingOptions, sample_generator, sample_token
+from llmc_cli.rng import Xorshift
+from llmc_cli.sampling.filters import sample_generator, sample_token
+from llmc_cli.sampling.options import DEFAULT_SEED, SamplingOptions
 from llmc_cli.sampling.stop_strings import StopStringMatcher
 from llmc_cli.tokenizer.base import Tokenizer
 

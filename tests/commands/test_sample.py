@@ -1,4 +1,4 @@
-"""`llmc sample`: what goes to stdout and what does not, its refusals, and that `llmc decode` prints the same."""
+"""`llmc sample`: its output, its errors, and agreement of `--ids` with `llmc decode`."""
 
 import json
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from llmc_cli.app import app
 from llmc_cli.commands.render import Output
-from llmc_cli.commands.sample import Blocks
 from llmc_cli.formats.vocabulary import write_vocabulary
 from llmc_cli.formats.weights import GPT2Header, save_weights
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
@@ -24,7 +23,7 @@ END_OF_TEXT = 50256
 
 
 @pytest.fixture(autouse=True)
-def reference(monkeypatch):
+def reference_backend(monkeypatch):
     backend = SimpleNamespace(kernels=ReferenceKernels())
     monkeypatch.setattr(
         "llmc_cli.kernels.backend.open_sampling", lambda device, precision, threads, on_compile: backend
@@ -33,7 +32,7 @@ def reference(monkeypatch):
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A model with GPT-2's vocabulary whose samples are any text."""
+    """A model with GPT-2's vocabulary and random weights."""
     config = ModelConfig(max_seq_len=64, vocab_size=50257, num_layers=1, num_heads=2, channels=8)
     weights = Arena(np.zeros, parameter_shapes(config), np.float32)
     weights.flat[:] = np.random.default_rng(0).normal(0, 0.5, weights.flat.size)
@@ -44,7 +43,7 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture
 def table(tmp_path):
-    """Writes a tokenizer table for TINY: single bytes, among them those of é in two parts, and pairs of letters."""
+    """Write a tokenizer table for TINY: single bytes, including the two of é, and pairs of letters."""
 
     def write(end_of_text=119):
         letters = [bytes([byte]) for byte in (*range(32, 127), 0xC3, 0xA9)]
@@ -66,12 +65,12 @@ def stdout(*arguments, stdin=None):
     return result.stdout_bytes.decode()
 
 
-def test_prints_ids_as_transformers_makes_them():
+def test_ids_equal_those_of_transformers():
     found = stdout("sample", TINY, "--prompt-ids", "7", "--ids", "--temperature", 0, "--max-tokens", 64)
     assert found == " ".join(map(str, GOLDEN["prompt"] + GOLDEN["ids"])) + "\n"
 
 
-def test_text_is_prompt_and_continuation_and_rates_go_to_stderr(gpt2):
+def test_text_goes_to_stdout_and_speed_to_stderr(gpt2):
     result = llmc("sample", gpt2, "Hello", "--max-tokens", 5)
     text = result.stdout_bytes.decode()
     assert text.startswith("Hello") and len(text) > 8 and text.endswith("\n") and not text.endswith("\n\n")
@@ -97,7 +96,7 @@ def test_text_is_prompt_and_continuation_and_rates_go_to_stderr(gpt2):
     ],
     ids=str,
 )
-def test_ids_decoded_are_the_text(gpt2, options):
+def test_decoded_ids_equal_the_text(gpt2, options):
     ids = llmc("sample", gpt2, *options, "--ids")
     text = llmc("sample", gpt2, *options)
     assert text.exit_code == ids.exit_code == 0
@@ -105,13 +104,13 @@ def test_ids_decoded_are_the_text(gpt2, options):
 
 
 @pytest.mark.parametrize("stop", ["a", "e", " ", "in", "th"])
-def test_ends_before_a_stop_text(gpt2, stop):
+def test_stop_string_ends_the_sample(gpt2, stop):
     whole = stdout("sample", gpt2, "Hello", "--no-echo").removesuffix("\n")
     found = stdout("sample", gpt2, "Hello", "--no-echo", "--stop", stop, "--stop", "not there").removesuffix("\n")
     assert found == whole.partition(stop)[0]
 
 
-def test_stop_texts_over_tokens_and_characters(table):
+def test_stop_strings_across_tokens_and_characters(table):
     options = (TINY, "--prompt-ids", "7", "--tokenizer", table(), "--temperature", 0, "--no-echo")
     whole = stdout("sample", *options).removesuffix("\n")
     for start in range(0, 30, 3):
@@ -119,7 +118,7 @@ def test_stop_texts_over_tokens_and_characters(table):
         assert stdout("sample", *options, "--stop", stop) == whole.partition(stop)[0] + "\n"
 
 
-def test_ends_at_end_of_text(table):
+def test_end_of_text_ends_the_sample(table):
     end = GOLDEN["ids"][6]
     count = GOLDEN["ids"].index(end)
     options = (TINY, "--prompt-ids", "7", "--tokenizer", table(end_of_text=end), "--temperature", 0)
@@ -128,14 +127,14 @@ def test_ends_at_end_of_text(table):
     assert json.loads(stdout("sample", *options, "--json"))["ending"] == "end-of-text"
 
 
-def test_starts_from_end_of_text(gpt2):
+def test_default_prompt_is_end_of_text(gpt2):
     ids = stdout("sample", gpt2, "--ids", "--max-tokens", 6)
     assert ids.split()[0] == str(END_OF_TEXT)
     assert ids == stdout("sample", gpt2, "", "--ids", "--max-tokens", 6)
     assert ids == stdout("sample", gpt2, "--prompt-ids", f" {END_OF_TEXT} ", "--ids", "--max-tokens", 6)
 
 
-def test_reads_the_prompt_from_stdin_as_it_is(gpt2):
+def test_prompt_from_stdin_is_not_modified(gpt2):
     found = stdout("sample", gpt2, "-", "--max-tokens", 3, stdin="Hello\n\né\n".encode())
     assert found.startswith("Hello\n\né\n")
     assert found == stdout("sample", gpt2, "Hello\n\né\n", "--max-tokens", 3)
@@ -172,16 +171,6 @@ def test_text_streams(gpt2, monkeypatch):
     assert parts[0] == "Hello" and len(parts) == 7
 
 
-def test_blocks_keep_their_order():
-    said = []
-    blocks = Blocks(said.append, lambda number: said.append(number), 3)
-    for sample, text, over in ((0, "a", False), (2, "x", True), (1, "m", False), (0, "", False), (0, "b", True)):
-        blocks.add(sample, text, over)
-    assert said == [0, "a", "b\n", 1, "m"]
-    blocks.add(1, "", True)
-    assert said[5:] == ["\n", 2, "x\n"]
-
-
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
@@ -193,10 +182,10 @@ def test_blocks_keep_their_order():
         (["--ids", "Hello", "--prompt-ids", "1"], 2, "give one of them"),
         (["--ids", "Hello"], 2, "give --prompt-ids or --tokenizer"),
         (["--ids"], 2, "give --prompt-ids or --tokenizer"),
-        (["--prompt-ids", "1"], 2, "a vocabulary of 120 is not GPT-2's"),
+        (["--prompt-ids", "1"], 2, "no tokenizer is known for a vocabulary of 120"),
         (["--prompt-ids", "1", "--ids", "--stop", "x"], 2, "--stop needs the model's tokenizer"),
         (["--prompt-ids", "1", "--tokenizer", "gpt2", "--stop", ""], 2, "expected a text that is not empty"),
-        (["--prompt-ids", "1", "--tokenizer", "gpt2", "--stop", "\udcff"], 2, "no valid text"),
+        (["--prompt-ids", "1", "--tokenizer", "gpt2", "--stop", "\udcff"], 2, "not valid text"),
         (["Hello", "--tokenizer", "gpt2"], 2, "is outside the model's vocabulary"),
         (["--ids", "--prompt-ids", "1", "--temperature", -1], 2, "--temperature -1"),
         (["--ids", "--prompt-ids", "1", "--num", 0], 2, "--num"),
@@ -204,13 +193,13 @@ def test_blocks_keep_their_order():
     ],
     ids=str,
 )
-def test_refusals(options, status, message):
+def test_usage_and_data_errors(options, status, message):
     result = llmc("sample", TINY, *options)
     assert (result.exit_code, result.stdout_bytes) == (status, b"")
     assert message in " ".join(result.stderr.split())
 
 
-def test_a_missing_model_and_one_that_is_none(tmp_path):
+def test_missing_and_invalid_model_files(tmp_path):
     result = llmc("sample", tmp_path / "none.bin", "--ids")
     assert result.exit_code == 3 and "No such file" in result.stderr
     path = tmp_path / "other.bin"

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 from llmc_cli.errors import DataError, UsageError
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling import filters
-from llmc_cli.sampling.filters import SamplingOptions, apply_filters, sample_generator, sample_softmax, sample_token
+from llmc_cli.sampling.filters import apply_filters, sample_generator, sample_softmax, sample_token
+from llmc_cli.sampling.options import SamplingOptions
 
 
 def logits_arrays(low=-20, high=20, width=32):

@@ -13,8 +13,9 @@ from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import KVCache
 from llmc_cli.sampling import generation
-from llmc_cli.sampling.filters import SamplingOptions, sample_generator, sample_token
+from llmc_cli.sampling.filters import sample_generator, sample_token
 from llmc_cli.sampling.generation import Decoder, generate, resolve_max_tokens, sample_tokens
+from llmc_cli.sampling.options import SamplingOptions
 
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())
 GREEDY = SamplingOptions(temperature=0)

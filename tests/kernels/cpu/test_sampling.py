@@ -22,8 +22,8 @@ from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import KVCache
-from llmc_cli.sampling.filters import SamplingOptions
 from llmc_cli.sampling.generation import Decoder, generate
+from llmc_cli.sampling.options import SamplingOptions
 from llmc_cli.verification.comparison import compare
 
 GOLDEN = json.loads((FIXTURES / "sampling_golden.json").read_text())

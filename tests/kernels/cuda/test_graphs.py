@@ -15,8 +15,8 @@ from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
 from llmc_cli.models.files import load_model
 from llmc_cli.models.kv_cache import KVCache
-from llmc_cli.sampling.filters import SamplingOptions
 from llmc_cli.sampling.generation import Decoder, generate, sample_tokens
+from llmc_cli.sampling.options import SamplingOptions
 from llmc_cli.training.optimizer import AdamW
 
 MODEL = FIXTURES / "sampling_model.bin"

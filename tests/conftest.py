@@ -78,7 +78,7 @@ def double(monkeypatch):
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """A config file of a model that trains in milliseconds."""
+    """The config file of a model that trains in milliseconds."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(huggingface_config.config_to_dict(ModelConfig(32, 67, 2, 2, 16))))
     return path
@@ -86,7 +86,7 @@ def tiny_config(tmp_path):
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """Two training shards and a validation shard of random tokens."""
+    """A directory with two training shards and one validation shard of random tokens."""
     generator = np.random.default_rng(0)
     for name, count in (("train_0", 700), ("train_1", 500), ("val_0", 300)):
         write_shard(tmp_path / f"tiny_{name}.bin", generator.integers(0, 67, count))
@@ -95,7 +95,7 @@ def tiny_data(tmp_path):
 
 @pytest.fixture
 def tiny_options(tiny_config, tiny_data):
-    """Options with everything on that a resume must carry over."""
+    """Options of a run that uses every feature whose state a resumed run must restore."""
     return TrainOptions(
         model=str(tiny_config),
         data=str(tiny_data / "tiny_train_*.bin"),
@@ -120,6 +120,6 @@ def tiny_options(tiny_config, tiny_data):
 
 
 @pytest.fixture
-def but(tiny_options):
-    """``tiny_options`` with some of them changed."""
+def options_with(tiny_options):
+    """A function that returns ``tiny_options`` with some fields replaced."""
     return lambda **changes: dataclasses.replace(tiny_options, **changes)

@@ -1,4 +1,4 @@
-"""Batches of tokens from shards, in order or shuffled, the same as the C trainer draws them."""
+"""Batches of tokens from shards, sequential or shuffled, in the same order as llm.c's data loader."""
 
 import glob
 import hashlib
@@ -13,22 +13,20 @@ from llmc_cli.formats.header import HEADER_BYTES
 from llmc_cli.formats.shard import Shard, read_shard
 from llmc_cli.rng import MersenneTwister
 
-SHUFFLE_SEED = 42
-
 
 @dataclass(frozen=True)
 class Position:
-    """Where a ``Batches`` stands: enough to go on from there."""
+    """The state of a ``Batches``, from which it can continue."""
 
     shard: int
     sample: int  # the next one to read
-    shard_order: NDArray[np.int32] | None = None  # these three only where shuffled
+    shard_order: NDArray[np.int32] | None = None  # this and the next two only if shuffled
     sample_order: NDArray[np.int32] | None = None
     generator: tuple[NDArray[np.uint32], int] | None = None
 
 
 class _Batch:
-    """Memory of one sample, B·T+1 ``tokens``, and views of it."""
+    """A buffer for one sample of B·T+1 ``tokens``, with views of its inputs and targets."""
 
     def __init__(self, B: int, T: int) -> None:
         self.tokens = np.zeros(B * T + 1, np.int32)
@@ -38,43 +36,45 @@ class _Batch:
 
 
 class Batches:
-    """Samples of B·T+1 tokens from the shards that a glob names, sorted by name; goes round for ever.
+    """An endless sequence of batches from the shards that match a glob, sorted by name.
 
-    ``next`` gives ``inputs`` and ``targets`` (B,T) int32, the second one position ahead, which stay until it is called
-    again, and allocates nothing but at the start of a shard. A sample is one of (tokens - 1) // (B·T) places in its
-    shard. Shuffled, the order of shards is permuted at the start and at each epoch, the order of samples in each shard.
+    ``next_batch`` sets ``inputs`` and ``targets`` (B,T) int32, where targets are shifted by one position. They are
+    valid until its next call. It allocates memory only at the start of a shard.
+
+    A sample is B·T+1 tokens; a shard holds (tokens - 1) // (B·T) of them, at multiples of B·T. With a ``shuffle_seed``
+    the order of the shards is permuted at the start of each epoch, and that of the samples at the start of each shard.
+    Raises DataError if there is no shard, or one is smaller than a sample.
     """
 
-    def __init__(
-        self, pattern: str, B: int, T: int, vocab_size: int, shuffle: bool = False, seed: int = SHUFFLE_SEED
-    ) -> None:
-        # a file of this very name, whatever its characters mean in a glob
+    def __init__(self, pattern: str, B: int, T: int, vocab_size: int, shuffle_seed: int | None = None) -> None:
+        # a file with exactly this name, even if it contains special characters of a glob
         self.paths = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
         if not self.paths:
-            raise DataError(f"{pattern}: no such file; `llmc prepro` makes token shards")
-        self.B, self.T, self.vocab_size, self.shuffle = B, T, vocab_size, shuffle
+            raise DataError(f"{pattern}: no such file; `llmc prepro` writes token shards")
+        self.pattern, self.B, self.T, self.vocab_size = pattern, B, T, vocab_size
         self.sizes = [read_shard(path).tokens.size for path in self.paths]  # tokens by shard
         for path, size in zip(self.paths, self.sizes, strict=True):
             if self._samples(size) == 0:
                 raise DataError(
-                    f"{path}: {size:,} tokens, where a batch of {B} x {T} takes {B * T + 1:,}; "
-                    "take a smaller batch or sequence length"
+                    f"{path}: found {size:,} tokens, expected at least {B * T + 1:,} for a batch of {B} x {T}; "
+                    "use a smaller batch or sequence length"
                 )
         self.num_tokens = sum(self.sizes)
         self.num_samples = sum(self._samples(size) for size in self.sizes)
-        self._batch, self._other = _Batch(B, T), _Batch(B, T)
-        self._is_ahead = False  # whether the other one holds the next sample
+        self._batch, self._ahead = _Batch(B, T), _Batch(B, T)
+        self._has_read_ahead = False  # whether _ahead holds the next sample
         self._shard, self._sample = 0, 0
         self._mapped: Shard | None = None
-        if shuffle:
-            self._generator = MersenneTwister(seed)
+        self.shuffle = shuffle_seed is not None
+        if shuffle_seed is not None:
+            self._generator = MersenneTwister(shuffle_seed)
             self._shard_order = np.arange(len(self.sizes), dtype=np.int32)
             self._generator.permute(self._shard_order)
             self._shuffle_samples()
 
     def rewind(self) -> None:
-        """Go back to the first sample of data that is read in order."""
-        self._shard, self._sample, self._is_ahead = 0, 0, False
+        """Go back to the first sample; only for data that are not shuffled."""
+        self._shard, self._sample, self._has_read_ahead = 0, 0, False
 
     @property
     def inputs(self) -> NDArray[np.int32]:
@@ -84,44 +84,47 @@ class Batches:
     def targets(self) -> NDArray[np.int32]:
         return self._batch.targets
 
-    def next(self) -> None:
-        """Put the next sample into ``inputs`` and ``targets``; DataError where a token is none of the vocabulary."""
-        if self._is_ahead:
-            self._batch, self._other = self._other, self._batch
-            self._is_ahead = False
+    def next_batch(self) -> None:
+        """Read the next sample into ``inputs`` and ``targets``; DataError if a token is not in the vocabulary."""
+        if self._has_read_ahead:
+            self._batch, self._ahead = self._ahead, self._batch
+            self._has_read_ahead = False
         else:
             if self._sample >= self._samples(self.sizes[self._index]):
                 self._advance()
             self._read(self._batch)
         self._sample += 1
 
-    def look_ahead(self) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-        """The inputs and targets that ``next`` will give, read already; None where it has to begin a shard for them, or
-        to refuse them. ``inputs``, ``targets`` and ``position`` stay."""
+    def read_ahead(self) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+        """Read and return the inputs and targets that the next ``next_batch`` will set.
+
+        None at the end of a shard or if a token is not in the vocabulary. ``inputs``, ``targets`` and ``position`` do
+        not change.
+        """
         if self._sample >= self._samples(self.sizes[self._index]):
             return None
         try:
-            self._read(self._other)
+            self._read(self._ahead)
         except DataError:
             return None
-        self._is_ahead = True
-        return self._other.inputs, self._other.targets
+        self._has_read_ahead = True
+        return self._ahead.inputs, self._ahead.targets
 
     def _read(self, batch: _Batch) -> None:
-        """Fill ``batch`` with the sample at hand."""
+        """Read the sample at the current position into ``batch``."""
         sample = int(self._sample_order[self._sample]) if self.shuffle else self._sample
         start = sample * self.B * self.T
         np.copyto(batch.tokens, self._tokens[start : start + batch.tokens.size], casting="same_kind")
         largest = int(batch.unsigned.max())
         if largest >= self.vocab_size:
-            where = start + int(batch.unsigned.argmax())
+            position = start + int(batch.unsigned.argmax())
             raise DataError(
-                f"{self._path}: token {largest} at position {where}, where the model knows 0 to {self.vocab_size - 1}; "
-                "was it made with another tokenizer?"
+                f"{self._path}: token {largest} at position {position}, expected 0 to {self.vocab_size - 1}; was the "
+                "file written with another tokenizer than the model's?"
             )
 
     def accepts(self, position: Position) -> bool:
-        """Whether ``position`` is one in this data."""
+        """Return whether ``position`` is valid for these shards and this batch shape."""
         if not 0 <= position.shard < len(self.sizes) or self.shuffle != (position.shard_order is not None):
             return False
         if position.shard_order is None or position.sample_order is None:
@@ -141,7 +144,7 @@ class Batches:
 
     @position.setter
     def position(self, position: Position) -> None:
-        self._shard, self._sample, self._is_ahead = position.shard, position.sample, False
+        self._shard, self._sample, self._has_read_ahead = position.shard, position.sample, False
         if self.shuffle:
             assert position.shard_order is not None and position.sample_order is not None
             assert position.generator is not None
@@ -150,7 +153,7 @@ class Batches:
             self._generator.state = position.generator
 
     def fingerprint(self) -> str:
-        """A hash over the names, sizes and headers of the shards: the same data gives the same."""
+        """Return a hash of the names, sizes and headers of the shards."""
         digest = hashlib.sha256()
         for path in self.paths:
             with path.open("rb") as file:
@@ -170,11 +173,13 @@ class Batches:
 
     @property
     def _tokens(self) -> NDArray[np.unsignedinteger]:
-        """Those of the shard at hand. Only that one is mapped: each mapping keeps a file open, and shards are many."""
+        """The tokens of the current shard. Only one shard is mapped, since a mapping keeps its file open."""
         if self._mapped is None or self._mapped.path != self._path:
             self._mapped = read_shard(self._path)
             if self._mapped.tokens.size != self.sizes[self._index]:
-                raise DataError(f"{self._path}: it has changed since training began; leave it as it is until the end")
+                raise DataError(
+                    f"{self._path}: the file has changed since training began; do not modify it during training"
+                )
         return self._mapped.tokens
 
     def _advance(self) -> None:

@@ -1,4 +1,4 @@
-"""The two logs of a run: ``main.log`` as the C trainer writes it, ``metrics.jsonl`` for programs."""
+"""The two logs of a run: ``main.log`` in llm.c's format, and ``metrics.jsonl``."""
 
 import json
 import re
@@ -11,21 +11,21 @@ SCHEMA = 1
 
 
 class RunLog:
-    """Appends events to the logs in a folder; without a folder it does nothing.
+    """Appends events to the logs in ``folder``; does nothing if it is None.
 
-    ``start_at`` None wipes them; a step N keeps what happened before it: the updates 0 … N-1 and the evaluations of
-    earlier steps.
+    With ``start_at`` None the logs are cleared. With a step N they are truncated to the updates 0 … N-1 and the
+    validations of earlier steps.
     """
 
     def __init__(self, folder: Path | None, start_at: int | None) -> None:
         self.main = folder / "main.log" if folder else None
         self.metrics = folder / "metrics.jsonl" if folder else None
         if self.main and self.metrics:
-            _cut(self.main, start_at, _step_of_main)
-            _cut(self.metrics, start_at, _step_of_metrics)
+            _truncate(self.main, start_at, _step_of_main)
+            _truncate(self.metrics, start_at, _step_of_metrics)
 
     def update(self, step: int, loss: float, norm: float, lr: float, metrics: dict[str, Any]) -> None:
-        """The update that leads from ``step`` to step + 1."""
+        """Log the update from ``step`` to step + 1."""
         self._append(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", metrics)
 
     def validation(self, step: int, loss: float, metrics: dict[str, Any]) -> None:
@@ -45,18 +45,18 @@ def _step_of_main(line: str) -> int:
 
 
 def _step_of_metrics(line: str) -> int:
-    """The number of updates before the event; that of an update counts from 1."""
+    """Return the number of updates before the event; the ``step`` of an update counts from 1."""
     try:
         event = json.loads(line)
-    except ValueError:  # cut short by a crash
+    except ValueError:  # truncated by a crash
         return -1
     return int(event["step"]) - ("loss" in event)
 
 
-def _cut(path: Path, start_at: int | None, step_of: Any) -> None:
-    kept = ""
+def _truncate(path: Path, start_at: int | None, step_of: Any) -> None:
+    content = ""
     if start_at is not None and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = "".join(f"{line}\n" for line in lines if 0 <= step_of(line) < start_at)
+        content = "".join(f"{line}\n" for line in lines if 0 <= step_of(line) < start_at)
     with atomic_write(path) as file:
-        file.write(kept.encode())
+        file.write(content.encode())

@@ -1,4 +1,4 @@
-"""AdamW over the parameter arena."""
+"""AdamW."""
 
 import math
 
@@ -10,9 +10,9 @@ from llmc_cli.models.layout import DECAYED
 
 
 class AdamW:
-    """Moments and the update (Loshchilov and Hutter 2019, arXiv:1711.05101), decay on the named tensors only.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with clipping; only the ``decayed`` tensors decay.
 
-    ``m`` and ``v`` are flat (P,) arrays in the order of the parameter arena, where a training state keeps them.
+    The moments ``m`` and ``v`` are flat arrays (P,) in the order of the parameter arena, as in a training state.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class AdamW:
         self.sumsq = kernels.alloc((1,), np.float64)
 
     def gradient_norm(self) -> float:
-        """The global norm of the gradients; ``step`` clips by it."""
+        """Return the global norm of the gradients, by which the next ``step`` clips."""
         return math.sqrt(self._sum_squares(self.model.grads.flat))
 
     def is_finite(self) -> bool:
-        """Whether parameters and moments all are: from others no training could go on. Takes the place of the norm."""
+        """Return whether all parameters and moments are finite. Overwrites the result of ``gradient_norm``."""
         return all(math.isfinite(self._sum_squares(array)) for array in (self.model.params.flat, self.m, self.v))
 
     def _sum_squares(self, array: Array) -> float:
@@ -49,7 +49,7 @@ class AdamW:
         return float(self.model.kernels.download(self.sumsq)[0])
 
     def step(self, lr: float, t: int) -> None:
-        """The t-th update, t = 1, 2, …, after ``gradient_norm``."""
+        """Do the t-th update, t = 1, 2, …; call ``gradient_norm`` before it."""
         self.settings[0] = lr
         self.settings[5] = 1 - self.beta1**t
         self.settings[6] = 1 - self.beta2**t

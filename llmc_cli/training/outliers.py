@@ -8,13 +8,13 @@ WINDOW = 128
 
 @dataclass
 class OutlierDetector:
-    """How far a value lies from the last ``WINDOW`` ones, in standard deviations."""
+    """Computes the z-score of each value within a sliding window of ``WINDOW`` values."""
 
     values: list[float] = field(default_factory=list)
     oldest: int = 0
 
     def score(self, value: float) -> float | None:
-        """Take ``value`` in; its z-score among the window that it now belongs to, None until the window is full."""
+        """Add ``value`` and return its z-score within the window, which includes it; None until the window is full."""
         if len(self.values) < WINDOW:
             self.values.append(value)
             return None

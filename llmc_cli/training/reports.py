@@ -1,4 +1,4 @@
-"""What a training run reports."""
+"""The reports that a training run yields."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepReport:
-    """One update. ``step`` counts from 1, ``norm`` is that of the gradients before clipping; ``skipped`` says why
-    the update was left out."""
+    """A step, counted from 1. ``norm``: gradient norm before clipping; ``skipped``: the reason of a skipped update."""
 
     step: int
     steps: int
@@ -42,7 +41,7 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """Tokens that the model made behind an end-of-text after ``step`` updates."""
+    """Tokens sampled from the model after ``step`` updates, starting from end-of-text."""
 
     step: int
     ids: list[int]
@@ -53,7 +52,7 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A checkpoint of ``step`` updates now stands at ``path``."""
+    """A checkpoint was written after ``step`` updates; ``path`` is its model file."""
 
     step: int
     path: Path

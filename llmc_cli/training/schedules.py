@@ -1,18 +1,17 @@
-"""What changes with the step: the learning rate, and which losses and norms are out of the ordinary."""
+"""Learning rate schedules."""
 
 import math
 from dataclasses import dataclass
-
-from llmc_cli.errors import UsageError
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate by step: ``lr`` after ``warmup`` steps, ``lr · final`` after ``steps`` (the C trainer's rules).
+    """Learning rate by step: linear warmup to ``lr`` in ``warmup`` steps, then decay to ``lr · final`` at ``steps``.
 
-    wsd is warm-up, stable, decay: the last fifth goes down with 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392).
+    The formulas are llm.c's. wsd is warmup, stable, decay: the last fifth decays with 1 - sqrt (Hägele et al. 2024,
+    arXiv:2405.18392). constant has no warmup.
     """
 
     kind: str
@@ -21,12 +20,8 @@ class Schedule:
     steps: int
     final: float
 
-    def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise UsageError(f"--schedule {self.kind}: there are {', '.join(SCHEDULES)}")
-
     def __call__(self, step: int) -> float:
-        """The learning rate of step 0, 1, …"""
+        """Return the learning rate of a step, counted from 0."""
         if self.kind == "constant":
             return self.lr
         if step < self.warmup:
@@ -40,4 +35,6 @@ class Schedule:
         ratio = (step - self.warmup) / (self.steps - self.warmup)
         if self.kind == "linear":
             return self.lr - ratio * (self.lr - low)
-        return low + 0.5 * (1 + math.cos(math.pi * ratio)) * (self.lr - low)
+        if self.kind == "cosine":
+            return low + 0.5 * (1 + math.cos(math.pi * ratio)) * (self.lr - low)
+        raise ValueError(f"unknown schedule {self.kind!r}: expected one of {', '.join(SCHEDULES)}")

@@ -1,4 +1,4 @@
-"""``llmc train`` as a person runs it, in a process of its own."""
+"""``llmc train`` in a subprocess."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 LINE = re.compile(
     r"step \d+/\d+ \| loss \d+\.\d{6} \| norm \d+\.\d{4} \| lr \d\.\d\de-\d\d \| \d+\.\d ms \| \d+ tok/s \| \d+% MFU"
 )
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no POSIX signals")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def train(*arguments, **options):
 
 
 def start(*arguments):
-    """A run that goes on until it is stopped, once its first step is done."""
+    """Start a run and return its process after its first step."""
     process = subprocess.Popen(
         command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -49,7 +49,7 @@ def losses(stdout):
     return re.findall(r"step (\d+)/\d+ \| loss (\S+)", stdout)
 
 
-def test_a_line_per_step(arguments, tmp_path):
+def test_one_line_per_step(arguments, tmp_path):
     run = train(*arguments, "--out", tmp_path / "out")
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
@@ -61,7 +61,7 @@ def test_a_line_per_step(arguments, tmp_path):
     assert (tmp_path / "out" / "DONE_00000020").exists()
 
 
-def test_json_lines(arguments, tmp_path):
+def test_json_lines_of_all_reports(arguments, tmp_path):
     run = train(*arguments, "--json", "--quiet", "-s", "10", "-g", "4", "--out", tmp_path / "out")
     assert (run.returncode, run.stderr) == (0, "")
     events = [json.loads(line) for line in run.stdout.splitlines()]
@@ -75,7 +75,7 @@ def test_json_lines(arguments, tmp_path):
     assert [event["step"] for event in events if "checkpoint" in event] == [20]
 
 
-def test_dry_run(arguments, tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path):
     run = train(*arguments, "--dry-run", "--out", tmp_path / "out")
     assert run.returncode == 0, run.stderr
     rows = dict(line.split("\t") for line in run.stdout.splitlines()[1:])
@@ -87,8 +87,8 @@ def test_dry_run(arguments, tmp_path):
     assert (plan["schema"], plan["steps"], plan["total_memory"]) == (1, 20, sum(plan["memory"].values()))
 
 
-def test_a_command_line_of_the_c_trainer(arguments, tiny_data, tmp_path):
-    """Every letter that it knows, as its scripts write them."""
+def test_command_line_of_llm_c(arguments, tiny_data, tmp_path):
+    """All options of llm.c, written as in its scripts."""
     run = train(
         "-i", tiny_data / "tiny_train_*.bin", "-j", tiny_data / "tiny_val_*.bin", "-e", arguments[1],
         "-o", tmp_path / "log", "-v", "250", "-s", "20000", "-g", "144", "-h", "0", "-b", "2", "-t", "16", "-d", "64",
@@ -96,17 +96,17 @@ def test_a_command_line_of_the_c_trainer(arguments, tiny_data, tmp_path):
         "-nk", "5", "-nm", "50000", "-ge", "1", "-y", "1", "-x", "3", "-sl", "7.0", "-sg", "7.0", "-lg", "-1",
         "-m", "20", "-a", "0", "-w", "1", "-pn", "1", "-pr", "0", "-pg", "8", "-pi", "mpi", "-ps", "", "-pf", "",
     )  # fmt: skip
-    # 144 tokens do not fit into 32 positions: the one thing that this model cannot do
+    # everything is accepted except a sample of 144 tokens from a model of 32 positions
     assert run.returncode == 2
     assert "--sample-tokens 144" in run.stderr
 
 
-def test_without_a_folder_it_says_so(arguments):
+def test_run_without_out_warns(arguments):
     run = train(*arguments, "-x", "1")
-    assert "without --out nothing of this run is kept" in run.stderr
+    assert "without --out, no checkpoint or log of this run is saved" in run.stderr
 
 
-def test_without_data_it_says_how_to_make_them(tmp_path):
+def test_missing_data_names_the_command_that_writes_them(tmp_path):
     run = train(cwd=tmp_path)
     assert (run.returncode, run.stdout) == (3, "")
     assert "llmc prepro" in run.stderr.splitlines()[-1]
@@ -128,14 +128,14 @@ def test_without_data_it_says_how_to_make_them(tmp_path):
         (["--bogus"], 2, "--bogus"),
     ],
 )
-def test_what_cannot_be_had(arguments, more, status, text):
+def test_refused_options(arguments, more, status, text):
     run = train(*arguments, *more)
     assert (run.returncode, run.stdout) == (status, "")
     assert text in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_damaged_model(arguments, tmp_path):
+def test_damaged_model_is_refused(arguments, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"not a model")
     run = train(*arguments, "-e", tmp_path / "model.bin")
     assert (run.returncode, run.stdout) == (3, "")
@@ -143,11 +143,11 @@ def test_a_damaged_model(arguments, tmp_path):
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak of memory exactly"
+    not Path("/proc/self/status").exists(), reason="only Linux reports the exact peak memory of a process"
 )
 @pytest.mark.parametrize("recompute", ["0", "2"])
-def test_the_plan_is_the_peak(arguments, tmp_path, tiny_config, recompute):
-    """Within 5 %, with a model large enough to matter beside the program."""
+def test_planned_memory_is_the_peak(arguments, tmp_path, tiny_config, recompute):
+    """Within 5 %, for a model that needs more memory than the program itself."""
     config = json.loads(tiny_config.read_text())
     tiny_config.write_text(json.dumps({**config, "n_embd": 256, "n_layer": 8, "vocab_size": 20_000}))
     arguments = [*arguments, "-b", "8", "-t", "32", "-d", "256", "-x", "2", "-r", recompute]
@@ -163,7 +163,7 @@ def test_the_plan_is_the_peak(arguments, tmp_path, tiny_config, recompute):
 
 @posix
 @pytest.mark.parametrize(("signum", "status"), [(15, 143), (2, 130), (1, 129)])
-def test_a_signal_saves_and_the_resumed_run_is_the_same(arguments, tmp_path, signum, status):
+def test_signal_saves_and_the_resumed_run_is_identical(arguments, tmp_path, signum, status):
     arguments = [*arguments, "-x", "1500"]
     process = start(*arguments, "--out", tmp_path / "cut")
     process.send_signal(signum)
@@ -181,7 +181,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(arguments, tmp_path, sig
 
 
 @posix
-def test_a_broken_pipe_ends_quietly_and_saves(arguments, tmp_path):
+def test_broken_pipe_saves_and_exits_quietly(arguments, tmp_path):
     more = "-x", "2000", "--quiet", "--out", tmp_path / "out"
     process = subprocess.Popen(command(*arguments, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
@@ -194,8 +194,8 @@ def test_a_broken_pipe_ends_quietly_and_saves(arguments, tmp_path):
 
 @pytest.mark.soak
 @posix
-def test_kill_at_any_moment(arguments, tmp_path):
-    """20 runs killed at a random moment and resumed: always the course of the run that was left alone."""
+def test_resume_after_kill_at_a_random_moment(arguments, tmp_path):
+    """20 runs killed at random moments and resumed equal an uninterrupted run."""
     arguments = [*arguments, "-x", "120", "-n", "3"]
     whole = train(*arguments, "--out", tmp_path / "whole")
     expected = (tmp_path / "whole" / "model_00000120.bin").read_bytes()

@@ -238,7 +238,7 @@ def test_interrupt_during_validation_takes_no_further_step(options_with, backend
 def test_run_folder_is_locked(tiny_options, backend):
     reports = new_trainer(tiny_options, backend).run()
     next(reports)
-    with pytest.raises(UsageError, match="another run is using this folder"):
+    with pytest.raises(UsageError, match="another run is using this directory"):
         run(tiny_options, backend)
     reports.close()
     run(tiny_options, backend)

@@ -5,7 +5,8 @@ from llmc_cli.data.batches import Batches
 from llmc_cli.evaluation.validation import mean_loss
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.models.config import ModelConfig
-from llmc_cli.models.gpt2 import GPT2, initialize
+from llmc_cli.models.gpt2 import GPT2
+from llmc_cli.models.initialization import initialize
 
 B, T = 2, 8
 

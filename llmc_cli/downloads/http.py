@@ -41,7 +41,7 @@ def download(
     Received data is stored in the cache as a ``.part`` file. A later attempt or call resumes from it if the server
     supports ranges and its file has not changed. ``timeout_s`` limits connecting and each wait for data. Failed
     attempts are repeated after ``retry_delays_s`` (default RETRY_DELAYS_S). Raises MissingError if the network or the
-    server fails, DataError if the file has not ``size`` bytes or another hash than ``sha256``.
+    server fails, DataError if the received file differs from ``size`` or ``sha256``.
     """
     import filelock
 

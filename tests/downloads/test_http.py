@@ -11,7 +11,7 @@ from llmc_cli.errors import DataError, MissingError
 from llmc_cli.machine.cache_folder import cache_folder
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
-CUT = 18 * http.BLOCK
+CUT = 18 * http.BLOCK  # bytes sent before a connection is dropped
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def head(self, status, length, **headers):
+    def send_headers(self, status, length, **headers):
         self.send_response(status)
         if length is not None:
             self.send_header("Content-Length", str(length))
@@ -62,11 +62,11 @@ def send_file(handler, cut=None):
     if headers.get("If-Range", handler.server.etag) != handler.server.etag:
         start = 0
     if start >= len(body):
-        handler.head(416, 0, Content_Range=f"bytes */{len(body)}")
+        handler.send_headers(416, 0, Content_Range=f"bytes */{len(body)}")
     elif start:
-        handler.head(206, len(body) - start, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+        handler.send_headers(206, len(body) - start, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
     else:
-        handler.head(200, len(body))
+        handler.send_headers(200, len(body))
     handler.wfile.write(body[start:][:cut])
 
 
@@ -75,22 +75,22 @@ def drop_connection(handler):
 
 
 def ignore_range(handler):
-    handler.head(200, len(BODY))
+    handler.send_headers(200, len(BODY))
     handler.wfile.write(BODY)
 
 
 def send_without_length(handler):
-    handler.head(200, None)
+    handler.send_headers(200, None)
     handler.wfile.write(BODY)
 
 
 def send_wrong_range(handler):
-    handler.head(206, 10, Content_Range=f"bytes 5-14/{len(BODY)}")
+    handler.send_headers(206, 10, Content_Range=f"bytes 5-14/{len(BODY)}")
     handler.wfile.write(BODY[5:15])
 
 
 def respond(status):
-    return lambda handler: handler.head(status, 0)
+    return lambda handler: handler.send_headers(status, 0)
 
 
 @pytest.fixture
@@ -105,12 +105,13 @@ def server():
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path, monkeypatch):
+    """A separate cache, no proxy, and short retry delays."""
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(http, "RETRY_DELAYS_S", (0.001, 0.002))
 
 
-def parts():
+def partial_files():
     return [path for path in (cache_folder() / "parts").iterdir() if path.suffix != ".lock"]
 
 
@@ -132,7 +133,7 @@ def test_download_reports_progress(server, tmp_path, checks):
     assert dest.read_bytes() == BODY
     assert reported[0] == (0, len(BODY)) and reported[-1] == (len(BODY), len(BODY))
     assert reported == sorted(reported)
-    assert not parts()
+    assert not partial_files()
     assert server.requests[0]["Accept-Encoding"] == "identity"
 
 
@@ -200,7 +201,7 @@ def test_without_etag_and_hash_nothing_is_resumed(server, tmp_path, etag):
 def test_complete_partial_file_is_used(server, tmp_path):
     """An earlier run stopped after the last byte, before the rename."""
     interrupt_download(server, tmp_path / "file")
-    next(path for path in parts() if path.suffix == ".part").write_bytes(BODY)
+    next(path for path in partial_files() if path.suffix == ".part").write_bytes(BODY)
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
     assert len(server.requests) == 1
@@ -208,14 +209,14 @@ def test_complete_partial_file_is_used(server, tmp_path):
 
 def test_partial_file_that_is_too_long_is_discarded(server, tmp_path):
     interrupt_download(server, tmp_path / "file")
-    next(path for path in parts() if path.suffix == ".part").write_bytes(BODY + b"more")
+    next(path for path in partial_files() if path.suffix == ".part").write_bytes(BODY + b"more")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
 
 def test_damaged_version_file_is_ignored(server, tmp_path):
     interrupt_download(server, tmp_path / "file")
-    next(path for path in parts() if path.suffix == ".json").write_text("{")
+    next(path for path in partial_files() if path.suffix == ".json").write_text("{")
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
 
@@ -270,7 +271,7 @@ def test_truncated_file_without_content_length(server, tmp_path):
     """Only the expected size shows that data is missing."""
 
     def send_truncated(handler):
-        handler.head(200, None)
+        handler.send_headers(200, None)
         handler.wfile.write(BODY[:1000])
 
     server.script = [send_truncated]
@@ -285,20 +286,20 @@ def test_file_larger_than_expected_is_rejected(server, tmp_path):
     server.script = [send_without_length]
     with pytest.raises(DataError, match="found more than the expected 1,000 bytes"):
         download(server.url, tmp_path / "file", size=1000)
-    assert not parts()
+    assert not partial_files()
 
 
 def test_wrong_content_length_is_rejected_before_the_download(server, tmp_path):
     reported = []
     with pytest.raises(DataError, match="found a file of 1,048,576 bytes, expected 1,000"):
         download(server.url, tmp_path / "file", size=1000, on_progress=lambda *amounts: reported.append(amounts))
-    assert not reported and not parts()
+    assert not reported and not partial_files()
 
 
 def test_wrong_hash_is_rejected(server, tmp_path):
     with pytest.raises(DataError, match=f"found SHA-256 {SHA256}, expected 000"):
         download(server.url, tmp_path / "file", "0" * 64)
-    assert not parts() and not (tmp_path / "file").exists()
+    assert not partial_files() and not (tmp_path / "file").exists()
     assert len(server.requests) == 1
 
 
@@ -334,7 +335,7 @@ def test_cache_on_another_file_system(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", replace)
     download(server.url, tmp_path / "file", SHA256)
     assert (tmp_path / "file").read_bytes() == BODY
-    assert not parts()
+    assert not partial_files()
 
 
 def test_concurrent_calls_download_once(server, tmp_path):

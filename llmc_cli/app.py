@@ -1,4 +1,4 @@
-"""The command line's entry: the one tuple of commands, and how their failures end."""
+"""Entry point of the command line: the commands, and how errors become messages and exit statuses."""
 
 import contextlib
 import errno
@@ -21,11 +21,11 @@ from llmc_cli.machine.idle_threads import set_passive_wait
 
 COMMANDS = (prepro.prepro, convert.convert, train.train, sample.sample, decode.decode, verify.verify, bench.bench)
 
-INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a bug of ours, never confused with a failed check
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h; distinct from 1, a failed check
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with every failure turned into a line or two on stderr and its exit status."""
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``command`` so that every error becomes one or two lines on stderr and an exit status."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, SystemExit):
             raise
         except BrokenPipeError:
-            # The reader has gone (`llmc decode … | head`). Python flushes stdout once more at exit: let it go nowhere.
+            # The reader has closed the pipe (`llmc decode … | head`). Python flushes stdout again at exit; discard that.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:
@@ -43,20 +43,20 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("LLMC_DEBUG") == "1":
                 raise
-            message, status = explain(error)
-            complain(message)
+            message, status = error_message(error)
+            print_error(message)
             raise typer.Exit(status) from None
 
     return run
 
 
-def complain(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be listening any more
+def print_error(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(f"llmc: {message}", file=sys.stderr)
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """The message and the exit status that ``error`` ends the program with."""
+def error_message(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit status for ``error``."""
     if isinstance(error, LlmcError):
         return str(error), error.exit_code
     if isinstance(error, FormatError):
@@ -64,13 +64,13 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return f"not enough memory: {error or 'an allocation failed'}", 4
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}", 4 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
-    return f"internal error: {type(error).__name__}: {error}\nset LLMC_DEBUG=1 to see where", INTERNAL_ERROR
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{error.strerror}", 4 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 3
+    return f"internal error: {type(error).__name__}: {error}\nset LLMC_DEBUG=1 to see the traceback", INTERNAL_ERROR
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+def print_version(requested: bool) -> None:
+    if requested:
         print(f"llmc {importlib.metadata.version('llmc-cli')}")
         raise typer.Exit
 
@@ -81,53 +81,55 @@ app = typer.Typer(name="llmc", pretty_exceptions_enable=False)
 @app.callback()
 def llmc(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train, sample, convert and check GPT-2 language models."""
+    """Train, sample, convert and verify GPT-2 language models."""
 
 
-def unwrapped(docstring: str) -> str:
-    """Each paragraph on one line: the help breaks lines to the terminal's width itself."""
+def unwrap(docstring: str) -> str:
+    """Join each paragraph into one line; the help is wrapped to the terminal's width."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
 
 
 for _command in COMMANDS:
-    app.command(help=unwrapped(_command.__doc__ or ""))(guarded(_command))
+    app.command(help=unwrap(_command.__doc__ or ""))(handle_errors(_command))
 
 
-def end_on_sigterm(signum: int, frame: Any) -> NoReturn:
-    """Unwind the stack, so that half-written files are removed."""
+def exit_on_sigterm(signum: int, frame: Any) -> NoReturn:
+    """Exit by an exception, so that incomplete files are removed."""
     raise SystemExit(128 + signum)
 
 
-def open_streams() -> None:
-    """Standard streams as the commands expect them: closed ones are empty or lead nowhere. What is written is UTF-8,
-    whatever the locale (in a pipe on Windows it would be a code page, which has no U+FFFD), and the bytes of a file
-    name that are not UTF-8 come out as they are (PEP 383)."""
+def set_up_streams() -> None:
+    """Replace closed standard streams by the null device, and make stdout and stderr UTF-8 whatever the locale.
+
+    In a pipe on Windows the encoding would be a code page without U+FFFD. Bytes of file names that are not UTF-8 are
+    written unchanged (PEP 383).
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 open to the end
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 stays open
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def main() -> None:
-    open_streams()
-    warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+    set_up_streams()
+    warnings.showwarning = lambda message, *_: print_error(f"warning: {message}")
     set_passive_wait()  # before any command imports NumPy
-    signal.signal(signal.SIGTERM, end_on_sigterm)
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
     try:
         status = app(args=sys.argv[1:] or ["--help"], prog_name="llmc", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):  # before the command itself began
+    except (KeyboardInterrupt, typer.Abort):  # before the command has started
         status = 128 + signal.SIGINT
     except Exception as error:
-        # wrong usage, found by typer: one of several classes, of its own or of click, by its version
+        # a usage error of typer or click; its class depends on their versions
         if not hasattr(error, "format_message"):
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", "llmc")
-        complain(f"{error.format_message()}\nsee {path} --help")
+        print_error(f"{error.format_message()}\nsee {path} --help")
         status = 2
     sys.exit(status)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import typer
 
-from llmc_cli.app import COMMANDS, explain, guarded
+from llmc_cli.app import COMMANDS, error_message, handle_errors
 from llmc_cli.errors import CheckError, DataError, MissingError, UsageError
 from llmc_cli.formats.errors import SizeError
 
@@ -31,14 +31,14 @@ def llmc(*arguments, **options):
         (ZeroDivisionError("x"), 70),
     ],
 )
-def test_every_failure_has_its_status(error, status, capsys, monkeypatch):
+def test_exit_status_of_each_error(error, status, capsys, monkeypatch):
     monkeypatch.delenv("LLMC_DEBUG", raising=False)
 
     def command():
         raise error
 
     with pytest.raises(typer.Exit) as caught:
-        guarded(command)()
+        handle_errors(command)()
     assert caught.value.exit_code == status
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
@@ -47,30 +47,30 @@ def test_every_failure_has_its_status(error, status, capsys, monkeypatch):
     assert "Traceback" not in stderr
 
 
-def test_the_message_names_the_file():
-    assert "f.bin" in explain(FileNotFoundError(errno.ENOENT, "No such file", "f.bin"))[0]
+def test_os_error_message_names_the_file():
+    assert "f.bin" in error_message(FileNotFoundError(errno.ENOENT, "No such file", "f.bin"))[0]
 
 
-def test_debug_shows_where(monkeypatch):
+def test_llmc_debug_keeps_the_traceback(monkeypatch):
     monkeypatch.setenv("LLMC_DEBUG", "1")
 
     def command():
         raise DataError("x")
 
     with pytest.raises(DataError):
-        guarded(command)()
+        handle_errors(command)()
 
 
-def test_interrupt():
+def test_keyboard_interrupt_exits_130():
     def command():
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as caught:
-        guarded(command)()
+        handle_errors(command)()
     assert caught.value.exit_code == 130
 
 
-def test_help_names_every_command():
+def test_help_lists_every_command():
     run = llmc("--help")
     assert run.returncode == 0
     for command in COMMANDS:
@@ -84,14 +84,14 @@ def test_help_of_every_command(command):
     assert "\x1b" not in run.stdout
 
 
-def test_unknown_command():
+def test_unknown_command_exits_2():
     run = llmc("tarin")
     assert (run.returncode, run.stdout) == (2, "")
     assert "tarin" in run.stderr
 
 
 @pytest.mark.parametrize("arguments", [["train", "--bogus"], ["train", "-b"], ["train", "-b", "x"], ["sample"]])
-def test_wrong_usage_is_two_lines(arguments):
+def test_usage_error_is_two_lines(arguments):
     run = llmc(*arguments)
     assert (run.returncode, run.stdout) == (2, "")
     first, second = run.stderr.splitlines()
@@ -99,7 +99,7 @@ def test_wrong_usage_is_two_lines(arguments):
     assert re.fullmatch(r"see llmc( \w+)? --help", second)
 
 
-def test_without_arguments_it_helps():
+def test_no_arguments_prints_help():
     run = llmc()
     assert (run.returncode, run.stdout) == (0, llmc("--help").stdout)
 
@@ -137,15 +137,15 @@ def test_closed_streams(command, status, tmp_path):
 
 @posix
 @pytest.mark.parametrize(("command", "status"), [("verify nothing", 3), ("bogus", 2)])
-def test_nobody_reads_the_errors(command, status, tmp_path):
+def test_exit_status_when_stderr_is_closed_by_its_reader(command, status, tmp_path):
     script = f'("$0" -m llmc_cli.app {command} 2>&1 >/dev/null; echo $? >status) | true'
     subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
     assert (tmp_path / "status").read_text() == f"{status}\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_come_out_as_they_are(tmp_path):
-    """Bytes that are not UTF-8, in a locale that knows neither them nor the others."""
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_file_names_are_printed_unchanged(tmp_path):
+    """A name with UTF-8 and other bytes, in an ASCII locale."""
     name = os.fsdecode(b"caf\xe9 \xc3\xbc")
     (tmp_path / f"{name}.txt").write_text("to be or not to be\n" * 9, "utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -35,7 +35,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, SystemExit):
             raise
         except BrokenPipeError:
-            # The reader has closed the pipe (`llmc decode … | head`). Python flushes stdout again at exit; discard that.
+            # The reader closed the pipe (`llmc decode … | head`). Discard what Python flushes to stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:

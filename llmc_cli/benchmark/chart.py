@@ -64,9 +64,9 @@ def _shares(axes: "Axes", rows: list[Row]) -> None:
 
     lengths = [min(row.share, MAX_SHARE) for row in rows]
     axes.barh(range(len(rows)), lengths, color=LLMC_COLOR)
-    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         share = f"{row.share:.0%} {row.ceiling}, " if row.ceiling else ""
-        _annotate(axes, length, place, share + _milliseconds(row.seconds))
+        _annotate(axes, length, index, share + _milliseconds(row.seconds))
     axes.set_xlim(0, 1.6 * max([1.0, *lengths]))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -75,17 +75,17 @@ def _shares(axes: "Axes", rows: list[Row]) -> None:
 
 def _ratios(axes: "Axes", rows: list[Row]) -> None:
     """Draw each row's speed relative to PyTorch's fastest mode; slower rows are gray."""
-    values = {place: row.ratios[row.best_mode] for place, row in enumerate(rows) if row.torch}
+    values = {index: row.ratios[row.best_mode] for index, row in enumerate(rows) if row.torch}
     axes.barh(
         list(values),
         [value - 1.0 for value in values.values()],
         left=1.0,
         color=[LLMC_COLOR if value >= 1.0 else SLOWER_COLOR for value in values.values()],
     )
-    for place, value in values.items():
-        mode = rows[place].best_mode
-        text = f"{value:.2f}x, {mode.removeprefix('torch ')} {_milliseconds(rows[place].torch[mode])}"
-        _annotate(axes, max(1.0, value), place, text)
+    for index, value in values.items():
+        mode = rows[index].best_mode
+        text = f"{value:.2f}x, {mode.removeprefix('torch ')} {_milliseconds(rows[index].torch[mode])}"
+        _annotate(axes, max(1.0, value), index, text)
     axes.set_xscale("log", base=2)  # 2x and 0.5x are equally far from 1
     axes.xaxis.set_major_formatter("{x:g}")
     lowest, highest = min(0.5, *values.values()) / 1.1, max(2.0, *values.values())

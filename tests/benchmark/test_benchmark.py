@@ -45,6 +45,7 @@ def test_missing_torch_names_the_package_to_install(monkeypatch, tiny_config):
 
 def test_compile_time_is_reported_only_if_kernels_were_compiled(monkeypatch, backend):
     monkeypatch.setattr(benchmark, "open_kernels", lambda *arguments: backend)
+    monkeypatch.setattr(benchmark, "open_sampling", lambda *arguments: backend)
     assert benchmark._open_backend(BenchOptions(), ignore) == (backend, None)
 
     def compile_first(device, precision, threads, on_compile, training):

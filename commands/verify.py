@@ -23,21 +23,28 @@ def verify(
         list[Path] | None,
         typer.Argument(
             metavar="FILE",
-            help="Files and folders to check; with --state, the model. Without any, the kernels are checked.",
+            help="Files and folders to check; with --state, the model. Without FILE, the kernels are checked.",
             show_default=False,
         ),
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option("--state", metavar="DEBUG_STATE", help="Logits, loss and gradients that the model must give."),
+        typer.Option(
+            "--state",
+            metavar="DEBUG_STATE",
+            help="Debug state with the logits, loss and gradients expected from the model.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=0, help="AdamW steps after that, on the state's batch.")] = 10,
+    steps: Annotated[
+        int, typer.Option("--steps", min=0, help="With --state: number of AdamW steps to check, on its batch.")
+    ] = 10,
     losses: Annotated[
         str | None,
         typer.Option(
             "--losses",
             metavar="FILE",
-            help="Their losses, one a line (- reads stdin); without it the float64 reference computes them.",
+            help="Expected losses of the AdamW steps, one per line (- reads stdin).",
+            show_default="computed by the float64 reference",
         ),
     ] = None,
     device: options.Device = "auto",
@@ -46,18 +53,20 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check the kernels of this machine, files, or a model against its debug state.
+    """Check the kernels, files, or a model against a debug state.
 
-    Without FILE: every kernel against a float64 reference, and a tiny model's training. With files: what each is, and
-    whether it is whole; a MODEL among them bounds the token ids and gives the sizes of the others. With --state: the
-    MODEL's logits, loss, gradients and some training steps. Exit status 1: a check failed; 3: a file is bad.
+    Without FILE, check every kernel against a float64 reference, and train a tiny model. With files, identify each
+    file and check that it is complete and valid; if one of them is a model, check the token ids and sizes of the others
+    against it. With --state, check a model's logits, loss, gradients and training losses.
+
+    The exit status is 1 if a check failed and 3 if a file is invalid.
     """
     output = render.Output(json, quiet)
     if state is None and losses is not None:
-        raise UsageError("--losses goes with --state")
+        raise UsageError("--losses needs --state, which is missing")
     if state is not None:
         if not files or len(files) != 1:
-            raise UsageError(f"--state takes one MODEL, and {len(files or [])} files are given")
+            raise UsageError(f"--state needs exactly one FILE, the model; found {len(files or [])}")
         verify_state(output, files[0], state, steps, losses, (device, precision, threads))
     elif files:
         verify_files(output, files)
@@ -65,12 +74,12 @@ def verify(
         verify_kernels(output, (device, precision, threads))
 
 
-def verify_kernels(output: render.Output, where: tuple[str, str, int | None]) -> None:
+def verify_kernels(output: render.Output, backend_options: tuple[str, str, int | None]) -> None:
     from llmc_cli.kernels.backend import open_kernels
     from llmc_cli.verification.kernel_checks import check_kernels, kernel_check_count
 
-    backend = open_kernels(*where, output.info)
-    show_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
+    backend = open_kernels(*backend_options, output.info)
+    run_checks(output, backend, check_kernels(backend.kernels, backend.precision), kernel_check_count(), {})
 
 
 def verify_state(
@@ -79,7 +88,7 @@ def verify_state(
     state: Path,
     steps: int,
     losses: str | None,
-    where: tuple[str, str, int | None],
+    backend_options: tuple[str, str, int | None],
 ) -> None:
     import sys
 
@@ -90,21 +99,21 @@ def verify_state(
     if losses is not None:
         content = sys.stdin.buffer.read() if losses == "-" else Path(losses).read_bytes()
         expected = parse_losses(content.decode("utf-8", "replace"), "stdin" if losses == "-" else losses, steps)
-    backend = open_kernels(*where, output.info)
+    backend = open_kernels(*backend_options, output.info)
     checks = check_state(model, state, backend.kernels, steps, expected, backend.precision)
-    show_checks(output, backend, checks, state_check_count(steps), {"model": str(model), "state": str(state)})
+    run_checks(output, backend, checks, state_check_count(steps), {"model": str(model), "state": str(state)})
 
 
-def show_checks(
-    output: render.Output, backend: "Backend", checks: "Iterator[Check]", total: int, subject: dict[str, str]
+def run_checks(
+    output: render.Output, backend: "Backend", checks: "Iterator[Check]", total: int, inputs: dict[str, str]
 ) -> None:
-    """Run the checks, tell them with what they ran on, and raise CheckError where one failed."""
+    """Run the checks and print the environment and the results. Raise CheckError if a check failed."""
     import dataclasses
 
     from llmc_cli.verification.kernel_checks import versions
 
-    machine = {
-        **subject,
+    environment = {
+        **inputs,
         "device": backend.device,
         "precision": backend.precision,
         "threads": str(backend.threads),
@@ -112,16 +121,16 @@ def show_checks(
         **versions(),
     }
     if not output.json:
-        output.print_table(("environment", "value"), list(machine.items()))
+        output.print_table(("environment", "value"), list(environment.items()))
     done: list[Check] = []
-    with output.progress("checks", total, lambda count: f"{count:.0f}") as tell:
+    with output.progress("checks", total, lambda count: f"{count:.0f}") as update:
         for check in checks:
             done.append(check)
-            tell(len(done))
+            update(len(done))
     failed = [check for check in done if not check.ok]
     if output.json:
         rows = [{**dataclasses.asdict(check), "ok": check.ok} for check in done]
-        output.print_json({"environment": machine, "checks": rows, "okay": not failed})
+        output.print_json({"environment": environment, "checks": rows, "okay": not failed})
     else:
         output.print_table(CHECK_COLUMNS, [check_row(check) for check in done])
         output.print_line(f"overall okay: {int(not failed)}")
@@ -142,10 +151,10 @@ def verify_files(output: render.Output, paths: list[Path]) -> None:
     from llmc_cli.verification.file_checks import check_files
 
     reports = []
-    with output.progress("verifying", None, lambda count: f"{count:.0f} files", terminal_only=True) as tell:
+    with output.progress("verifying", None, lambda count: f"{count:.0f} files", terminal_only=True) as update:
         for report in check_files(paths):
             reports.append(report)
-            tell(len(reports))
+            update(len(reports))
     errors = [report.error for report in reports if report.error is not None]
     if output.json:
         output.print_json({"files": [dataclasses.asdict(report) for report in reports], "okay": not errors})
@@ -155,7 +164,7 @@ def verify_files(output: render.Output, paths: list[Path]) -> None:
                 report.path,
                 report.kind or "",
                 "" if report.version is None else str(report.version),
-                ", ".join(f"{name} {amount(value)}" for name, value in report.facts.items()),
+                ", ".join(f"{name} {format_fact(value)}" for name, value in report.facts.items()),
                 str(int(report.error is None)),
             ]
             for report in reports
@@ -165,8 +174,7 @@ def verify_files(output: render.Output, paths: list[Path]) -> None:
         raise DataError("\nllmc: ".join(errors))
 
 
-def amount(value: Any) -> str:
-    """A fact for people."""
+def format_fact(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

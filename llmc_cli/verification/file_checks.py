@@ -1,4 +1,4 @@
-"""What a file is, and whether it is whole: every check that its format offers, read through once in small pieces."""
+"""Identification and complete checks of files. Each file is read once, in chunks."""
 
 import contextlib
 import dataclasses
@@ -29,9 +29,9 @@ from llmc_cli.models.presets import GPT2_VOCAB_SIZE
 from llmc_cli.training.checkpoints import RunFolder
 
 VOCAB_SIZES = {Kind.SHARD_GPT2: GPT2_VOCAB_SIZE, Kind.SHARD_LLAMA3: 128256}
-"""Of the tokenizers that the shards are made with; a model beside them says it more exactly."""
+"""Vocabulary sizes of the shards' tokenizers, used if the shard is checked without a model."""
 
-KNOWN = (
+KNOWN_KINDS = (
     *(kind.value for kind in FORMATS if FORMATS[kind].readable),
     Kind.SAFETENSORS.value,
     Kind.TORCH_ZIP.value,
@@ -42,26 +42,26 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class FileReport:
-    """What is known about one file. ``error`` None: nothing is wrong with it."""
+    """The result of checking one file. ``error`` is None if the file is valid."""
 
     path: str
     kind: str | None = None
     version: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)  # numbers and words by name
+    facts: dict[str, Any] = field(default_factory=dict)  # properties of the content, by name
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Content:
     version: int | None
     facts: dict[str, Any]
 
 
 def check_files(paths: Sequence[Path]) -> Iterator[FileReport]:
-    """Check each file or folder; a folder of a training run gives a report for each file of its complete checkpoints.
+    """Check files and folders. A training run's folder yields a report per file of its complete checkpoints.
 
-    Where exactly one of ``paths`` is a GPT-2 model, the others belong to it: its vocabulary bounds their token ids, and
-    its shape gives the exact size of debug states and training states.
+    If exactly one of ``paths`` is a GPT-2 model, the other files are checked against it: its vocabulary size bounds
+    their token ids, and its shape determines the size of debug states and training states.
     """
     model = _only_model(paths)
     for path in paths:
@@ -74,11 +74,11 @@ def check_files(paths: Sequence[Path]) -> Iterator[FileReport]:
 
 
 def check_file(path: Path, model: GPT2Header | None = None) -> FileReport:
-    """Check one file, with ``model`` the header of the model that it belongs to."""
+    """Check one file, against the model with the header ``model`` if given."""
     try:
         kind = _identify(path)
     except (FormatError, OSError) as error:
-        return FileReport(str(path), error=_words(error))
+        return FileReport(str(path), error=_error_message(error))
     return _report(path, kind.value, lambda path: CHECKS[kind](path, model))
 
 
@@ -86,38 +86,39 @@ def _identify(path: Path) -> Kind:
     try:
         kind = identify(path)
     except MagicError as error:
-        raise MagicError(path, error.found, f"one of: {', '.join(KNOWN)}", error.remedy) from None
+        raise MagicError(path, error.found, f"one of: {', '.join(KNOWN_KINDS)}", error.remedy) from None
     check_readable(path, kind)
     return kind
 
 
-def _report(path: Path, kind: str, check: Callable[[Path], _Found]) -> FileReport:
+def _report(path: Path, kind: str, check: Callable[[Path], _Content]) -> FileReport:
     try:
-        found = check(path)
+        content = check(path)
     except (FormatError, LlmcError, OSError) as error:
-        return FileReport(str(path), kind, error=_words(error))
-    return FileReport(str(path), kind, found.version, found.facts)
+        return FileReport(str(path), kind, error=_error_message(error))
+    return FileReport(str(path), kind, content.version, content.facts)
 
 
-def _words(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _only_model(paths: Sequence[Path]) -> GPT2Header | None:
+    """Return the header of the GPT-2 model among ``paths``, or None unless there is exactly one."""
     headers: list[GPT2Header] = []
     for path in paths:
-        # what is no model, or a damaged one, belongs to nobody; its own check will tell
+        # other and damaged files are skipped here; check_file reports their errors
         with contextlib.suppress(FormatError, OSError):
             headers.append(read_header(path))
     return headers[0] if len(headers) == 1 else None
 
 
-def _check_model(path: Path, model: GPT2Header | None) -> _Found:
+def _check_model(path: Path, model: GPT2Header | None) -> _Content:
     header = check_weights(path)
     version = VERSIONS[header.version]
     _check_padding(path, header)
     order = {"order": find_order(path, header)} if header.version == 2 else {}
-    return _Found(
+    return _Content(
         header.version,
         {
             **_shape(header),
@@ -140,24 +141,24 @@ def _shape(header: GPT2Header) -> dict[str, int]:
 
 
 def _check_padding(path: Path, header: GPT2Header) -> None:
-    """wte comes first in every order; its rows behind V are 0."""
+    """Check that the padding rows of wte, the first tensor in every version, are 0."""
     V, C = header.vocab_size, header.channels
     dtype = VERSIONS[header.version].dtype
     count = (tensor_shapes(header)["wte"][0] - V) * C
     bits = map_array(
         path, "uint16" if dtype == "bfloat16" else "uint32", HEADER_BYTES + V * C * item_bytes(dtype), count
     )
-    nonzero = np.flatnonzero(bits << 1)  # the sign of a 0 does not matter
+    nonzero = np.flatnonzero(bits << 1)  # -0 is allowed
     if nonzero.size:
         raise RangeError(
             path,
-            f"a value that is not 0 in row {V + int(nonzero[0]) // C} of wte",
-            f"0 in all rows behind the vocabulary's {V}",
+            f"a nonzero value in row {V + int(nonzero[0]) // C} of wte",
+            f"0 in all padding rows (from row {V})",
             "the file is damaged",
         )
 
 
-def _check_debug_state(path: Path, model: GPT2Header | None) -> _Found:
+def _check_debug_state(path: Path, model: GPT2Header | None) -> _Content:
     state = check_debug_state(path, model)
     facts: dict[str, Any] = {
         "B": state.header.batch,
@@ -168,30 +169,30 @@ def _check_debug_state(path: Path, model: GPT2Header | None) -> _Found:
         facts["loss"] = state.loss
     else:
         facts["values"] = state.values.size
-    return _Found(state.header.version, facts)
+    return _Content(state.header.version, facts)
 
 
-def _check_shard(path: Path, model: GPT2Header | None) -> _Found:
+def _check_shard(path: Path, model: GPT2Header | None) -> _Content:
     shard = read_shard(path)
     vocab_size = model.vocab_size if model else VOCAB_SIZES[shard.kind]
     ids = _id_range(shard.tokens)
     if ids and ids["max id"] >= vocab_size:
-        shard.check(vocab_size)  # says where
-    return _Found(shard.header.version, {"tokens": shard.header.num_tokens, **ids})
+        shard.check(vocab_size)  # raises an error with the position
+    return _Content(shard.header.version, {"tokens": shard.header.num_tokens, **ids})
 
 
-def _check_evalset(path: Path, model: GPT2Header | None) -> _Found:
+def _check_evalset(path: Path, model: GPT2Header | None) -> _Content:
     evalset = read_evalset(path)
     evalset.check(model.vocab_size if model else VOCAB_SIZES[Kind.SHARD_GPT2])
     header = evalset.header
-    return _Found(
+    return _Content(
         header.version, {"examples": header.num_examples, "longest example": f"{header.longest_example} bytes"}
     )
 
 
-def _check_vocabulary(path: Path, model: GPT2Header | None) -> _Found:
+def _check_vocabulary(path: Path, model: GPT2Header | None) -> _Content:
     vocabulary = read_vocabulary(path)
-    return _Found(
+    return _Content(
         vocabulary.version,
         {
             "tokens": len(vocabulary.tokens),
@@ -201,49 +202,52 @@ def _check_vocabulary(path: Path, model: GPT2Header | None) -> _Found:
     )
 
 
-def _check_train_state(path: Path, model: GPT2Header | None) -> _Found:
-    state, share = check_train_state(path)
-    if model is not None and share not in (allowed := _shares(model, state.processes)):
+def _check_train_state(path: Path, model: GPT2Header | None) -> _Content:
+    state, num_parameters = check_train_state(path)
+    if model is not None and num_parameters not in (allowed := _partition_sizes(model, state.processes)):
         raise RangeError(
             path,
-            f"{share:,} parameters",
-            " or ".join(f"{count:,}" for count in sorted(allowed)) + " as the model has",
-            "it belongs to another model, or is cut off",
+            f"{num_parameters:,} parameters",
+            " or ".join(f"{count:,}" for count in sorted(allowed)) + " for the model",
+            "the file belongs to another model, or is truncated",
         )
     facts: dict[str, Any] = {
         "step": state.step,
         "rank": state.rank,
         "processes": state.processes,
-        "parameters": share,
+        "parameters": num_parameters,
         "master weights": state.has_master,
         "shard": state.current_shard,
         "sample": state.current_sample,
     }
     if state.shuffle is not None:
         facts |= {"shards": state.shuffle.shard_order.size, "samples in shard": state.shuffle.sample_order.size}
-    return _Found(1, facts)
+    return _Content(1, facts)
 
 
-def _shares(model: GPT2Header, processes: int) -> set[int]:
-    """How many parameters a rank may keep: all, or with ZeRO its share of each layer's tensor, where that divides."""
-    shapes = tensor_shapes(model._replace(version=3))  # the C program keeps the padding in memory in any version
-    everything = share = 0
+def _partition_sizes(model: GPT2Header, processes: int) -> set[int]:
+    """Return the possible parameter counts of a rank: all parameters, or its ZeRO partition.
+
+    With ZeRO, each layer's tensor is divided among the processes if its size is a multiple of their number.
+    """
+    shapes = tensor_shapes(model._replace(version=3))  # llm.c keeps the padding rows in memory in any version
+    total = partition = 0
     for name, shape in shapes.items():
         layers = 1 if name in ("wte", "wpe", "lnfw", "lnfb") else shape[0]
-        each = math.prod(shape) // layers
-        everything += layers * each
-        share += layers * (each // processes if each % processes == 0 else each)
-    return {everything, share}
+        size = math.prod(shape) // layers
+        total += layers * size
+        partition += layers * (size // processes if size % processes == 0 else size)
+    return {total, partition}
 
 
-def _check_tensor_file(path: Path, model: GPT2Header | None) -> _Found:
+def _check_tensor_file(path: Path, model: GPT2Header | None) -> _Content:
     return _check_tensors(open_tensors(path))
 
 
-def _check_tensors(tensors: Tensors) -> _Found:
-    for _ in tensors.values():  # loads one after the other, which checks that all is finite
+def _check_tensors(tensors: Tensors) -> _Content:
+    for _ in tensors.values():  # loading a tensor checks that it is finite
         pass
-    return _Found(
+    return _Content(
         None,
         {
             "tensors": len(tensors),
@@ -253,26 +257,26 @@ def _check_tensors(tensors: Tensors) -> _Found:
     )
 
 
-def _check_folder(path: Path) -> _Found:
+def _check_folder(path: Path) -> _Content:
     if not any((path / name).is_file() for name in CHECKPOINT_FILES):
         raise MagicError(
             path,
             "a folder without weights",
-            f"a Hugging Face folder ({', '.join(CHECKPOINT_FILES)}) or one of a training run (DONE_*)",
+            f"a Hugging Face folder (with {', '.join(CHECKPOINT_FILES)}) or the folder of a training run (with DONE_*)",
         )
-    found = _check_tensors(open_checkpoint(path))
+    content = _check_tensors(open_checkpoint(path))
     config = path / "config.json"
     if config.is_file():
         try:
             values = dict(json.loads(config.read_bytes()))
         except (ValueError, TypeError) as error:
-            raise RangeError(config, f"what is not the JSON of a config ({error})", "a model's config") from None
-        return _Found(None, {"model": values.get("model_type"), **found.facts})
-    return found
+            raise RangeError(config, f"invalid JSON ({error})", "a JSON object") from None
+        return _Content(None, {"model": values.get("model_type"), **content.facts})
+    return content
 
 
 def _check_run(folder: RunFolder) -> Iterator[FileReport]:
-    """The model and each process's state of every complete checkpoint, the states against the model."""
+    """Check the model and the training states of every complete checkpoint, the states against the model."""
     for step in folder.steps():
         model_path = folder.model_path(step)
         yield check_file(model_path)
@@ -281,22 +285,25 @@ def _check_run(folder: RunFolder) -> Iterator[FileReport]:
         for path in states or [folder.state_path(step)]:
             report = check_file(path, model)
             if report.error is None:
-                found = report.facts["step"], report.facts["processes"]
-                if found != (step, len(states)):
-                    error = f"{path}: found step {found[0]} of {found[1]} processes, expected {step} of {len(states)}"
+                found_step, found_processes = report.facts["step"], report.facts["processes"]
+                if (found_step, found_processes) != (step, len(states)):
+                    error = (
+                        f"{path}: found step {found_step} and {found_processes} processes, "
+                        f"expected step {step} and {len(states)} processes"
+                    )
                     report = dataclasses.replace(report, error=error)
             yield report
 
 
 def _id_range(ids: NDArray[Any]) -> dict[str, int]:
-    """The smallest and the largest token id; nothing where there are none."""
+    """Return the smallest and largest token ids, or an empty dict if there are none."""
     if ids.size == 0:
         return {}
     low, high = zip(*((int(block.min()), int(block.max())) for block in blocks(ids)), strict=True)
     return {"min id": min(low), "max id": max(high)}
 
 
-CHECKS: dict[Kind, Callable[[Path, GPT2Header | None], _Found]] = {
+CHECKS: dict[Kind, Callable[[Path, GPT2Header | None], _Content]] = {
     Kind.GPT2_MODEL: _check_model,
     Kind.GPT2_DEBUG_STATE: _check_debug_state,
     Kind.SHARD_GPT2: _check_shard,

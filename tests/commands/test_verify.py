@@ -1,4 +1,4 @@
-"""The command: what it prints and how it exits."""
+"""``llmc verify``: output and exit status."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def llmc(*arguments, stdin=None):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """A function that makes the command run on given kernels."""
+    """A function that sets the kernels used by the command."""
 
     def use(kernels):
         backend = Backend(kernels, "cpu", "fp32", 1, "a test's", "")
@@ -40,7 +40,7 @@ def kernels(monkeypatch):
 
 
 def failed(output):
-    """The names of the table's rows that are not ok."""
+    """Return the names in the rows of the table that are not ok."""
     rows = [line.split("\t") for line in output.splitlines()]
     return {row[0] for row in rows if len(row) == 7 and row[-1] == "0"}
 
@@ -59,7 +59,7 @@ def test_kernels_pass():
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_faulty_kernel_fails(kernels, operation):
+def test_faulty_kernel_fails(kernels, operation):
     kernels(faulty_kernels(operation, list(OPERATIONS[operation].bounds)[-1], perturb_last))
     result = llmc()
     assert result.exit_code == 1
@@ -68,7 +68,7 @@ def test_a_faulty_kernel_fails(kernels, operation):
     assert operation in result.stderr
 
 
-def test_kernels_as_json(kernels):
+def test_json_output_of_kernels(kernels):
     kernels(faulty_kernels("linear_backward", "db", lambda db: db.fill(np.nan)))
     result = llmc("--json", "--quiet")
     assert result.exit_code == 1
@@ -79,7 +79,7 @@ def test_kernels_as_json(kernels):
     assert document["environment"]["runs on"] == "a test's"
 
 
-def test_a_state_passes():
+def test_state_passes():
     result = llmc(MODEL, "--state", STATE, "--losses", LOSSES)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "overall okay: 1"
@@ -89,7 +89,7 @@ def test_a_state_passes():
     assert len(names) == 1 + 19 + 10
 
 
-def test_a_state_as_json():
+def test_json_output_of_state():
     document = json.loads(llmc(MODEL, "--state", STATE, "--losses", LOSSES, "--json").stdout)
     assert document["okay"]
     assert (document["environment"]["model"], document["environment"]["state"]) == (MODEL, STATE)
@@ -97,7 +97,7 @@ def test_a_state_as_json():
 
 
 @pytest.mark.parametrize(("name", "at"), BITS)
-def test_a_flipped_bit_fails(kernels, tmp_path, name, at):
+def test_flipped_bit_fails(kernels, tmp_path, name, at):
     kernels(Float32Kernels())
     result = llmc(MODEL, "--state", damaged_state(tmp_path, at), "--losses", LOSSES)
     assert result.exit_code == 1
@@ -115,14 +115,14 @@ def test_losses_from_stdin(kernels):
 
 
 @pytest.mark.parametrize("content", [b"4.8\nfour\n", b"", b"\xff\xfe\n" * 10])
-def test_bad_losses(tmp_path, content):
+def test_invalid_losses_are_rejected(tmp_path, content):
     (tmp_path / "losses.txt").write_bytes(content)
     result = llmc(MODEL, "--state", STATE, "--losses", tmp_path / "losses.txt")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "losses.txt" in result.stderr
 
 
-def test_fewer_steps_and_none(kernels):
+def test_number_of_steps(kernels):
     kernels(Float32Kernels())
     assert "loss 3\t" in llmc(MODEL, "--state", STATE, "--steps", 3).stdout
     assert "loss 1\t" not in llmc(MODEL, "--state", STATE, "--steps", 0).stdout
@@ -147,7 +147,7 @@ def test_files(tmp_path):
     ]
 
 
-def test_bad_files_do_not_hide_each_other(tmp_path):
+def test_all_invalid_files_are_reported(tmp_path):
     write_shard(tmp_path / "shard.bin", [1, 50257])
     shutil.copy(LOSSES, tmp_path)
     result = llmc(tmp_path / "shard.bin", MODEL, tmp_path / "losses.txt", TINY_GPT2 / "model_bf16.bin")
@@ -158,7 +158,7 @@ def test_bad_files_do_not_hide_each_other(tmp_path):
     assert second.startswith(f"llmc: {tmp_path / 'losses.txt'}: found magic")
 
 
-def test_files_as_json(tmp_path):
+def test_json_output_of_files(tmp_path):
     result = llmc(MODEL, tmp_path / "none.bin", "--json")
     assert result.exit_code == 3
     document = json.loads(result.stdout)

@@ -1,3 +1,5 @@
+"""Identification and checks of files and folders."""
+
 import json
 import shutil
 import struct
@@ -17,13 +19,13 @@ from llmc_cli.formats.train_state import Mersenne, Shuffle, TrainState, write_tr
 from llmc_cli.formats.vocabulary import write_vocabulary
 from llmc_cli.verification.file_checks import check_file, check_files
 
-PARAMETERS = 9024  # of the golden model, padding included
+PARAMETERS = 9024  # of the golden model, including padding
 SHAPE = {"T": 24, "V": 97, "Vp": 128, "L": 2, "NH": 2, "C": 16}
 
 
-def overwrite(path, at, content):
+def overwrite(path, offset, content):
     with path.open("r+b") as file:
-        file.seek(at, 2 if at < 0 else 0)
+        file.seek(offset, 2 if offset < 0 else 0)
         file.write(content)
 
 
@@ -39,7 +41,7 @@ def train_state(path, parameters=PARAMETERS, step=5, processes=1, rank=0, shuffl
 
 
 def run_folder(tmp_path, processes=1):
-    """A run with complete checkpoints of the steps 5 and 10, and one of 15 that was interrupted."""
+    """Create a run folder with complete checkpoints of steps 5 and 10 and an incomplete one of step 15."""
     folder = tmp_path / "run"
     folder.mkdir()
     for step in (5, 10, 15):
@@ -53,7 +55,7 @@ def run_folder(tmp_path, processes=1):
     return folder
 
 
-def test_a_model():
+def test_model():
     report = check_file(TINY_GPT2 / "model.bin")
     assert (report.kind, report.version, report.error) == ("GPT-2 model", 3, None)
     assert report.facts == {**SHAPE, "parameters": PARAMETERS, "dtype": "float32"}
@@ -62,33 +64,33 @@ def test_a_model():
 
 
 @pytest.mark.parametrize(("name", "item"), [("model.bin", 4), ("model_bf16.bin", 2)])
-def test_padding_that_is_not_zero(tmp_path, name, item):
+def test_nonzero_padding_is_rejected(tmp_path, name, item):
     path = Path(shutil.copy(TINY_GPT2 / name, tmp_path))
-    at = HEADER_BYTES + item * (97 * 16 + 16)
-    overwrite(path, at + item - 1, b"\x80")  # -0
+    offset = HEADER_BYTES + item * (97 * 16 + 16)
+    overwrite(path, offset + item - 1, b"\x80")  # -0
     assert check_file(path).error is None
-    overwrite(path, at, b"\x01")
+    overwrite(path, offset, b"\x01")
     assert "row 98 of wte" in check_file(path).error
 
 
-def test_a_model_with_a_nan(tmp_path):
+def test_model_with_nan_is_rejected(tmp_path):
     path = Path(shutil.copy(TINY_GPT2 / "model.bin", tmp_path))
     overwrite(path, -4, struct.pack("<f", np.nan))
     assert "nan at lnfb[15]" in check_file(path).error
 
 
-def test_a_debug_state_with_and_without_its_model(tmp_path):
+def test_debug_state_with_and_without_model(tmp_path):
     path = TINY_GPT2 / "debug_state.bin"
     alone = check_file(path)
     assert (alone.kind, alone.version, alone.error) == ("GPT-2 debug state", 2, None)
     assert alone.facts == {"B": 2, "T": 16, "min id": 4, "max id": 93, "values": 2 * 16 * 97 + 1 + PARAMETERS}
-    _, beside = check_files([TINY_GPT2 / "model.bin", path])
-    assert beside.facts["loss"] == pytest.approx(4.844018528)
+    _, with_model = check_files([TINY_GPT2 / "model.bin", path])
+    assert with_model.facts["loss"] == pytest.approx(4.844018528)
     longer = tmp_path / "longer.bin"
-    longer.write_bytes(path.read_bytes() + bytes(4))  # fits some other model
+    longer.write_bytes(path.read_bytes() + bytes(4))  # valid for some other model
     assert check_file(longer).error is None
-    _, beside = check_files([TINY_GPT2 / "model.bin", longer])
-    assert "the file has extra bytes at the end" in beside.error
+    _, with_model = check_files([TINY_GPT2 / "model.bin", longer])
+    assert "the file has extra bytes at the end" in with_model.error
 
 
 @pytest.mark.parametrize(("kind", "name", "vocab_size"), [
@@ -106,16 +108,17 @@ def test_shards(tmp_path, kind, name, vocab_size):
     assert check_file(path).facts == {"tokens": 0}
 
 
-def test_a_model_beside_a_shard_says_its_vocabulary(tmp_path):
+def test_model_determines_the_vocabulary_of_a_shard(tmp_path):
     path = tmp_path / "shard.bin"
     write_shard(path, [3, 97])
     model = TINY_GPT2 / "model.bin"
     assert "token id 97 at tokens[1], expected 0 to 96" in next(check_files([path, model])).error
-    assert next(check_files([path, model, TINY_GPT2 / "model_bf16.bin"])).error is None  # whose would it be?
+    two_models = [model, TINY_GPT2 / "model_bf16.bin"]  # ambiguous, so neither is used
+    assert next(check_files([path, *two_models])).error is None
     assert next(check_files([path, tmp_path / "none.bin"])).error is None
 
 
-def test_an_evaluation_set(tmp_path):
+def test_evaluation_set(tmp_path):
     path = tmp_path / "set.bin"
     ids = np.array([1, 2], np.uint16)
     write_evalset(path, [Example(ids, [ids] * 4, 0, 0)] * 3)
@@ -125,7 +128,7 @@ def test_an_evaluation_set(tmp_path):
     assert "token id 50257" in check_file(path).error
 
 
-def test_a_tokenizer_table(tmp_path):
+def test_tokenizer_table(tmp_path):
     path = tmp_path / "table.bin"
     write_vocabulary(path, [b"a", b"bcd", b""], 2)
     report = check_file(path)
@@ -134,7 +137,7 @@ def test_a_tokenizer_table(tmp_path):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_training_state_against_its_model(tmp_path, shuffled):
+def test_training_state_with_and_without_model(tmp_path, shuffled):
     model = TINY_GPT2 / "model.bin"
     path = train_state(tmp_path / "state.bin", shuffled=shuffled)
     for report in (check_file(path), list(check_files([model, path]))[1]):
@@ -148,8 +151,8 @@ def test_a_training_state_against_its_model(tmp_path, shuffled):
     assert "inf at m[2]" in check_file(path).error
 
 
-def test_a_share_of_a_training_state(tmp_path):
-    """Two processes divide every tensor of the golden model; of 32, lnfb's 16 values stay whole, among others."""
+def test_training_state_of_a_zero_partition(tmp_path):
+    """All tensors of the model are divisible by 2. Some, such as lnfb with 16 values, are not divisible by 32."""
     model = TINY_GPT2 / "model.bin"
     for processes, parameters in ((2, PARAMETERS // 2), (2, PARAMETERS), (32, 282 + 8 * 15 + 4 * 15 + 31 // 2)):
         path = train_state(tmp_path / "state.bin", parameters, processes=processes)
@@ -163,55 +166,59 @@ def test_tensor_files_and_folders():
             next(path for path in (TINY_GPT2 / folder).iterdir() if path.name.endswith(("tensors", "bin")))
         )
         assert (report.facts["tensors"], report.facts["dtypes"], report.error) == (tensors, "float32", None)
-        (whole,) = check_files([TINY_GPT2 / folder])
-        assert (whole.kind, whole.facts["model"], whole.error) == ("Hugging Face folder", "gpt2", None)
-        assert whole.facts["tensors"] == tensors
+        (found,) = check_files([TINY_GPT2 / folder])
+        assert (found.kind, found.facts["model"], found.error) == (
+            "Hugging Face folder",
+            "gpt2",
+            None,
+        )
+        assert found.facts["tensors"] == tensors
 
 
-def test_a_tensor_that_is_not_finite(tmp_path):
+def test_nonfinite_tensor_is_rejected(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"w": np.array([[1.0, np.inf]], np.float32)})
     assert "inf at w[0, 1]" in check_file(tmp_path / "model.safetensors").error
     assert "inf at w[0, 1]" in next(check_files([tmp_path])).error
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7"])
-def test_a_folder_with_a_bad_config(tmp_path, text):
+def test_folder_with_invalid_config_is_rejected(tmp_path, text):
     write_safetensors(tmp_path / "model.safetensors", {"w": np.ones(1, np.float32)})
     assert next(check_files([tmp_path])).error is None
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in next(check_files([tmp_path])).error
 
 
-def test_a_folder_of_nothing(tmp_path):
+def test_folder_without_weights_is_rejected(tmp_path):
     assert "a folder without weights" in next(check_files([tmp_path])).error
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run(tmp_path, processes):
+def test_run_folder(tmp_path, processes):
     reports = list(check_files([run_folder(tmp_path, processes)]))
     assert [report.error for report in reports] == [None] * (2 * (1 + processes))
     assert [report.facts.get("step") for report in reports] == [None, *[5] * processes, None, *[10] * processes]
 
 
-def test_a_damaged_run(tmp_path):
+def test_run_folder_with_missing_and_wrong_files_is_rejected(tmp_path):
     folder = run_folder(tmp_path)
     (folder / "model_00000005.bin").unlink()
     shutil.copy(folder / "state_00000005_00000.bin", folder / "state_00000010_00000.bin")
     model5, state5, model10, state10 = check_files([folder])
     assert "No such file" in model5.error
     assert (state5.error, model10.error) == (None, None)
-    assert state10.error.endswith("found step 5 of 1 processes, expected 10 of 1")
+    assert state10.error.endswith("found step 5 and 1 processes, expected step 10 and 1 processes")
     (folder / "state_00000010_00000.bin").unlink()
     assert "No such file" in list(check_files([folder]))[3].error
 
 
-def test_a_run_that_lacks_a_process(tmp_path):
+def test_run_folder_without_the_state_of_a_process_is_rejected(tmp_path):
     folder = run_folder(tmp_path, 2)
     (folder / "state_00000010_00001.bin").unlink()
     assert [report.error is None for report in check_files([folder])] == [True] * 4 + [False]
 
 
-def test_a_run_whose_state_is_of_another_model(tmp_path):
+def test_run_folder_with_state_of_another_model_is_rejected(tmp_path):
     folder = run_folder(tmp_path)
     train_state(folder / "state_00000010_00000.bin", 9000, 10)
     assert "found 9,000 parameters" in list(check_files([folder]))[3].error
@@ -220,7 +227,7 @@ def test_a_run_whose_state_is_of_another_model(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"abc", b"some text, and nothing else", bytes(5000), b"PK\x03\x04" + bytes(50)]
 )
-def test_other_files_are_refused_with_the_known_ones(tmp_path, content):
+def test_error_for_unknown_files_lists_the_known_kinds(tmp_path, content):
     path = tmp_path / "file"
     path.write_bytes(content)
     report = check_file(path)
@@ -229,19 +236,18 @@ def test_other_files_are_refused_with_the_known_ones(tmp_path, content):
     assert "Hugging Face folder" in report.error
 
 
-def test_kinds_without_a_reader_are_refused_by_name(tmp_path):
+def test_kinds_without_a_reader_are_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"GGUF" + bytes(100))
     assert "found a GGUF file, expected a supported file format" in check_file(path).error
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_missing_file(tmp_path):
     assert check_file(tmp_path / "none").error == f"{tmp_path / 'none'}: No such file or directory"
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model_bf16.bin", "debug_state.bin"])
-def test_no_cut_and_no_header_passes(tmp_path, name):
-    """Whatever length is cut off and whichever header slot is changed."""
+def test_truncated_files_and_changed_headers_are_rejected(tmp_path, name):
     content = (TINY_GPT2 / name).read_bytes()
     path = tmp_path / name
     model = TINY_GPT2 / "model.bin"
@@ -254,7 +260,7 @@ def test_no_cut_and_no_header_passes(tmp_path, name):
             assert next(check_files([path, model] if name == "debug_state.bin" else [path])).error is not None
 
 
-def test_what_a_report_says_is_json(tmp_path):
+def test_facts_are_valid_json(tmp_path):
     for report in check_files(
         [TINY_GPT2 / "model.bin", TINY_GPT2 / "debug_state.bin", train_state(tmp_path / "s.bin")]
     ):

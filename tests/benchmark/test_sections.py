@@ -1,81 +1,12 @@
-"""Ceilings, our workloads, and rows made of what they take; never how fast this machine is."""
-
 import contextlib
-from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from support.benchmark_inputs import CEILINGS, CONFIG, ignore, make_job
-from support.cuda_notebook import Notebook
+from support.benchmark_inputs import CEILINGS, ignore, make_job
 
 from llmc_cli.benchmark import sections
-from llmc_cli.benchmark.ceilings import memory_bandwidth
 from llmc_cli.benchmark.sections import measure_section
-from llmc_cli.benchmark.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 from llmc_cli.errors import MissingError
-from llmc_cli.kernels.backend import open_sampling
-from llmc_cli.kernels.cuda.kernels import CudaKernels
-from llmc_cli.kernels.operation import Cost
-from llmc_cli.kernels.operations import OPERATIONS
-from llmc_cli.kernels.peak import matmul_flops
-from llmc_cli.models.layout import parameter_count
-
-
-def test_ceilings_are_measured(backend):
-    assert matmul_flops(backend.kernels, 16, 16, 16) > 0
-    found = memory_bandwidth(backend.kernels, 2, 1 << 10)
-    assert list(found) == ["read", "copy", "update"]
-    assert min(found.values()) > 0
-
-
-def test_kernels_workload_covers_every_operation_and_runs(backend):
-    workload = KernelsWorkload(backend.kernels, CONFIG, 2, 8)
-    assert {task.split()[0] for task in workload.tasks} == set(OPERATIONS)
-    for name in workload.tasks:
-        task = workload.prepare(name)
-        for _ in range(2):
-            task.run()
-        assert min(task.cost) > 0, name
-
-
-def test_train_workload_makes_the_trainers_steps(backend):
-    workload = TrainWorkload(backend.kernels, CONFIG, 2, 8)
-    step = workload.prepare("step")
-    first = step.run()
-    assert first["loss"] == pytest.approx(np.log(67), rel=0.05)
-    assert first["norm"] > 0
-    split = workload.prepare("split").run()
-    assert {"head_loss", "linear_backward", "adamw", "sum_squares"} < set(split)
-    assert split["residual_norm_forward"]["calls"] == 2 * CONFIG.num_layers + 1
-    for _ in range(3):
-        assert workload.step()["loss"] < first["loss"]
-    assert step.cost.flops == 16 * (6 * parameter_count(CONFIG) + 6 * 2 * 16 * 8)
-
-
-def test_train_workload_sends_the_next_batch_ahead():
-    """And what was sent is what the next step takes."""
-    device = Notebook(True, 80)
-    workload = TrainWorkload(CudaKernels(device, "bf16"), CONFIG, 2, 8)
-    workload.prefetch()
-    device.copies.clear()
-    workload.step()
-    assert Counter(device.copies) == {"upload": 3, "copy": 2, "download": 2}  # a batch, and the update's numbers
-
-
-def test_sample_workload_counts_the_bytes_that_weights_are_kept_in(backend):
-    bf16 = open_sampling("cpu", "bf16", 1).kernels
-    workload = SampleWorkload({"fp32": backend.kernels, "bf16": bf16}, CONFIG, 2, 14)
-    assert workload.tasks == ("token fp32", "token bf16")
-    matrices = 2 * 12 * 16 * 16  # two layers
-    head = CONFIG.padded_vocab_size * 16
-    full, half = (workload.prepare(task) for task in workload.tasks)
-    assert full.cost == Cost(2 * 2 * (matrices + head), 4 * (matrices + head))
-    padded = 2 * (3 * 16 + 16 + 4 * 16 + 16) * 64 + CONFIG.padded_vocab_size * 64  # rows of 16 and 64 are 64 long
-    assert half.cost == Cost(full.cost.flops, 2 * padded)
-    assert full.parts == half.parts == 2  # what the context leaves
-    for task in (full, half, full):
-        task.run()
 
 
 def test_train_section_has_a_step_and_its_operations():

@@ -1,4 +1,4 @@
-"""Every operation of every backend against the float64 reference, on shapes that divide nothing."""
+"""Every operation of the CPU backend against the float64 reference, and properties that its kernels must have."""
 
 import os
 import platform
@@ -16,19 +16,18 @@ from llmc_cli.kernels.operations import OPERATIONS
 from llmc_cli.kernels.reference.kernels import REFERENCE
 from llmc_cli.verification.comparison import compare
 
-USES_BLAS = ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward",
-             "head_loss", "head_logits")  # fmt: skip
+USES_BLAS = [name for name, operation in OPERATIONS.items() if operation.matmul_outputs]
 CASES = [case for operation in OPERATIONS for case in cases(operation)]
 
 
 def normal(seed, *shape):
-    """Numbers that float32 holds exactly, in float64."""
+    """Return random numbers as float64 that float32 represents exactly."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32).astype(np.float64)
 
 
 @pytest.fixture(scope="module")
 def cpu():
-    """Float32 on whatever multiplies it here: six products on tiles, or BLAS."""
+    """Float32 kernels with the default matmul: tiles or BLAS."""
     return open_kernels("cpu", "fp32", 2).kernels
 
 
@@ -51,8 +50,8 @@ def test_against_reference(precise, case):
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "features"), [("x86-64", "+sse2"), ("haswell", "+avx,+avx2,+fma")])
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
-def test_attention_with_narrower_vectors(tmp_path, name, features):
-    """Tiles are of another shape on other processors, so this whole file is run as on those, compiled anew."""
+def test_kernels_compiled_for_older_processors(tmp_path, name, features):
+    """Register tiles have other shapes there, so these tests run again in a process compiled for them."""
     settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "LLMC_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "against_reference or same_bits"]
     subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.DEVNULL)
@@ -64,7 +63,7 @@ WITH_BLAS = [case for case in CASES if case.operation in USES_BLAS]
 
 
 @pytest.mark.parametrize("case", BLAS_FREE, ids=lambda case: f"{case.operation}-{case.label}")
-def test_same_bits_with_one_thread_and_two(precise, case):
+def test_same_bits_with_one_thread_and_with_two(precise, case):
     cpu, _ = precise
     two = {name: value.tobytes() for name, value in run(cpu, case).items()}
     with thread_limit(cpu, 1):
@@ -73,8 +72,8 @@ def test_same_bits_with_one_thread_and_two(precise, case):
 
 
 @pytest.mark.parametrize("case", WITH_BLAS, ids=lambda case: f"{case.operation}-{case.label}")
-def test_same_bits_but_for_blas(cpu, case):
-    """BLAS divides its sums by its own threads; with those fixed the rest gives the same bits."""
+def test_same_bits_with_a_fixed_number_of_blas_threads(cpu, case):
+    """The order of sums in BLAS depends on its own number of threads, so only numba's is changed."""
     import numba
 
     two = {name: value.tobytes() for name, value in run(cpu, case).items()}
@@ -85,7 +84,7 @@ def test_same_bits_but_for_blas(cpu, case):
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.operation)
-def test_a_second_call_allocates_nothing(precise, case):
+def test_repeated_call_allocates_nothing(precise, case):
     cpu, _ = precise
     from numba.core.runtime import _nrt_python, rtsys
 
@@ -100,9 +99,9 @@ def test_a_second_call_allocates_nothing(precise, case):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     after = rtsys.get_allocation_stats()
-    turns = -(-len(args["x"]) // cpu.matmul.head_rows) if case.operation == "head_loss" else 1
-    # numba's header of each array argument; an array made in a task adds more
-    assert after.alloc - before.alloc <= 16 * turns
+    chunks = -(-len(args["x"]) // cpu.matmul.head_rows) if case.operation == "head_loss" else 1
+    # numba allocates a header per array argument; an array allocated within a task would exceed this
+    assert after.alloc - before.alloc <= 16 * chunks
     assert after.alloc - after.free == before.alloc - before.free
     assert peak < 8192  # views and tuples, not arrays
 
@@ -116,15 +115,15 @@ def test_alloc_is_aligned_and_zero(cpu):
         assert not array.any()
 
 
-def test_large_memory_is_zero(cpu, monkeypatch):
+def test_large_arrays_are_zeroed(cpu, monkeypatch):
     monkeypatch.setattr("llmc_cli.kernels.cpu.kernels.PARALLEL_CLEAR", 1000)
     for size in (250, 999, 50_000):
-        cpu.alloc((size,), np.float32)[:] = 1.0  # given back at once: the next may be made of it
+        cpu.alloc((size,), np.float32)[:] = 1.0  # freed at once, and may be reused by the next
         assert not cpu.alloc((size,), np.float32).any()
 
 
-def test_norms_in_place(cpu):
-    """The stream may be added to in place, and its gradient may replace what reaches the norm."""
+def test_norm_outputs_may_replace_inputs(cpu):
+    """res may be x, and dx may be dy or dres."""
     N, C = 9, 40
     x, delta, dy, dres = (cpu.alloc((N, C), np.float32) for _ in range(4))
     bias, w, b = (cpu.alloc((C,), np.float32) for _ in range(3))
@@ -145,7 +144,7 @@ def test_norms_in_place(cpu):
         assert np.array_equal(taken, dx)
 
 
-def test_attention_does_not_see_the_future(precise):
+def test_attention_is_causal(precise):
     cpu, _ = precise
     B, T, NH, HS = 1, 90, 2, 16
     qkv = normal(1, B, T, 3 * NH * HS).astype(np.float32)
@@ -159,7 +158,7 @@ def test_attention_does_not_see_the_future(precise):
 
 
 def test_attention_with_large_scores(cpu):
-    """Scores in the hundreds: the largest is subtracted before the exponential."""
+    """Scores in the hundreds do not overflow, since the largest is subtracted before the exponential."""
     case = next(case for case in CASES if case.operation == "attention_forward" and case.label.startswith("B=2 T=65"))
     case = Case(case.operation, "large", {**case.args, "qkv": case.args["qkv"] * 16.0})
     found, expected = run(cpu, case), run(REFERENCE, case)
@@ -169,8 +168,8 @@ def test_attention_with_large_scores(cpu):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so(precise, bad):
-    """The trainer stops at a loss that is not finite, so no kernel may hide one."""
+def test_nan_and_infinity_propagate(precise, bad):
+    """The trainer stops when the loss is not finite, so no kernel may hide a NaN or infinity."""
     cpu, _ = precise
     for operation, name, output in (
         ("linear_gelu_forward", "x", "act"),
@@ -196,8 +195,8 @@ def test_what_is_not_finite_stays_so(precise, bad):
 
 
 @pytest.mark.parametrize("operation", ["linear_gelu_forward", "gelu_linear_backward"])
-def test_gelu_over_its_whole_range(cpu, operation):
-    """Through an identity matrix: every float32 exponent of both signs, error within a few units in the last place."""
+def test_gelu_is_accurate_over_the_whole_range(cpu, operation):
+    """Both signs of every float32 exponent, through an identity matrix, within a few units in the last place."""
     x = np.concatenate([np.logspace(-30, 30, 4001), np.linspace(-12.0, 12.0, 20_001)])
     x = np.concatenate([x, -x]).astype(np.float32)[:, None]
     ones, zero = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
@@ -228,8 +227,7 @@ def test_head_loss_with_large_logits(cpu):
     assert losses.tolist() == [0.0, 0.0, 1e4]
 
 
-def test_workspace_is_planned(precise):
-    """``workspace_bytes`` says what the scratch memory of a training step comes to."""
+def test_workspace_bytes_bound_the_scratch_memory(precise):
     B, T, C, NH, V, Vp = 2, 40, 48, 3, 300, 384
     fresh = open_kernels("cpu", precise[1], 2).kernels
     for case in (

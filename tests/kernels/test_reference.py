@@ -1,4 +1,4 @@
-"""The oracle itself: forward against formulas written out in loops, backward against differences, both against PyTorch.
+"""The reference kernels: forward against formulas in loops, backward against finite differences, both against PyTorch.
 
 The PyTorch values are in ``fixtures/kernel_goldens.npz``, made by ``fixtures/make_kernel_goldens.py``.
 """
@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from support.paths import FIXTURES
 
-from llmc_cli.kernels.reference.kernels import ReferenceKernels
-
-REFERENCE = ReferenceKernels()
+from llmc_cli.kernels.reference.kernels import REFERENCE
 
 
 def normal(seed, *shape):
@@ -20,15 +18,15 @@ def normal(seed, *shape):
 
 
 def gradient(function, x, step=1e-6):
-    """Central differences of a function of x, which is changed in place and put back."""
+    """Return the central differences of ``function`` with respect to x, which is modified in place and restored."""
     result = np.empty_like(x)
     for index in np.ndindex(x.shape):
-        kept = x[index]
-        x[index] = kept + step
+        value = x[index]
+        x[index] = value + step
         above = function()
-        x[index] = kept - step
+        x[index] = value - step
         below = function()
-        x[index] = kept
+        x[index] = value
         result[index] = (above - below) / (2 * step)
     return result
 
@@ -55,7 +53,7 @@ def norm(x, w, b, eps):
 
 
 def attention(qkv, num_heads):
-    """(out, lse) position by position."""
+    """Return out and lse, computed position by position."""
     B, T, C3 = qkv.shape
     C = C3 // 3
     HS = C // num_heads
@@ -72,7 +70,7 @@ def attention(qkv, num_heads):
 
 
 def cross_entropy(x, w, targets):
-    """The losses row by row."""
+    """Return the loss of each row."""
     losses = []
     for row, target in zip(x, targets, strict=True):
         logits = [sum(row * v) for v in w]
@@ -81,7 +79,7 @@ def cross_entropy(x, w, targets):
     return np.array(losses)
 
 
-def test_embedding():
+def test_embedding_matches_differences():
     V, T, N, C = 5, 4, 7, 3
     wte, wpe, seed = normal(1, V, C), normal(2, T, C), normal(3, N, C)
     ids, positions = np.array([0, 3, 3, 4, 0, 0, 2], np.int32), np.array([0, 1, 2, 0, 1, 2, 2], np.int32)
@@ -101,22 +99,22 @@ def test_embedding():
     close(dwpe, 2 * gradient(total, wpe))
 
 
-@pytest.mark.parametrize(("first", "biased"), [(False, True), (False, False), (True, False)])
-def test_residual_norm(first, biased):
+@pytest.mark.parametrize(("first_norm", "biased"), [(False, True), (False, False), (True, False)])
+def test_residual_norm_matches_differences(first_norm, biased):
     N, C, eps = 3, 5, 1e-3
     x, delta, seed, seed_res = (normal(i, N, C) for i in range(4))
     w, b, bias = (normal(i, C) if i else normal(i, C) * biased for i in (1, 2, 0))
     res, y, mean, rstd = np.empty((N, C)), np.empty((N, C)), np.empty(N), np.empty(N)
 
     def total():
-        stream = x if first else x + delta + bias
+        stream = x if first_norm else x + delta + bias
         return (norm(stream, w, b, eps) * seed).sum() + (stream * seed_res).sum()
 
-    added = (None if first else delta, bias if biased else None)
+    added = (None if first_norm else delta, bias if biased else None)
     REFERENCE.residual_norm_forward(res, y, mean, rstd, x, *added, w, b, eps)
-    stream = x if first else x + delta + bias
+    stream = x if first_norm else x + delta + bias
     close(y, norm(stream, w, b, eps))
-    if not first:
+    if not first_norm:
         close(res, stream)
     dx, dw, db = np.empty((N, C)), np.ones(C), np.ones(C)
     REFERENCE.residual_norm_backward(dx, dw, db, seed, stream, mean, rstd, w, seed_res, True)
@@ -131,7 +129,7 @@ def test_residual_norm(first, biased):
     close(db, seed.sum(axis=0))
 
 
-def test_linear():
+def test_linear_matches_differences():
     N, C, F = 3, 4, 5
     x, w, b, seed = normal(1, N, C), normal(2, F, C), normal(3, F), normal(4, N, F)
     y = np.empty((N, F))
@@ -150,7 +148,7 @@ def test_linear():
     close(db - 1.0, gradient(total, b))
 
 
-def test_gelu_between_two_linears():
+def test_gelu_between_two_linear_layers_matches_differences():
     N, C, F = 3, 4, 5
     x, w, b, w2, b2, seed = (normal(i, *s) for i, s in enumerate([(N, C), (F, C), (F,), (C, F), (C,), (N, C)]))
     act, pre = np.empty((N, F)), np.empty((N, F))
@@ -168,7 +166,7 @@ def test_gelu_between_two_linears():
     close(db2, gradient(total, b2))
 
 
-def test_attention():
+def test_attention_matches_differences():
     B, T, NH, HS = 2, 5, 2, 3
     C = NH * HS
     qkv, seed = normal(1, B, T, 3 * C), normal(2, B, T, C)
@@ -185,14 +183,14 @@ def test_attention():
     close(dqkv, gradient(total, qkv))
 
 
-def test_attention_cached_continues_attention():
-    B, T, NH, HS, kept = 2, 7, 2, 3, 3
+def test_attention_cached_in_steps_equals_attention():
+    B, T, NH, HS, prompt = 2, 7, 2, 3, 3
     C = NH * HS
     qkv = normal(1, B, T, 3 * C)
     expected = attention(qkv, NH)[0]
     keys, values = np.full((B, NH, T, HS), np.nan), np.full((B, NH, T, HS), np.nan)
     lengths, start = np.zeros(B, np.int32), 0
-    for count in (kept, 1, T - kept - 1):
+    for count in (prompt, 1, T - prompt - 1):
         out = np.empty((B, count, C))
         REFERENCE.attention_cached(out, keys, values, qkv[:, start : start + count].copy(), lengths, NH)
         close(out, expected[:, start : start + count])
@@ -200,7 +198,7 @@ def test_attention_cached_continues_attention():
         start += count
 
 
-def test_head_loss():
+def test_head_loss_matches_differences():
     N, C, V, Vp = 4, 3, 5, 8
     x, w = normal(1, N, C), normal(2, Vp, C)
     targets = np.array([2, -1, 4, 0], np.int32)
@@ -218,14 +216,14 @@ def test_head_loss():
     close(logits, linear(x, w[:V], np.zeros(V)))
 
 
-def test_sum_squares_and_adamw():
+def test_sum_squares_and_first_adamw_step():
     g = np.array([3.0, -4.0, 12.0])
     out = np.empty(1)
     REFERENCE.sum_squares(out, g)
     assert out[0] == 169.0
     p, m, v = np.array([1.0, 2.0, 3.0]), np.zeros(3), np.zeros(3)
     segments = np.array([[0, 1, 1], [1, 2, 0]], np.int64)
-    # first step: m/correction1 = g and v/correction2 = g², so each element moves by lr against its gradient's sign
+    # first step: m/correction1 = g and v/correction2 = g², so each element changes by lr against its gradient's sign
     hyper = np.array([0.1, 0.9, 0.99, 0.0, 0.5, 0.1, 0.01, 1.0])
     REFERENCE.adamw(p, m, v, g, segments, hyper, out)
     close(p, [1.0 - 0.1 * (1 + 0.5), 2.0 + 0.1, 3.0 - 0.1])
@@ -234,7 +232,7 @@ def test_sum_squares_and_adamw():
 
 
 def compare(values):
-    """The reference against PyTorch's ``values`` (see fixtures/make_kernel_goldens.py)."""
+    """Compare the reference with PyTorch's ``values`` (see fixtures/make_kernel_goldens.py)."""
     g = values
     N, C = g["norm_x"].shape
     y, mean, rstd = np.empty((N, C)), np.empty(N), np.empty(N)
@@ -277,16 +275,16 @@ def compare(values):
         REFERENCE.sum_squares(sumsq, gradients)
         hyper = np.array([1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9**step, 1 - 0.95**step, 1.0])
         REFERENCE.adamw(p, m, v, gradients, segments, hyper, sumsq)
-        # clip_grad_norm_ divides by norm + 1e-6, so its gradients are smaller by about 1e-7; Adam is nearly blind to it
+        # clip_grad_norm_ divides by norm + 1e-6, so its gradients are smaller by about 1e-7; which changes Adam little
         close(p, expected, 1e-7)
 
 
-def test_against_pytorch_goldens():
+def test_reference_matches_pytorch_goldens():
     with np.load(FIXTURES / "kernel_goldens.npz") as goldens:
         compare(dict(goldens))
 
 
 @pytest.mark.witness
-def test_against_live_pytorch():
+def test_reference_matches_live_pytorch():
     make = runpy.run_path(str(FIXTURES / "make_kernel_goldens.py"))["make"]
     compare(make(seed=2))

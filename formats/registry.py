@@ -113,6 +113,8 @@ def check_readable(path: str | Path, kind: Kind) -> None:
 
 
 def _unknown_remedy(start: bytes) -> str:
+    if len(start) < 4:
+        return "the file is empty or truncated"
     if int.from_bytes(start[:4], "big") in KIND_OF_MAGIC:
         return BIG_ENDIAN_REMEDY
     if start.startswith(b"version https://git-lfs"):

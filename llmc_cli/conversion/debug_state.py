@@ -55,8 +55,8 @@ def load_batch(
     if data is None and not DEFAULT_DATA.exists():
         if config.vocab_size != GPT2_VOCAB_SIZE:
             raise UsageError(
-                f"found a vocabulary of {config.vocab_size:,}, expected GPT-2's {GPT2_VOCAB_SIZE:,} without --data; "
-                "give a shard for this model with --data"
+                f"--debug-state: found a model with a vocabulary of {config.vocab_size:,}, expected GPT-2's "
+                f"{GPT2_VOCAB_SIZE:,} for the bundled text; give a shard for this model with --data"
             )
         on_warning(f"{DEFAULT_DATA}: file not found; using the bundled text instead (llmc prepro writes the file)")
         tokens, origin = _bundled_tokens(count), "the bundled text"

@@ -84,7 +84,7 @@ class Source:
         if "tokenizer.json" not in names and self.config.vocab_size != GPT2_VOCAB_SIZE:
             raise DataError(
                 f"{self.path}: found no tokenizer for a vocabulary of {self.config.vocab_size:,}, expected a "
-                "tokenizer.json in the model's folder"
+                "model folder with a tokenizer.json"
             )
         tokenizer = load_tokenizer(str(self.path) if "tokenizer.json" in names else "gpt2")
         if tokenizer.vocab_size > self.config.vocab_size:

@@ -262,7 +262,7 @@ def _check_folder(path: Path) -> _Content:
         raise MagicError(
             path,
             "a folder without weights",
-            f"a Hugging Face folder (with {', '.join(CHECKPOINT_FILES)}) or the folder of a training run (with DONE_*)",
+            f"a Hugging Face folder ({' or '.join(CHECKPOINT_FILES)}) or the folder of a training run (DONE_*)",
         )
     content = _check_tensors(open_checkpoint(path))
     config = path / "config.json"

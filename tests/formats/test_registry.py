@@ -47,7 +47,8 @@ def test_identify_files_of_other_projects(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"abc", b"hello, world", struct.pack("<8i", *range(8)), b"PK\x03\x04 no zip"])
 def test_unknown_files_are_rejected(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(MagicError, match="headerless token file cannot be identified"):
+    remedy = "empty or truncated" if len(content) < 4 else "headerless token file cannot be identified"
+    with pytest.raises(MagicError, match=remedy):
         identify(tmp_path / "f")
 
 

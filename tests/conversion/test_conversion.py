@@ -33,11 +33,11 @@ def test_model_file_to_folder_and_back(tmp_path, dtype, golden):
 
 def test_written_folder_matches_transformers(tmp_path):
     convert(MODEL, tmp_path / "folder")
-    ours = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
-    theirs = SafetensorsFile(TINY_GPT2 / "safetensors" / "model.safetensors")
-    assert set(ours) == set(theirs)
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name])
+    converted = SafetensorsFile(tmp_path / "folder" / "model.safetensors")
+    expected = SafetensorsFile(TINY_GPT2 / "safetensors" / "model.safetensors")
+    assert set(converted) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(converted[name], expected[name])
     config = json.loads((TINY_GPT2 / "safetensors" / "config.json").read_bytes())
     for name, value in json.loads((tmp_path / "folder" / "config.json").read_bytes()).items():
         assert config.get(name, value) == value, name
@@ -125,17 +125,17 @@ def test_transformers_loads_converted_models(tmp_path, form):
     from transformers import AutoModelForCausalLM
 
     model = transformers_model(seed=7).eval()
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "saved")
     if form == "pickle":
-        (tmp_path / "theirs" / "model.safetensors").unlink()
-        torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
-    convert(tmp_path / "theirs", tmp_path / "model.bin")
-    convert(tmp_path / "model.bin", tmp_path / "ours")
-    convert(tmp_path / "model.bin", tmp_path / "ours16", dtype="bf16")
+        (tmp_path / "saved" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
+    convert(tmp_path / "saved", tmp_path / "model.bin")
+    convert(tmp_path / "model.bin", tmp_path / "converted")
+    convert(tmp_path / "model.bin", tmp_path / "converted_bf16", dtype="bf16")
     ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(8))
     with torch.no_grad():
         expected = model(ids).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()(ids).logits
-        half = AutoModelForCausalLM.from_pretrained(tmp_path / "ours16", dtype="auto").eval()
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").eval()(ids).logits
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "converted_bf16", dtype="auto").eval()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}

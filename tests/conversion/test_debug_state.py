@@ -56,12 +56,12 @@ def test_torch_reference_needs_pytorch(tmp_path, shard, monkeypatch):
 
 @pytest.mark.witness
 def test_torch_and_numpy_references_agree(tmp_path, shard):
-    transformers_model(seed=9).save_pretrained(tmp_path / "theirs")
+    transformers_model(seed=9).save_pretrained(tmp_path / "saved")
     states = []
     for reference in ("torch", "numpy"):
         path = tmp_path / f"{reference}.bin"
         options = {"batch": 2, "seq_len": 16, "data": shard, "reference": reference}
-        convert(tmp_path / "theirs", tmp_path / "model.bin", debug_state=path, **options)
+        convert(tmp_path / "saved", tmp_path / "model.bin", debug_state=path, **options)
         states.append(read_debug_state(path, read_header(tmp_path / "model.bin")))
     by_torch, by_numpy = states
     np.testing.assert_allclose(by_torch.logits, by_numpy.logits, rtol=0, atol=1e-6)

@@ -29,9 +29,9 @@ def gpt2_vocab_folder(tmp_path):
     config = ModelConfig(64, 50257, 1, 1, 2)
     generator = np.random.default_rng(5)
     params = {name: generator.standard_normal(shape, np.float32) for name, shape in parameter_shapes(config).items()}
-    write_safetensors(tmp_path / "wide" / "model.safetensors", huggingface_weights.export(config, params))
-    (tmp_path / "wide" / "config.json").write_text(json.dumps(huggingface_config.config_to_dict(config)))
-    return tmp_path / "wide"
+    write_safetensors(tmp_path / "gpt2_vocab" / "model.safetensors", huggingface_weights.export(config, params))
+    (tmp_path / "gpt2_vocab" / "config.json").write_text(json.dumps(huggingface_config.config_to_dict(config)))
+    return tmp_path / "gpt2_vocab"
 
 
 def test_gpt2_writes_four_files(tmp_path, gpt2_vocab_folder, monkeypatch):
@@ -62,11 +62,11 @@ def test_tokenizer_table_matches_llm_c(tmp_path, gpt2_vocab_folder):
 def test_folder_with_gpt2_vocabulary_gets_the_gpt2_tokenizer(tmp_path, gpt2_vocab_folder):
     convert(gpt2_vocab_folder, tmp_path / "model.bin")
     convert(tmp_path / "model.bin", tmp_path / "folder")
-    ours, theirs = load_tokenizer("gpt2"), load_tokenizer(str(tmp_path / "folder"))
-    assert theirs.tokens == ours.tokens
-    assert theirs.end_of_text == ours.end_of_text == 50256
+    tokenizer, loaded = load_tokenizer("gpt2"), load_tokenizer(str(tmp_path / "folder"))
+    assert loaded.tokens == tokenizer.tokens
+    assert loaded.end_of_text == tokenizer.end_of_text == 50256
     text = shakespeare_text("bundled").text[:20_000] + " \n\n\t 'twas naïve, 日本語 🙂 x1234y <|endoftext|> "
-    np.testing.assert_array_equal(theirs.encode(text), ours.encode(text))
+    np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
     convert(tmp_path / "folder", tokenizer=tmp_path / "table.bin")
     assert hashlib.sha256((tmp_path / "table.bin").read_bytes()).hexdigest() == GPT2_SHA256
 
@@ -116,8 +116,8 @@ def test_transformers_loads_the_tokenizer(tmp_path, gpt2_vocab_folder):
 
     convert(gpt2_vocab_folder, tmp_path / "model.bin")
     convert(tmp_path / "model.bin", tmp_path / "folder")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "folder"), load_tokenizer("gpt2")
+    loaded, tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder"), load_tokenizer("gpt2")
     text = shakespeare_text("bundled").text[:200] + " \n\n\t 'twas naïve, 日本語 🙂 x1234y"
-    assert theirs.encode(text) == ours.encode(text).tolist()
-    assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
-    assert theirs.eos_token_id == 50256
+    assert loaded.encode(text) == tokenizer.encode(text).tolist()
+    assert loaded.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+    assert loaded.eos_token_id == 50256

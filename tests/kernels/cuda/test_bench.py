@@ -117,12 +117,12 @@ def test_bytes_as_weights_are_of_the_cpu(tiny_config):
 
 def test_the_start(tiny_config, tiny_data, monkeypatch):
     from llmc_cli.benchmark import startup
-    from llmc_cli.benchmark.job import Work
+    from llmc_cli.benchmark.job import Job
     from llmc_cli.models.config import ModelConfig
 
     monkeypatch.setenv("PYTHONPATH", str(CUDA_EMULATOR))
-    work = Work("llmc", "start", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "fp32", 1)
-    assert 0 < startup.first_step(work, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
+    job = Job("llmc", "start", ModelConfig(32, 67, 2, 2, 16), 2, 8, 1, "cuda:0", "fp32", 1)
+    assert 0 < startup.time_first_step(job, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
 
 
 def test_pytorch_that_cannot_is_an_error(tiny_config, tmp_path):

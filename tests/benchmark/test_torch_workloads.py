@@ -1,4 +1,4 @@
-"""Live PyTorch at the same work."""
+"""PyTorch's workloads, run with an installed PyTorch."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from llmc_cli.models.layout import parameter_count
 pytestmark = pytest.mark.witness
 
 
-def test_torch_takes_turns_at_the_same_operations(monkeypatch):
+def test_torch_is_measured_on_every_operation_with_an_equivalent(monkeypatch):
     monkeypatch.setattr(interleave, "PAUSE_S", 0)
     measured = measure_section(make_job("kernels"), CEILINGS, True, ignore)
     alone = {row.name for row in measured.rows if not row.torch}
@@ -32,8 +32,8 @@ def test_every_equivalent_is_named_after_an_operation():
 
 
 @pytest.mark.parametrize("section", ["train", "sample"])
-def test_torch_takes_turns(monkeypatch, section):
-    """Compiled as well, where there is a compiler; where there is none, that is said."""
+def test_torch_modes_are_measured_or_reported_absent(monkeypatch, section):
+    """Only the compiled mode may be absent, if there is no compiler."""
     monkeypatch.setitem(sections.WARMUP_ROUNDS, section, 1)
     measured = measure_section(make_job(section), CEILINGS, True, ignore)
     first = measured.rows[0]
@@ -53,7 +53,7 @@ def test_torch_takes_turns(monkeypatch, section):
     ("built", "reason"),
     [(None, "built without CUDA"), ("13.0", "it is built for CUDA 13.0, which may require a newer driver")],
 )
-def test_without_a_card_it_says_so(monkeypatch, built, reason):
+def test_missing_gpu_is_an_error(monkeypatch, built, reason):
     import torch
 
     from llmc_cli.benchmark.torch_workloads import open_torch
@@ -64,19 +64,19 @@ def test_without_a_card_it_says_so(monkeypatch, built, reason):
         open_torch(make_job("train", implementation="torch eager", device="cuda:0", precision="bf16"))
 
 
-def test_samples_in_common_are_of_the_same_precision(monkeypatch):
+def test_sampling_tasks_use_the_precision_of_llmc_if_shared(monkeypatch):
     import torch
 
     from llmc_cli.benchmark.torch_workloads import open_torch
 
-    for precision, halved in (("fp32", False), ("fp32 bf16", True)):
+    for precision, uses_bf16 in (("fp32", False), ("fp32 bf16", True)):
         workload, _ = open_torch(make_job("sample", implementation="torch eager", precision=precision))
         kept = {}
         for name in workload.tasks:
             task = workload.prepare(name)
             task.run()
             kept[name] = task.run.__self__.keys[0].dtype
-        bf16 = torch.bfloat16 if halved else torch.float32
+        bf16 = torch.bfloat16 if uses_bf16 else torch.float32
         assert kept == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
 
 
@@ -98,7 +98,7 @@ def test_torch_in_bf16_runs_under_autocast(section):
         assert workload.linear_forward(name, sizes)().dtype == dtype
 
 
-def test_torchs_model_is_the_same_model():
+def test_torch_model_has_the_parameters_and_learns():
     import torch
 
     from llmc_cli.benchmark.torch_gpt2 import GPT2
@@ -121,9 +121,9 @@ def caches(B, T):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's, of its own
-def test_torchs_compiled_step_copies_no_cache():
-    """The compiled code makes no array of a cache's shape."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised within PyTorch
+def test_compiled_decoding_copies_no_cache():
+    """The compiled code allocates no array of a cache's shape."""
     import torch
     from torch._inductor.utils import run_and_get_code
 
@@ -141,8 +141,7 @@ def test_torchs_compiled_step_copies_no_cache():
         assert not layer[:, :, 6:].any()
 
 
-def test_what_is_asked_for_is_compiled_first(monkeypatch):
-    """And no other precision."""
+def test_first_requested_precision_is_compiled_on_open(monkeypatch):
     import torch
 
     from llmc_cli.benchmark.torch_workloads import open_torch
@@ -153,7 +152,7 @@ def test_what_is_asked_for_is_compiled_first(monkeypatch):
         assert list(workload._samplers) == [dtype]
 
 
-def test_memory_that_is_given_back_no_longer_counts(monkeypatch):
+def test_release_empties_the_cache_and_resets_the_peak(monkeypatch):
     import torch
 
     from llmc_cli.benchmark import torch_workloads
@@ -165,7 +164,7 @@ def test_memory_that_is_given_back_no_longer_counts(monkeypatch):
     assert order == ["empty_cache", "reset_peak_memory_stats"]
 
 
-def test_torchs_cached_step_agrees_with_its_whole_pass():
+def test_decoding_with_a_cache_equals_a_full_forward_pass():
     import torch
 
     from llmc_cli.benchmark.torch_gpt2 import GPT2
@@ -182,49 +181,51 @@ def test_torchs_cached_step_agrees_with_its_whole_pass():
         assert total / (T - 1) == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5)
 
 
-CARD = "meta"
-"""In the place of a card: PyTorch's device for shapes alone, whose operations have no numbers, and so no times."""
+GPU = "meta"
+"""Stands in for a GPU: PyTorch's device whose tensors have shapes but no data."""
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """What PyTorch is asked for there: contexts of autocast, and how often it was waited for. Fused AdamW and numbers
-    for the host are what the device lacks."""
+def gpu_calls(monkeypatch):
+    """Make the meta device pass for a GPU; return the autocast contexts entered and the number of synchronizations.
+
+    Fused AdamW and ``item``, which the meta device lacks, are replaced.
+    """
     import torch
 
     from llmc_cli.benchmark import torch_workloads
 
-    asked = {"autocast": set(), "waits": 0}
+    calls = {"autocast": set(), "waits": 0}
 
     def autocast(kind, dtype, enabled):
-        asked["autocast"].add((kind, dtype, enabled))
+        calls["autocast"].add((kind, dtype, enabled))
         return contextlib.nullcontext()
 
     def wait(device):
-        assert device == CARD
-        asked["waits"] += 1
+        assert device == GPU
+        calls["waits"] += 1
 
-    made = torch.optim.AdamW
+    original = torch.optim.AdamW
 
     def adamw(*arguments, fused, **options):
         assert fused
-        return made(*arguments, **options)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(torch_workloads, "is_cuda", lambda device: device == CARD)
+    monkeypatch.setattr(torch_workloads, "is_cuda", lambda device: device == GPU)
     monkeypatch.setattr(torch.optim, "AdamW", adamw)
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     before = torch.get_float32_matmul_precision()
-    yield asked
+    yield calls
     torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
-    ("section", "precision", "products"),
+    ("section", "precision", "matmul_precision"),
     [
         ("kernels", "bf16", "highest"),
         ("train", "fp32", "highest"),
@@ -233,8 +234,8 @@ def card(monkeypatch):
         ("sample", "fp32 bf16", "highest"),
     ],
 )
-def test_all_of_it_is_on_the_card(card, section, precision, products):
-    """Every array of every operation, and each run ends when the card is done with it."""
+def test_workloads_run_on_the_gpu(gpu_calls, section, precision, matmul_precision):
+    """Every tensor of every operation is on the GPU, and each run ends with a synchronization."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -243,27 +244,29 @@ def test_all_of_it_is_on_the_card(card, section, precision, products):
 
     dtypes = set()
 
-    class OnTheCard(TorchDispatchMode):
+    class CheckDevice(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for each in tree_leaves((args, kwargs, out)):
-                if isinstance(each, torch.Tensor) and each.dim():  # numbers may be the host's
-                    assert each.device.type == CARD, function
+                if isinstance(each, torch.Tensor) and each.dim():  # scalars may be on the host
+                    assert each.device.type == GPU, function
                     dtypes.add(each.dtype)
             return out
 
-    with OnTheCard():
+    with CheckDevice():
         workload, configuration = open_torch(
-            make_job(section, implementation="torch eager", device=CARD, precision=precision)
+            make_job(section, implementation="torch eager", device=GPU, precision=precision)
         )
-        assert card["waits"] == 0
+        assert gpu_calls["waits"] == 0
         for count, name in enumerate(workload.tasks):
             workload.prepare(name).run()
-            assert card["waits"] == count + 1
-    assert torch.get_float32_matmul_precision() == products
+            assert gpu_calls["waits"] == count + 1
+    assert torch.get_float32_matmul_precision() == matmul_precision
     assert configuration["precision"] == precision
     assert configuration["blas"] == "cuBLAS"
-    halved = precision != "fp32" and precision != "tf32"
+    uses_bf16 = precision != "fp32" and precision != "tf32"
     if section != "sample":
-        assert card["autocast"] == {(CARD, torch.bfloat16, halved)}
-    assert (torch.bfloat16 in dtypes) == (halved and section != "train")  # there it is autocast that makes them
+        assert gpu_calls["autocast"] == {(GPU, torch.bfloat16, uses_bf16)}
+    assert (torch.bfloat16 in dtypes) == (
+        uses_bf16 and section != "train"
+    )  # in training only autocast creates bf16 tensors

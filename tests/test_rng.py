@@ -5,13 +5,13 @@ from support.paths import FIXTURES
 from llmc_cli.rng import MersenneTwister, Xorshift
 
 
-def test_words_are_those_of_mt19937():
-    # the first outputs of the reference program mt19937ar.c for init_genrand(5489)
+def test_words_equal_mt19937():
+    # first outputs of the reference implementation mt19937ar.c after init_genrand(5489)
     assert MersenneTwister(5489).words(3).tolist() == [3499211612, 581869302, 3890346734]
 
 
-def test_normals_are_those_of_pytorch():
-    # torch.manual_seed(42); torch.empty(20).normal_(0, 0.02): 20 % 16 != 0, so the last 16 are drawn anew
+def test_normals_equal_pytorch():
+    # torch.manual_seed(42); torch.empty(20).normal_(0, 0.02); 20 % 16 != 0: the last 16 are drawn again
     golden = np.load(FIXTURES / "normals.npz")
     out = np.empty(20, np.float32)
     generator = MersenneTwister(42)
@@ -23,7 +23,7 @@ def test_normals_are_those_of_pytorch():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_neither_chunks_nor_threads_show(monkeypatch, threads):
+def test_normals_do_not_depend_on_chunks_or_threads(monkeypatch, threads):
     whole = np.empty(16 * 5 + 3, np.float32)
     MersenneTwister(1).fill_normal(whole, 1.0)
     monkeypatch.setattr("llmc_cli.rng.CHUNK", 32)
@@ -32,14 +32,14 @@ def test_neither_chunks_nor_threads_show(monkeypatch, threads):
     np.testing.assert_array_equal(whole, chunked)
 
 
-def test_few_normals():
+def test_fewer_than_16_normals():
     out = np.empty(3, np.float32)
     MersenneTwister(1).fill_normal(out, 1.0)
     assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("draws", [0, 1, 623, 624, 625, 1000])
-def test_state_goes_on_where_it_was(draws):
+def test_restored_state_continues_the_sequence(draws):
     generator = MersenneTwister(42)
     generator.words(draws)
     words, position = generator.state
@@ -48,7 +48,7 @@ def test_state_goes_on_where_it_was(draws):
     np.testing.assert_array_equal(other.words(700), generator.words(700))
 
 
-def test_state_counts_draws():
+def test_state_counts_drawn_words():
     generator = MersenneTwister(42)
     assert generator.state[1] == 0
     generator.words(1)
@@ -59,7 +59,7 @@ def test_state_counts_draws():
     assert generator.state[1] == 1
 
 
-def test_permutation_swaps_from_the_end():
+def test_permute_swaps_from_the_end():
     words = MersenneTwister(42).words(9).tolist()
     expected = list(range(10))
     for word, i in zip(words, range(9, 0, -1), strict=True):
@@ -70,13 +70,13 @@ def test_permutation_swaps_from_the_end():
     assert order.tolist() == expected
 
 
-def test_permutation_of_one_draws_nothing():
+def test_permute_of_one_element_draws_nothing():
     generator = MersenneTwister(42)
     generator.permute(np.zeros(1, np.int32))
     assert generator.state[1] == 0
 
 
-def test_xorshift_by_hand():
+def test_xorshift_equals_its_definition():
     state = 1337
     state ^= state >> 12
     state ^= (state << 25) % 2**64

@@ -1,4 +1,4 @@
-"""One allocation, named views."""
+"""An arena: one allocation with named views."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +19,10 @@ Alloc = Callable[[tuple[int, ...], Any], Array]
 
 
 class Arena(Mapping[str, Array]):
-    """A flat array ``flat`` and views into it by name, in the order of ``shapes``.
+    """A flat array, ``flat``, and named views into it, in the order of ``shapes``.
 
-    With ``align`` 1 the views follow each other without gaps (parameters: the arena *is* the body of a model file);
-    with ``align`` n each view starts at a multiple of n elements.
+    Each view starts at a multiple of ``align`` elements. With ``align`` 1 there are no gaps: an arena of parameters has
+    the layout of a model file's body.
     """
 
     def __init__(self, alloc: Alloc, shapes: Shapes, dtype: Any, align: int = 1) -> None:
@@ -49,7 +49,7 @@ class Arena(Mapping[str, Array]):
 
 
 def arena_bytes(shapes: Shapes, dtype: Any, align: int = 1) -> int:
-    """Bytes that an ``Arena`` of these shapes takes, without making one."""
+    """Return the size of an ``Arena`` of these shapes without allocating it."""
     end = 0
     for shape in shapes.values():
         end = -(-end // align) * align + math.prod(shape)

@@ -1,7 +1,7 @@
-"""GPT-2's tensors by the names that Hugging Face's transformers gives them, one for each layer.
+"""Convert between GPT-2's parameters and the tensors of Hugging Face transformers.
 
-Its linear weights are of a class Conv1D, which keeps them as (in, out): transposed, as seen from here. The head is tied
-to the embedding; a file may hold it a second time. Names begin with ``transformer.`` or not, depending on whether the
+transformers stores one tensor per layer, and linear weights as (in, out), the transpose of the layout here (its class
+Conv1D). The head is tied to the embedding, but a file may store it as well. Names start with ``transformer.`` if the
 model was saved with its head.
 """
 
@@ -24,7 +24,7 @@ Arrays = Mapping[str, NDArray[np.float32]]
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-"""Buffers of older versions: the causal mask, and what to put in its place."""
+"""Buffers of older versions: the causal mask and the value of masked scores. They are ignored."""
 
 OUTSIDE_LAYERS = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 IN_LAYERS = {
@@ -43,55 +43,55 @@ IN_LAYERS = {
 }
 CONV1D = ("qkvw", "attprojw", "fcw", "fcprojw")
 
-SHOWN = 3  # names in a message
+MAX_NAMES = 3  # listed in an error message
 
 
-class Place(NamedTuple):
-    """Where a tensor of theirs belongs: in ours of this name, in one layer of it or in the whole."""
+class Target(NamedTuple):
+    """The parameter, or the layer of it, that corresponds to a tensor of transformers."""
 
     name: str
-    layer: int | None
+    layer: int | None  # None: the whole parameter
 
     def view(self, params: Arrays, config: ModelConfig) -> NDArray[np.float32]:
-        """The part of ``params``; the padding of the vocabulary, which only we have, is left out."""
+        """Return the corresponding view of ``params``, without the padding of the vocabulary."""
         if self.name == "wte":
             return params["wte"][: config.vocab_size]
         return params[self.name] if self.layer is None else params[self.name][self.layer]
 
 
-def places(config: ModelConfig) -> Iterator[tuple[str, Place]]:
-    """Their names, without the prefix, and where each belongs, layer by layer."""
-    for ours, theirs in OUTSIDE_LAYERS.items():
-        yield theirs, Place(ours, None)
+def targets(config: ModelConfig) -> Iterator[tuple[str, Target]]:
+    """Yield each name of transformers, without prefix, and its target. Layers come last, in order."""
+    for name, hf_name in OUTSIDE_LAYERS.items():
+        yield hf_name, Target(name, None)
     for layer in range(config.num_layers):
-        for ours, theirs in IN_LAYERS.items():
-            yield f"h.{layer}.{theirs}", Place(ours, layer)
+        for name, hf_name in IN_LAYERS.items():
+            yield f"h.{layer}.{hf_name}", Target(name, layer)
 
 
 def match(folder: Path, tensors: Tensors, config: ModelConfig) -> dict[str, str]:
-    """From the names without prefix to those in ``tensors``, the masks left out; nothing is loaded.
+    """Map names without prefix to the names in ``tensors``, except masks. Nothing is loaded.
 
-    Raises DataError unless they are those of a GPT-2 of this shape, perhaps with a head, and shapes and dtypes are
-    right. ``folder`` is where they come from, for the message.
+    Raises DataError unless names, shapes and dtypes are those of a GPT-2 of this shape; the head is optional.
+    ``folder`` is used in error messages.
     """
     names = {name.removeprefix(PREFIX): name for name in tensors.info if not MASK.fullmatch(name.removeprefix(PREFIX))}
-    if config.num_layers > len(names):  # whatever the config says, work is bounded by what is there
+    if config.num_layers > len(names):  # bounds the work below for an absurd config
         raise DataError(f"{folder}: found {len(names)} tensors, which cannot be {config.num_layers:,} layers")
-    expected = dict(places(config))
+    expected = dict(targets(config))
     if twice := [name for name in names if PREFIX + name in tensors and name in tensors]:
-        raise DataError(f"{folder}: found both {_some(twice)} and the same with {PREFIX!r} before; one is expected")
+        raise DataError(f"{folder}: found both {_join(twice)} and the same with {PREFIX!r} before; one is expected")
     if unknown := [full for name, full in names.items() if name not in expected and name != HEAD]:
         raise DataError(
-            f"{folder}: found {_some(unknown)}, which a GPT-2 of {config.num_layers} layers does not have; "
+            f"{folder}: found {_join(unknown)}, which a GPT-2 of {config.num_layers} layers does not have; "
             "is config.json of the same model?"
         )
     if missing := [name for name in expected if name not in names]:
-        raise DataError(f"{folder}: the weights lack {_some(missing)} of a GPT-2 of {config.num_layers} layers")
+        raise DataError(f"{folder}: the weights lack {_join(missing)} of a GPT-2 of {config.num_layers} layers")
     shapes = parameter_shapes(config) | {"wte": (config.vocab_size, config.channels)}
     for name, full in names.items():
-        place = expected.get(name, expected["wte.weight"])  # the head has the embedding's shape
-        shape = shapes[place.name] if place.layer is None else shapes[place.name][1:]
-        shape = shape[::-1] if place.name in CONV1D else shape
+        target = expected.get(name, expected["wte.weight"])  # the head has the embedding's shape
+        shape = shapes[target.name] if target.layer is None else shapes[target.name][1:]
+        shape = shape[::-1] if target.name in CONV1D else shape
         info = tensors.info[full]
         if info.shape != shape:
             raise DataError(f"{folder}: {full} is {info.shape}, where config.json asks for {shape}")
@@ -108,15 +108,15 @@ def load(
     into: Arrays,
     on_elements: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Fill the sixteen tensors ``into``, whose padding must be 0, one of theirs after the other, by ``match``'s names.
+    """Load tensors into the parameters ``into``, whose padding must be 0. ``names`` is the result of ``match``.
 
-    ``on_elements`` takes how many numbers are loaded. Raises NonFiniteError, and DataError for a head that is not the
-    embedding.
+    ``on_elements`` is called with the number of elements loaded so far. Raises NonFiniteError, and DataError if the
+    head differs from the embedding.
     """
     done = 0
-    for theirs, place in places(config):
-        view, values = place.view(into, config), tensors[names[theirs]]
-        view[...] = values.T if place.name in CONV1D else values
+    for name, target in targets(config):
+        view, values = target.view(into, config), tensors[names[name]]
+        view[...] = values.T if target.name in CONV1D else values
         done += view.size
         on_elements(done)
     if HEAD in names and not np.array_equal(tensors[names[HEAD]], into["wte"][: config.vocab_size]):
@@ -124,14 +124,14 @@ def load(
 
 
 def export(config: ModelConfig, params: Arrays) -> dict[str, NDArray[np.float32]]:
-    """Views of ``params`` by the names that transformers saves a model with head under; the tied head is left out."""
+    """Return views of ``params`` by the names of a transformers model with head, without the tied head itself."""
     return {
-        PREFIX + theirs: place.view(params, config).T if place.name in CONV1D else place.view(params, config)
-        for theirs, place in places(config)
+        PREFIX + name: target.view(params, config).T if target.name in CONV1D else target.view(params, config)
+        for name, target in targets(config)
     }
 
 
-def _some(names: list[str]) -> str:
-    """The names, or the first few of many."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _join(names: list[str]) -> str:
+    """Join names for an error message; list only the first few."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

@@ -106,9 +106,9 @@ def test_generated_pages_are_current():
 
 
 def test_generated_cuda_sections_are_current():
-    page = runpy.run_path(str(ROOT / "fixtures" / "make_cuda_paper.py"))["page"]
+    page = runpy.run_path(str(ROOT / "fixtures" / "make_cuda_estimates.py"))["page"]
     text = read(DOCS / "cuda.md")
-    assert page(text) == text, "out of date; run: python fixtures/make_cuda_paper.py"
+    assert page(text) == text, "out of date; run: python fixtures/make_cuda_estimates.py"
 
 
 EXAMPLES = [

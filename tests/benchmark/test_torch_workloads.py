@@ -120,7 +120,7 @@ def caches(B, T):
     return ([torch.zeros(shape) for _ in range(CONFIG.num_layers)] for _ in range(2))
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("requires_gxx")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised within PyTorch
 def test_compiled_decoding_copies_no_cache():
     """The compiled code allocates no array of a cache's shape."""

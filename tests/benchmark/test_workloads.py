@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from support.benchmark_inputs import CONFIG
-from support.cuda_notebook import Notebook
+from support.cuda_recording_device import RecordingDevice
 
 from llmc_cli.benchmark.workloads import KernelsWorkload, SampleWorkload, TrainWorkload
 from llmc_cli.kernels.backend import open_sampling
@@ -40,7 +40,7 @@ def test_train_workload_trains_and_splits_a_step(backend):
 
 def test_train_workload_prefetches_the_next_batch():
     """A step uses the batch that has been prefetched and uploads only the next one."""
-    device = Notebook(True, 80)
+    device = RecordingDevice(True, 80)
     workload = TrainWorkload(CudaKernels(device, "bf16"), CONFIG, 2, 8)
     workload.prefetch()
     device.copies.clear()

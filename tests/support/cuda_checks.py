@@ -121,7 +121,7 @@ def rows_of(letters, *rows):
     return [dict(zip(letters.split(), row, strict=True)) for row in rows]
 
 
-def label(case):
+def case_id(case):
     """The name of a case: a check, and the sizes it gets."""
     check, sizes = case
     return check.__name__.removeprefix("check_") + "-" + " ".join(f"{k}={v}" for k, v in sizes.items() if k != "cuts")
@@ -145,14 +145,14 @@ def run(check, device, sizes):
     assert len(bits) == 1, "other bits in another order of blocks and threads"
 
 
-def hold(case, bf16, shift=0):
+def run_case(case, bf16, shift=0):
     """The test of a case."""
     check, sizes = case
     with EmulatedDevice(bf16, shift) as device:
         run(check, device, sizes)
 
 
-def notice(fault):
+def check_fault_detected(fault):
     """The test of a fault: that the check which its case names fails."""
     assert source(fault.file).count(fault.old) == 1
     check, sizes = fault.case

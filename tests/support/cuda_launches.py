@@ -4,7 +4,7 @@ operation, at the sizes of GPT-2's models and at the head sizes that are treated
 from typing import NamedTuple
 
 import numpy as np
-from support.cuda_notebook import Notebook
+from support.cuda_recording_device import RecordingDevice
 
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 
@@ -22,13 +22,13 @@ class Most(NamedTuple):
 
 def launches(bf16, capability):
     """(program, kernel): ``Most``, of all that a device of this capability is asked for."""
-    notebook = Notebook(bf16, capability)
+    notebook = RecordingDevice(bf16, capability)
     kernels = CudaKernels(notebook, "bf16" if bf16 else "fp32")
     for C, NH in MODELS:
         _train(kernels, notebook, C, NH)
         _sample(kernels, notebook, C, NH)
     found = {}
-    for each in notebook.noted:
+    for each in notebook.launched:
         before = found.get((each.program, each.kernel), Most(0, 0))
         found[each.program, each.kernel] = Most(max(before.threads, each.threads), max(before.shared, each.shared))
     return found

@@ -7,8 +7,8 @@ import numpy as np
 from support.cuda_emulator import emulator
 
 FOLDER = Path(__file__).parent / "cuda_emulator"
-RIGHT = (FOLDER / "right.cu").read_text()
-WRONG = (FOLDER / "wrong.cu").read_text()
+CORRECT = (FOLDER / "correct.cu").read_text()
+FAULTY = (FOLDER / "faulty.cu").read_text()
 ORDERS = (None, 1, 2)
 """Seeds of ``emulator.schedule``."""
 

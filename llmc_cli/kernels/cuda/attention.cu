@@ -1,31 +1,31 @@
-// Causal attention for heads of any size up to 256 and either type of activations, in float all through.
+// Causal attention for any head size up to 256 and either activation type, with all arithmetic in float.
 //
-//   qkv, dqkv    (B, T, 3C)  Real, C = NH * HS; a row is q, k, v, each by head
+//   qkv, dqkv    (B, T, 3C)  Real, C = NH * HS; each row is q, k, v, each split by head
 //   out, dout    (B, T, C)  Real
 //   lse          (B, NH, T)  float, log of the sum of exp(scale * q·k)
-//   delta        (B, NH, T)  float, the sum of dout * out over the head
-//   queries      (B, T, C)  Real, q set apart
-//   keys, values (S, NH, Tmax, HS)  Real, of which lengths (S,) int and T more positions are filled
+//   delta        (B, NH, T)  float, sum of dout * out over the head
+//   queries      (B, T, C)  Real, copy of q
+//   keys, values (S, NH, Tmax, HS)  Real, KV cache; sequence s has lengths[s] + T positions filled
 //
-// A block owns TILE queries, or in the backward pass TILE keys, of one head, and goes through the others a tile at a
-// time; no (T, T) matrix is stored, and every output is summed by one thread in a fixed order (Dao et al. 2022,
-// arXiv:2205.14135). Grid: (ceil(T / TILE), NH, B or S), for the delta kernel ceil(B * T * NH / 8). Kernels are there
-// twice, for heads of up to 64 and of up to 256.
+// A block owns TILE queries (in backward_keys TILE keys) of one head and iterates over tiles of the others. No (T, T)
+// matrix is stored, and every output is summed by one thread in a fixed order (Dao et al. 2022, arXiv:2205.14135).
+// Grid: (ceil(T / TILE), NH, B or S); for the delta kernel ceil(B * T * NH / 8). Each kernel is compiled twice, for
+// heads of up to 64 and of up to 256.
 //
-// In the backward pass delta comes first, then dq (queries), then dk and dv (keys). dqkv may be qkv: a block puts dq
-// where only it has read q, and after that dk and dv where only it reads k and v, while q comes from where the delta
-// kernel has set it apart.
+// The backward pass runs three kernels: delta, then queries (dq), then keys (dk, dv). dqkv may alias qkv: the queries
+// kernel writes dq over q, which only the same block reads, and the keys kernel writes dk and dv over k and v, which
+// only the same block reads; it takes q from the copy that the delta kernel made.
 
-constexpr int TILE = 64;         // queries, keys, columns of a head
-constexpr int PITCH = TILE + 1;  // of a tile's rows in shared memory: those at one column are in different banks
-constexpr int SIDE = 16;         // threads are SIDE x SIDE
+constexpr int TILE = 64;         // queries, keys or head columns per tile
+constexpr int PITCH = TILE + 1;  // row pitch of a tile in shared memory, which avoids bank conflicts within a column
+constexpr int SIDE = 16;         // a block has SIDE x SIDE threads
 constexpr int THREADS = SIDE * SIDE;
-constexpr int EACH = TILE / SIDE;  // a thread has rows y + SIDE * i and columns x + SIDE * j of a tile, i, j < EACH
+constexpr int EACH = TILE / SIDE;  // thread (x, y) has rows y + SIDE * i, columns x + SIDE * j of a tile; i, j < EACH
 
 typedef float Tile[TILE][PITCH];
-typedef float Part[EACH][EACH];  // a thread's part of a tile
+typedef float Part[EACH][EACH];  // one thread's elements of a tile
 
-// Rows of one head in memory, `stride` numbers apart. There are `valid` of them.
+// `valid` rows of one head in memory, `stride` elements apart.
 struct Rows {
     const Real* first;
     int stride;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void clear(Part& part) {
     }
 }
 
-// tile = TILE columns of TILE rows, from `column` on; 0 past the head and where there is no row.
+// Load TILE rows and TILE columns, starting at `column`, into `tile`. Elements outside the head or valid rows are 0.
 __device__ __forceinline__ void load_tile(Tile& tile, Rows rows, int column, int HS) {
 #pragma unroll 4
     for (int index = threadIdx.x; index < TILE * TILE; index += THREADS) {
@@ -57,13 +57,13 @@ __device__ __forceinline__ void load_tile(Tile& tile, Rows rows, int column, int
     }
 }
 
-// products (TILE, TILE) = left (TILE, HS) · right (TILE, HS)ᵀ, by way of two tiles in shared memory
+// products (TILE, TILE) = left (TILE, HS) · right (TILE, HS)ᵀ, staged through shared tiles a and b
 __device__ __forceinline__ void multiply_heads(Part& products, Tile& a, Tile& b, Rows left, Rows right, int HS) {
     const int x = threadIdx.x % SIDE;
     const int y = threadIdx.x / SIDE;
     clear(products);
     for (int column = 0; column < HS; column += TILE) {
-        __syncthreads();  // nobody reads the tiles any more
+        __syncthreads();  // all threads have finished reading the tiles
         load_tile(a, left, column, HS);
         load_tile(b, right, column, HS);
         __syncthreads();
@@ -88,7 +88,7 @@ __device__ __forceinline__ void multiply_heads(Part& products, Tile& a, Tile& b,
     }
 }
 
-// sums (TILE, HS) += weights (TILE, TILE) · right (TILE, HS), by way of two tiles in shared memory
+// sums (TILE, HS) += weights (TILE, TILE) · right (TILE, HS), staged through shared tiles a and b
 template <int SLABS>
 __device__ __forceinline__ void add_weighted(
     Part (&sums)[SLABS], const Part& weights, Tile& a, Tile& b, Rows right, int HS) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_weighted(
         if (slab * TILE >= HS) {
             break;
         }
-        __syncthreads();  // nobody reads the tiles any more
+        __syncthreads();  // all threads have finished reading the tiles
         if (slab == 0) {
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
@@ -132,7 +132,8 @@ __device__ __forceinline__ void add_weighted(
     }
 }
 
-// Stores sums (TILE, HS), row i of a thread times factors[i], in rows `stride` apart, those before `valid`.
+// Store the first `valid` rows of sums (TILE, HS) to `target`, in rows `stride` elements apart. Each thread multiplies
+// its row i by factors[i].
 template <int SLABS>
 __device__ __forceinline__ void store_rows(
     Real* target, int stride, int valid, const Part (&sums)[SLABS], const float (&factors)[EACH], int HS) {
@@ -154,7 +155,7 @@ __device__ __forceinline__ void store_rows(
     }
 }
 
-// out (TILE, HS) and lse (TILE,), unless null, of TILE queries, of which row r sees the keys 0 to `last` + r.
+// Compute out (TILE, HS) and, unless null, lse (TILE,) of TILE queries. Query row r attends to keys 0 to `last` + r.
 template <int SLABS>
 __device__ __forceinline__ void attend(
     Real* out, int stride, float* lse, Rows queries, Rows keys, Rows values, int last, int HS, float scale) {
@@ -162,7 +163,7 @@ __device__ __forceinline__ void attend(
     __shared__ Tile b;
     const int x = threadIdx.x % SIDE;
     const int y = threadIdx.x / SIDE;
-    Part sums[SLABS];  // of p · v, not yet divided by the sum of p
+    Part sums[SLABS];  // sum of p · v, not yet divided by the sum of p
     float largest[EACH];
     float total[EACH];
 #pragma unroll
@@ -180,22 +181,22 @@ __device__ __forceinline__ void attend(
         multiply_heads(p, a, b, queries, rows_from(keys.first, keys.stride, key, keys.valid), HS);
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            float most = largest[i];  // finite from the first tile on, which holds key 0
+            float maximum = largest[i];  // finite after the first tile, which contains key 0
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 const bool visible = key + x + SIDE * j <= last + y + SIDE * i;
                 p[i][j] = visible ? p[i][j] * scale : __int_as_float(0xff800000);
-                most = fmaxf(most, p[i][j]);
+                maximum = fmaxf(maximum, p[i][j]);
             }
-            most = warp_max<SIDE>(most);  // of the threads that share the row, as the sum below
+            maximum = warp_max<SIDE>(maximum);  // over the threads that share the row, as for the sum below
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
-                p[i][j] = expf(p[i][j] - most);
+                p[i][j] = expf(p[i][j] - maximum);
                 sum += p[i][j];
             }
-            const float shrink = expf(largest[i] - most);
-            largest[i] = most;
+            const float shrink = expf(largest[i] - maximum);
+            largest[i] = maximum;
             total[i] = total[i] * shrink + warp_sum<SIDE>(sum);
 #pragma unroll
             for (int slab = 0; slab < SLABS; slab++) {
@@ -220,7 +221,7 @@ __device__ __forceinline__ void attend(
 
 template <int SLABS>
 __device__ __forceinline__ void forward(Real* out, float* lse, const Real* qkv, int T, int NH, int HS, float scale) {
-    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
+    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // blocks with the most work start first
     const size_t h = blockIdx.y;
     const size_t b = blockIdx.z;
     const int C = NH * HS;
@@ -236,20 +237,20 @@ template <int SLABS>
 __device__ __forceinline__ void prompt(
     Real* out, const Real* qkv, const Real* keys, const Real* values, const int* lengths, int T, int NH, int HS,
     int Tmax, float scale) {
-    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
+    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // blocks with the most work start first
     const size_t h = blockIdx.y;
     const size_t s = blockIdx.z;
     const int C = NH * HS;
     const size_t cached = (s * NH + h) * Tmax * HS;
     const int length = lengths[s];
     const Rows queries = rows_from(qkv + s * T * 3 * C + h * HS, 3 * C, first, T);
-    const Rows all_keys = {keys + cached, HS, length + T};  // rows of one head lie behind each other
+    const Rows all_keys = {keys + cached, HS, length + T};  // rows of one head are contiguous
     const Rows all_values = {values + cached, HS, length + T};
     Real* target = out + (s * T + first) * C + h * HS;
     attend<SLABS>(target, C, nullptr, queries, all_keys, all_values, length + first, HS, scale);
 }
 
-// dk, dv (TILE, HS) of TILE keys, from the queries that see them.
+// Compute dk and dv (TILE, HS) of TILE keys from the queries that attend to them.
 template <int SLABS>
 __device__ __forceinline__ void backward_keys(
     Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, const Real* queries, int T,
@@ -258,7 +259,7 @@ __device__ __forceinline__ void backward_keys(
     __shared__ Tile b;
     const int x = threadIdx.x % SIDE;
     const int y = threadIdx.x / SIDE;
-    const int first = blockIdx.x * TILE;  // block 0 has the most to do
+    const int first = blockIdx.x * TILE;  // block 0 has the most work
     const size_t h = blockIdx.y;
     const size_t n = blockIdx.z;
     const int C = NH * HS;
@@ -275,8 +276,8 @@ __device__ __forceinline__ void backward_keys(
         clear(dv[slab]);
     }
     for (int query = first; query < T; query += TILE) {
-        const size_t at = ((size_t)blockIdx.z * T + query) * C + blockIdx.y * HS;  // anew each time: pointers kept in
-        const Rows streamed = {queries + at, C, T - query};                        // between would not fit in registers
+        const size_t at = ((size_t)blockIdx.z * T + query) * C + blockIdx.y * HS;  // recomputed in each iteration:
+        const Rows streamed = {queries + at, C, T - query};                        // pointers would spill registers
         const Rows douts = {dout + at, C, T - query};
         Part p;  // (key, query)
         Part ds;
@@ -309,7 +310,7 @@ __device__ __forceinline__ void backward_keys(
     store_rows<SLABS>(target + 2 * C, 3 * C, T - first, dv, ones, HS);
 }
 
-// dq (TILE, HS) of TILE queries, from the keys that they see.
+// Compute dq (TILE, HS) of TILE queries from the keys that they attend to.
 template <int SLABS>
 __device__ __forceinline__ void backward_queries(
     Real* dqkv, const Real* qkv, const Real* dout, const float* lse, const float* delta, int T, int NH, int HS,
@@ -318,7 +319,7 @@ __device__ __forceinline__ void backward_queries(
     __shared__ Tile b;
     const int x = threadIdx.x % SIDE;
     const int y = threadIdx.x / SIDE;
-    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // the longest blocks begin
+    const int first = (gridDim.x - 1 - blockIdx.x) * TILE;  // blocks with the most work start first
     const size_t h = blockIdx.y;
     const size_t n = blockIdx.z;
     const int C = NH * HS;
@@ -374,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) attention_forward_256(
     forward<4>(out, lse, qkv, T, NH, HS, scale);
 }
 
-// Several new positions of each sequence behind those in the cache, which holds them already.
+// Attention of T new positions per sequence over the KV cache, which must already contain them.
 extern "C" __global__ void __launch_bounds__(256, 2) attention_prompt_64(
     Real* out, const Real* qkv, const Real* keys, const Real* values, const int* lengths, int T, int NH, int HS,
     int Tmax, float scale) {
@@ -387,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) attention_prompt_256(
     prompt<4>(out, qkv, keys, values, lengths, T, NH, HS, Tmax, scale);
 }
 
-// A warp for each row of each head.
+// Compute delta and copy q to queries. One warp per row and head.
 extern "C" __global__ void __launch_bounds__(256) attention_delta(
     float* delta, Real* queries, const Real* dout, const Real* out, const Real* qkv, int B, int T, int NH, int HS) {
     const size_t row = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;  // (b * T + t) * NH + h
@@ -395,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_delta(
         return;
     }
     const int lane = threadIdx.x % WARP;
-    const Real* query = qkv + row * HS + row / NH * 2 * NH * HS;  // behind q, k and v of the rows before
+    const Real* query = qkv + row * HS + row / NH * 2 * NH * HS;  // skips k and v of the preceding rows
     float sum = 0.0f;
     for (int column = lane; column < HS; column += WARP) {
         sum += to_float(dout[row * HS + column]) * to_float(out[row * HS + column]);

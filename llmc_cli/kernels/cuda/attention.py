@@ -1,4 +1,4 @@
-"""Launches of attention.cu, attention_mma.cu (on tensor cores) and cached_attention.cu."""
+"""Launches of attention.cu, attention_mma.cu (tensor cores) and cached_attention.cu."""
 
 import functools
 import math
@@ -12,38 +12,38 @@ from llmc_cli.kernels.cuda.source import source
 from llmc_cli.kernels.spec import Array
 
 TILE = 64
-"""Rows of a head that a block of attention.cu owns; its TILE, too."""
+"""Rows of a head per block of attention.cu; also a constant there."""
 
 THREADS = 256
-"""Of a block of attention.cu, and of ``cache_append``."""
+"""Threads per block of attention.cu and of ``cache_append``."""
 
 CACHED_THREADS = 512
-"""Of a block of ``attention_cached_64`` and ``_256``: 32 times the WARPS of cached_attention.cu."""
+"""Threads per block of ``attention_cached_64`` and ``_256``: 32 times WARPS in cached_attention.cu."""
 
-LARGEST = 256
-"""The largest head size."""
+MAX_HEAD_SIZE = 256
 
 MMA_SIZES = (64, 128)
 """Head sizes that attention_mma.cu is compiled for."""
 
 
 class Launch(NamedTuple):
-    """How a kernel of attention_mma.cu is launched."""
+    """Launch parameters of a kernel of attention_mma.cu."""
 
     threads: int
-    rows: int  # of the sequence that a block owns
-    shared: int  # bytes
+    rows: int  # rows of the sequence per block
+    shared: int  # bytes of dynamic shared memory
 
 
 @functools.cache
 def launches() -> dict[str, Launch]:
-    """The table in attention_mma.cu, which static_asserts there hold against the kernels: by names as KEYS_64."""
+    """Return the launch table of attention_mma.cu by names such as KEYS_64. Static assertions there check it against
+    the kernels."""
     rows = re.findall(r"^constexpr Launch (\w+) = \{(\d+), (\d+), (\d+)\};$", source("attention_mma"), re.MULTILINE)
     return {name: Launch(*map(int, numbers)) for name, *numbers in rows}
 
 
 def backward_scratch(B: int, T: int, NH: int, HS: int) -> int:
-    """Floats that ``attention_backward`` needs: one for each row of each head, and two on tensor cores."""
+    """Return the scratch floats that ``attention_backward`` needs: up to two per row and head."""
     return 2 * B * T * NH
 
 
@@ -61,8 +61,9 @@ def attention_backward(
     device: Device, dqkv: Array, dout: Array, out: Array, lse: Array, qkv: Array, num_heads: int, scratch: Array,
     queries: Array,
 ) -> None:  # fmt: skip
-    """As ``spec.Kernels.attention_backward``. Three launches. ``scratch``: float32, of at least ``backward_scratch``
-    elements, aligned to 8 bytes; ``queries`` (B,T,C), for q while dq takes its place."""
+    """As ``spec.Kernels.attention_backward``. Three launches. ``scratch`` is float32, has at least
+    ``backward_scratch`` elements and is aligned to 8 bytes. ``queries`` (B,T,C) receives a copy of q, which dq may
+    overwrite."""
     B, T, C = out.shape
     NH, HS = num_heads, _head_size(C, num_heads)
     sizes = np.int32(B), np.int32(T), np.int32(NH)
@@ -85,8 +86,8 @@ def attention_backward(
 def attention_cached(
     device: Device, out: Array, keys: Array, values: Array, qkv: Array, lengths: Array, num_heads: int
 ) -> None:
-    """As ``spec.Kernels.attention_cached``. Two launches; lengths are read on the device, and their grids depend on the
-    shapes only."""
+    """As ``spec.Kernels.attention_cached``. Two launches. lengths are read on the device, and the grids depend only on
+    the shapes."""
     S, T, C = out.shape
     NH, HS = num_heads, _head_size(C, num_heads)
     sizes = np.int32(NH), np.int32(HS), np.int32(keys.shape[2])
@@ -102,10 +103,10 @@ def attention_cached(
 
 
 def _head_size(C: int, NH: int) -> int:
-    """HS; ValueError for one that no kernel takes."""
+    """Return HS. Raise ValueError if no kernel supports it."""
     HS = C // NH
-    if HS > LARGEST:
-        raise ValueError(f"attention on CUDA takes heads of up to {LARGEST}, not of {HS}")
+    if HS > MAX_HEAD_SIZE:
+        raise ValueError(f"--device cuda: head size {HS} is not supported; the maximum is {MAX_HEAD_SIZE}")
     return HS
 
 
@@ -118,14 +119,14 @@ def _scalars(T: int, NH: int, HS: int) -> tuple[np.int32, np.int32, np.int32, np
 
 
 def _width(HS: int) -> int:
-    """The columns of a head that a kernel of any head size is compiled for."""
-    return 64 if HS <= 64 else LARGEST
+    """Return the head size, 64 or 256, of the kernel variant for HS in attention.cu and cached_attention.cu."""
+    return 64 if HS <= 64 else MAX_HEAD_SIZE
 
 
 def _on_tensor_cores(device: Device, HS: int, *arrays: Array) -> bool:
-    """Whether attention_mma.cu serves, which reads and writes 16 bytes at a time."""
-    fits = device.real is np.uint16 and device.tensor_cores and HS in MMA_SIZES
-    return fits and all(array.data.ptr % 16 == 0 for array in arrays)
+    """Return whether attention_mma.cu can be used, which requires arrays aligned to 16 bytes."""
+    supported = device.real is np.uint16 and device.tensor_cores and HS in MMA_SIZES
+    return supported and all(array.data.ptr % 16 == 0 for array in arrays)
 
 
 def _launch_mma(device: Device, kernel: str, out: Array, NH: int, arrays: tuple[Array, ...]) -> None:

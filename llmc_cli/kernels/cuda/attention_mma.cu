@@ -1,23 +1,23 @@
-// Causal attention on tensor cores, bf16 with sums in float, for heads of 64 and 128. Needs sm_80.
+// Causal attention on tensor cores for head sizes 64 and 128, in bf16 with float accumulation. Requires sm_80.
 //
-//   qkv, dqkv    (B, T, 3C)  Bf16, C = NH * HS; a row is q, k, v, each by head
+//   qkv, dqkv    (B, T, 3C)  Bf16, C = NH * HS; each row is q, k, v, each split by head
 //   out, dout    (B, T, C)  Bf16
 //   lse          (B, NH, T)  float, log of the sum of exp(scale * q·k)
 //   statistics   (B, NH, T, 2)  float: lse * log2(e), and the sum of dout * out over the head
-//   queries      (B, T, C)  Bf16, q set apart
+//   queries      (B, T, C)  Bf16, copy of q
 //
-// All aligned to 16 bytes. The backward pass computes the scores again: the delta kernel first, then dq (queries), then
-// dk and dv (keys). dqkv may be qkv: a block puts dq where only it has read q, and after that dk and dv where only it
-// reads k and v, while q comes from where the delta kernel has set it apart. Every output belongs to one block, which
-// sums in a fixed order. Dao 2023, arXiv:2307.08691.
+// All arrays are aligned to 16 bytes. The backward pass recomputes the scores in three kernels: delta, then queries
+// (dq), then keys (dk, dv). dqkv may alias qkv: the queries kernel writes dq over q, which only the same block reads,
+// and the keys kernel writes dk and dv over k and v, which only the same block reads; it takes q from the copy that the
+// delta kernel made. Every output belongs to one block, which sums in a fixed order. Dao 2023, arXiv:2307.08691.
 //
-// Grid: (ceil(T / rows), NH, B), for the delta kernel (ceil(B * T * NH * HS / 8 / threads)).
-// Threads hold almost as many registers as there are, so every change is to be compiled for all architectures: one may
-// spill where the others do not.
+// Grid: (ceil(T / rows), NH, B); for the delta kernel (ceil(B * T * NH * HS / 8 / threads)).
+// The kernels use nearly all registers, so compile every change for all architectures: one may spill where others do
+// not.
 
 struct Launch {
     int threads;
-    int rows;    // of the sequence that a block owns
+    int rows;    // rows of the sequence per block
     int shared;  // bytes of dynamic shared memory
 };
 
@@ -37,43 +37,43 @@ __host__ __device__ constexpr int larger(int a, int b) {
     return a > b ? a : b;
 }
 
-// The sizes of one kernel. A block owns ROWS rows of one head, for which RESIDENT tiles (q, or k and v, or q and dout)
-// stay for the whole kernel: in shared memory, or, where IN_REGISTERS, in registers, after they have passed through
-// shared memory. Two tiles of STREAMED rows at a time (k and v, or q and dout) pass through a ring of two stages.
+// Sizes of one kernel. A block owns ROWS rows of one head. Their RESIDENT tiles (q; k and v; or q and dout) are loaded
+// once and stay in shared memory or, if IN_REGISTERS, are moved from there to registers. Pairs of tiles of STREAMED
+// rows (k and v, or q and dout) are streamed through a ring of two stages.
 template <int HEAD, int WARPS, int WARP_PATCHES, int STREAMED_ROWS, bool REGISTERS, int RESIDENT, int EXTRA>
 struct Sizes {
     static constexpr int HS = HEAD;
     static constexpr int STEPS = HEAD / 16;    // k steps of a product over the head
-    static constexpr int COLUMNS = HEAD / 8;   // 8-column patches of a row, each 16 bytes
-    static constexpr int ROW = HEAD * 2;       // bytes
+    static constexpr int COLUMNS = HEAD / 8;   // 8-column patches per row, 16 bytes each
+    static constexpr int ROW = HEAD * 2;       // bytes per row
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int PATCHES = WARP_PATCHES;  // of 16 rows
+    static constexpr int PATCHES = WARP_PATCHES;  // 16-row patches per warp
     static constexpr int WARP_ROWS = PATCHES * 16;
     static constexpr int ROWS = WARPS * WARP_ROWS;
     static constexpr int STREAMED = STREAMED_ROWS;
     static constexpr int SCORES = STREAMED_ROWS / 8;  // 8-column patches of scores
     static constexpr bool IN_REGISTERS = REGISTERS;
-    static constexpr int KEPT_PATCHES = IN_REGISTERS ? PATCHES : 1;
-    static constexpr int KEPT_STEPS = IN_REGISTERS ? STEPS : 1;
-    static constexpr int OWN = ROWS * ROW;              // bytes of a resident tile
-    static constexpr int TILE = STREAMED * ROW;         // bytes of a streamed tile
+    static constexpr int REGISTER_PATCHES = IN_REGISTERS ? PATCHES : 1;
+    static constexpr int REGISTER_STEPS = IN_REGISTERS ? STEPS : 1;
+    static constexpr int OWN = ROWS * ROW;              // bytes per resident tile
+    static constexpr int TILE = STREAMED * ROW;         // bytes per streamed tile
     static constexpr int STAGE = 2 * TILE + EXTRA;
-    static constexpr int RING = IN_REGISTERS ? 0 : RESIDENT * OWN;  // where the ring begins; resident tiles are at 0
+    static constexpr int RING = IN_REGISTERS ? 0 : RESIDENT * OWN;  // offset of the ring; resident tiles are at 0
     static constexpr int SHARED = IN_REGISTERS ? larger(2 * STAGE, RESIDENT * OWN) : RESIDENT * OWN + 2 * STAGE;
 };
 
-// ---- Tiles in shared memory: rows of HS numbers without padding, chunk c (16 bytes) of row r being at c ^ (r % 8). So
-// eight rows at one column of chunks are in different banks, as are the chunks of a row.
+// ---- Tiles in shared memory: rows of HS elements without padding. 16-byte chunk c of row r is stored at index
+// c ^ (r % 8), so that the same chunk of eight consecutive rows, and all chunks of one row, are in different banks.
 
 template <int HS>
-__device__ __forceinline__ unsigned place(int row, int chunk) {
+__device__ __forceinline__ unsigned swizzle(int row, int chunk) {
     return (unsigned)(row * HS * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
-// Begins to copy `ROWS` rows, `stride` numbers apart, to a tile. Those from `valid` on become zero.
+// Start copying ROWS rows, `stride` elements apart, to a tile. Rows from `valid` on are filled with zeros.
 template <int HS, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_tile(unsigned tile, const Bf16* source, int stride, int valid) {
-    constexpr int CHUNKS = HS / 8;  // of a row
+    constexpr int CHUNKS = HS / 8;  // per row
     static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
 #pragma unroll
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
@@ -81,25 +81,26 @@ __device__ __forceinline__ void copy_tile(unsigned tile, const Bf16* source, int
         const int row = index / CHUNKS;
         const int chunk = index % CHUNKS;
         const bool inside = row < valid;
-        copy_async_16(tile + place<HS>(row, chunk), source + (inside ? row * stride : 0) + chunk * 8, inside);
+        copy_async_16(tile + swizzle<HS>(row, chunk), source + (inside ? row * stride : 0) + chunk * 8, inside);
     }
 }
 
-// A lane's part of the addresses of load_matrices: an address is tile + row * HS * 2 + (part ^ step * 32), where row is
-// a multiple of 8 and a step is 16 columns.
-//   of rows: a 16x16 operand a in a tile (row, k); transposed, two 16x8 operands b in a tile (k, column)
-//   of columns: two 16x8 operands b in a tile (column, k)
+// The lane-dependent part of an address for load_matrices. The full address is
+// tile + row * HS * 2 + (part ^ step * 32), where row is a multiple of 8 and a step is 16 columns.
+//   lane_of_rows: one 16x16 operand a in a tile (row, k); transposed, two 16x8 operands b in a tile (k, column)
+//   lane_of_columns: two 16x8 operands b in a tile (column, k)
 template <int HS>
 __device__ __forceinline__ unsigned lane_of_rows(int lane) {
-    return place<HS>(lane & 15, lane >> 4);
+    return swizzle<HS>(lane & 15, lane >> 4);
 }
 
 template <int HS>
 __device__ __forceinline__ unsigned lane_of_columns(int lane) {
-    return place<HS>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+    return swizzle<HS>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 
-// ---- Products of a warp. Sums are in patches of 16x8 as multiply_add has them: [patch of rows][patch of columns][4].
+// ---- Matrix products of one warp. Sums are stored as 16x8 patches in the layout of multiply_add:
+// [patch of rows][patch of columns][4].
 
 template <int M, int N>
 __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
@@ -115,24 +116,25 @@ __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
     }
 }
 
-// This warp's rows of a resident tile, to registers. `tile` is where those rows begin.
+// Load this warp's rows of a resident tile into registers. `tile` is the address of its first row.
 template <class S>
-__device__ __forceinline__ void keep(
-    unsigned (&kept)[S::KEPT_PATCHES][S::KEPT_STEPS][4], unsigned tile, unsigned rows) {
+__device__ __forceinline__ void load_resident(
+    unsigned (&resident)[S::REGISTER_PATCHES][S::REGISTER_STEPS][4], unsigned tile, unsigned rows) {
 #pragma unroll
     for (int m = 0; m < S::PATCHES; m++) {
 #pragma unroll
         for (int step = 0; step < S::STEPS; step++) {
-            load_matrices(kept[m][step], tile + m * 16 * S::ROW + (rows ^ (step << 5)));
+            load_matrices(resident[m][step], tile + m * 16 * S::ROW + (rows ^ (step << 5)));
         }
     }
 }
 
-// sums (WARP_ROWS, STREAMED) += own (WARP_ROWS, HS) · streamed (STREAMED, HS)ᵀ, own from `kept` or from shared memory
+// sums (WARP_ROWS, STREAMED) += own (WARP_ROWS, HS) · streamed (STREAMED, HS)ᵀ. The left operand is read from `resident`
+// if IN_REGISTERS, otherwise from shared memory at `own`.
 template <class S>
 __device__ __forceinline__ void multiply_rows(
-    float (&sums)[S::PATCHES][S::SCORES][4], const unsigned (&kept)[S::KEPT_PATCHES][S::KEPT_STEPS][4], unsigned own,
-    unsigned streamed, unsigned rows, unsigned columns) {
+    float (&sums)[S::PATCHES][S::SCORES][4], const unsigned (&resident)[S::REGISTER_PATCHES][S::REGISTER_STEPS][4],
+    unsigned own, unsigned streamed, unsigned rows, unsigned columns) {
 #pragma unroll
     for (int step = 0; step < S::STEPS; step++) {
         unsigned a[S::PATCHES][4];
@@ -141,7 +143,7 @@ __device__ __forceinline__ void multiply_rows(
             if constexpr (S::IN_REGISTERS) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    a[m][e] = kept[m][step][e];
+                    a[m][e] = resident[m][step][e];
                 }
             } else {
                 load_matrices(a[m], own + m * 16 * S::ROW + (rows ^ (step << 5)));
@@ -160,7 +162,7 @@ __device__ __forceinline__ void multiply_rows(
     }
 }
 
-// sums (WARP_ROWS, HS) += scores (WARP_ROWS, STREAMED), rounded to bf16, · streamed (STREAMED, HS)
+// sums (WARP_ROWS, HS) += scores (WARP_ROWS, STREAMED) · streamed (STREAMED, HS), with scores rounded to bf16
 template <class S>
 __device__ __forceinline__ void multiply_scores(
     float (&sums)[S::PATCHES][S::COLUMNS][4], const float (&scores)[S::PATCHES][S::SCORES][4], unsigned streamed,
@@ -188,9 +190,9 @@ __device__ __forceinline__ void multiply_scores(
     }
 }
 
-// Stores sums (WARP_ROWS, HS), each row times its factor [patch][upper or lower half], as Bf16 in rows `stride` apart,
-// those before `valid`. They pass through `stage`, WARP_ROWS * ROW bytes that belong to this warp alone, to be stored
-// 16 bytes at a time.
+// Store the first `valid` rows of sums (WARP_ROWS, HS) as Bf16, in rows `stride` elements apart. Each row is multiplied
+// by its factor [patch][upper or lower half]. The data pass through `stage`, WARP_ROWS * ROW bytes of shared memory
+// private to this warp, so that global stores are 16 bytes wide.
 template <class S>
 __device__ __forceinline__ void store_rows(
     Bf16* target, int stride, int valid, const float (&sums)[S::PATCHES][S::COLUMNS][4],
@@ -203,26 +205,26 @@ __device__ __forceinline__ void store_rows(
         for (int n = 0; n < S::COLUMNS; n++) {
             const unsigned upper = pack_bf16(sums[m][n][0] * factors[m][0], sums[m][n][1] * factors[m][0]);
             const unsigned lower = pack_bf16(sums[m][n][2] * factors[m][1], sums[m][n][3] * factors[m][1]);
-            *(unsigned*)(stage + place<S::HS>(m * 16 + g, n) + t * 4) = upper;
-            *(unsigned*)(stage + place<S::HS>(m * 16 + g + 8, n) + t * 4) = lower;
+            *(unsigned*)(stage + swizzle<S::HS>(m * 16 + g, n) + t * 4) = upper;
+            *(unsigned*)(stage + swizzle<S::HS>(m * 16 + g + 8, n) + t * 4) = lower;
         }
     }
     __syncwarp();
-    constexpr int CHUNKS = S::COLUMNS;  // of a row
+    constexpr int CHUNKS = S::COLUMNS;  // per row
 #pragma unroll
     for (int i = 0; i < S::WARP_ROWS * CHUNKS / 32; i++) {
         const int index = i * 32 + lane;
         const int row = index / CHUNKS;
         const int chunk = index % CHUNKS;
         if (row < valid) {
-            *(uint4*)(target + row * stride + chunk * 8) = *(const uint4*)(stage + place<S::HS>(row, chunk));
+            *(uint4*)(target + row * stride + chunk * 8) = *(const uint4*)(stage + swizzle<S::HS>(row, chunk));
         }
     }
 }
 
-constexpr int QUAD = 4;  // lanes that hold one row of a patch
+constexpr int QUAD = 4;  // lanes that share one row of a patch
 
-// Begins to copy a tile of keys and values to a stage, from row `key` of a head on.
+// Start copying a tile of keys and values, from row `key` of a head, to a stage.
 template <class S>
 __device__ __forceinline__ void copy_keys(unsigned stage, const Bf16* k, size_t C, int key, int T) {
     copy_tile<S::HS, S::STREAMED, S::THREADS>(stage, k + key * 3 * C, 3 * C, T - key);
@@ -230,7 +232,7 @@ __device__ __forceinline__ void copy_keys(unsigned stage, const Bf16* k, size_t 
     copy_async_commit();
 }
 
-// ---- Forward: q is resident, k and v stream past it up to the diagonal.
+// ---- Forward: q is resident; k and v are streamed up to the diagonal.
 
 template <class S>
 __device__ __forceinline__ void forward(
@@ -240,8 +242,8 @@ __device__ __forceinline__ void forward(
     const int warp = threadIdx.x / WARP;
     const int g = lane >> 2;
     const int t = lane & 3;
-    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // this block's first query; longest blocks begin
-    const int row = first + warp * S::WARP_ROWS;                    // this warp's first query
+    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // first query of the block; most work first
+    const int row = first + warp * S::WARP_ROWS;                    // first query of the warp
     const int h = blockIdx.y;
     const size_t b = blockIdx.z;
     const size_t C = (size_t)NH * S::HS;
@@ -256,19 +258,19 @@ __device__ __forceinline__ void forward(
 
     copy_tile<S::HS, S::ROWS, S::THREADS>(base, q + first * 3 * C, 3 * C, T - first);
     copy_async_commit();
-    unsigned kept[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    unsigned resident[S::REGISTER_PATCHES][S::REGISTER_STEPS][4];
     if constexpr (S::IN_REGISTERS) {
         copy_async_wait();
         __syncthreads();
-        keep<S>(kept, own, rows);
-        __syncthreads();  // the ring takes the place of q
+        load_resident<S>(resident, own, rows);
+        __syncthreads();  // the ring overwrites q
     }
     copy_keys<S>(ring, k, C, 0, T);
 
-    float sums[S::PATCHES][S::COLUMNS][4];  // of p · v, not yet divided by the sum of p
+    float sums[S::PATCHES][S::COLUMNS][4];  // sum of p · v, not yet divided by the sum of p
     clear(sums);
-    float largest[S::PATCHES][2];  // score of each row
-    float total[S::PATCHES][2];    // of p in this lane's columns
+    float largest[S::PATCHES][2];  // maximum score of each row
+    float total[S::PATCHES][2];    // sum of p over this lane's columns
 #pragma unroll
     for (int m = 0; m < S::PATCHES; m++) {
         largest[m][0] = largest[m][1] = __int_as_float(0xff800000);
@@ -278,20 +280,20 @@ __device__ __forceinline__ void forward(
 
     for (int j = 0; j < tiles; j++) {
         copy_async_wait();
-        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        __syncthreads();  // tile j has arrived, and all threads have finished reading tile j - 1
         const int key = j * S::STREAMED;
         if (j + 1 < tiles) {
             copy_keys<S>(ring + ((j + 1) & 1) * S::STAGE, k, C, key + S::STREAMED, T);
         }
         if (key > row + S::WARP_ROWS - 1) {
-            continue;  // no query of this warp sees the tile
+            continue;  // no query of this warp attends to the tile
         }
         const unsigned keys = ring + (j & 1) * S::STAGE;
         const unsigned values = keys + S::TILE;
         float scores[S::PATCHES][S::SCORES][4];
         clear(scores);
-        multiply_rows<S>(scores, kept, own, keys, rows, columns);
-        if (key + S::STREAMED - 1 > row) {  // on the diagonal; for queries before T this hides keys past T, too
+        multiply_rows<S>(scores, resident, own, keys, rows, columns);
+        if (key + S::STREAMED - 1 > row) {  // on the diagonal; this also masks keys past T for all queries before T
 #pragma unroll
             for (int m = 0; m < S::PATCHES; m++) {
 #pragma unroll
@@ -309,15 +311,15 @@ __device__ __forceinline__ void forward(
 #pragma unroll
         for (int m = 0; m < S::PATCHES; m++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {  // rows g and g + 8; key 0 is in tile 0, so that none is all masked
-                float most = largest[m][half];
+            for (int half = 0; half < 2; half++) {  // rows g and g + 8; tile 0 has key 0, so no row is fully masked
+                float maximum = largest[m][half];
 #pragma unroll
                 for (int n = 0; n < S::SCORES; n++) {
-                    most = fmaxf(most, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+                    maximum = fmaxf(maximum, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
                 }
-                most = warp_max<QUAD>(most);
-                const float shrink = exp2_approximate((largest[m][half] - most) * scale2);
-                const float shift = most * scale2;
+                maximum = warp_max<QUAD>(maximum);
+                const float shrink = exp2_approximate((largest[m][half] - maximum) * scale2);
+                const float shift = maximum * scale2;
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < S::SCORES; n++) {
@@ -328,7 +330,7 @@ __device__ __forceinline__ void forward(
                         sum += p;
                     }
                 }
-                largest[m][half] = most;
+                largest[m][half] = maximum;
                 total[m][half] = total[m][half] * shrink + sum;
 #pragma unroll
                 for (int n = 0; n < S::COLUMNS; n++) {
@@ -340,7 +342,7 @@ __device__ __forceinline__ void forward(
         multiply_scores<S>(sums, scores, values, rows);
     }
 
-    __syncthreads();  // the results pass through the memory of the tiles
+    __syncthreads();  // the results are staged in the memory of the tiles
     float factors[S::PATCHES][2];
 #pragma unroll
     for (int m = 0; m < S::PATCHES; m++) {
@@ -358,10 +360,10 @@ __device__ __forceinline__ void forward(
     store_rows<S>(target, C, T - row, sums, factors, memory + warp * S::WARP_ROWS * S::ROW, lane);
 }
 
-// ---- Delta: statistics (B, NH, T, 2), queries (B, T, C). HS / 8 lanes beside each other take a row of a head, 8
-// numbers each.
+// ---- Delta: statistics (B, NH, T, 2), queries (B, T, C). HS / 8 consecutive lanes handle one row of a head, 8
+// elements each.
 
-// The sum of the products of two pairs.
+// Dot product of two packed pairs of bf16.
 __device__ __forceinline__ float pair_dot(unsigned a, unsigned b) {
     const float low = __uint_as_float(a << 16) * __uint_as_float(b << 16);
     return low + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
@@ -379,7 +381,7 @@ __device__ __forceinline__ void delta(
     if (inside) {
         const uint4 x = *(const uint4*)(out + index * 8);
         const uint4 y = *(const uint4*)(dout + index * 8);
-        const size_t skipped = row / NH * 2 * NH * HS;  // k and v of the rows before
+        const size_t skipped = row / NH * 2 * NH * HS;  // k and v of the preceding rows
         *(uint4*)(queries + index * 8) = *(const uint4*)(qkv + skipped + index * 8);
         sum = pair_dot(x.x, y.x) + pair_dot(x.y, y.y) + (pair_dot(x.z, y.z) + pair_dot(x.w, y.w));
     }
@@ -392,12 +394,12 @@ __device__ __forceinline__ void delta(
     }
 }
 
-// ---- Keys: k and v are resident, q and dout stream past them from the diagonal on. Scores are formed transposed, with
-// keys in rows, so that pᵀ and dsᵀ, rounded to bf16, are where they are operands a of dv += pᵀ · dout, dk += dsᵀ · q.
-// Queries past T come as zeros, with statistics of zero: they add nothing.
+// ---- Keys: k and v are resident; q and dout are streamed from the diagonal on. Scores are computed transposed, with
+// keys as rows, so that pᵀ and dsᵀ, rounded to bf16, are already laid out as operands a of dv += pᵀ · dout and
+// dk += dsᵀ · q. Queries past T are zeros with zero statistics and contribute nothing.
 
-// Begins to copy a tile of queries to a stage: q, dout, statistics. Where they are is worked out each time: what may be
-// read again from the kernel's arguments takes no registers in between.
+// Start copying a tile of queries to a stage: q, dout, statistics. The addresses are recomputed on every call from the
+// kernel's arguments, so that they occupy no registers in between.
 template <class S>
 __device__ __forceinline__ void copy_queries(
     unsigned stage, const Bf16* queries, const Bf16* dout, const float* statistics, int query, int T, int NH) {
@@ -424,7 +426,7 @@ __device__ __forceinline__ void backward_keys(
     const int warp = threadIdx.x / WARP;
     const int g = lane >> 2;
     const int t = lane & 3;
-    const int first = (int)blockIdx.x * S::ROWS;  // this block's first key; block 0 has the most to do
+    const int first = (int)blockIdx.x * S::ROWS;  // this block's first key; block 0 has the most work
     const int row = first + warp * S::WARP_ROWS;  // this warp's first key
     const int h = blockIdx.y;
     const size_t b = blockIdx.z;
@@ -438,20 +440,20 @@ __device__ __forceinline__ void backward_keys(
     const unsigned own_values = own_keys + S::OWN;
     const unsigned rows = lane_of_rows<S::HS>(lane);
     const unsigned columns = lane_of_columns<S::HS>(lane);
-    const int start = first / S::STREAMED;  // the first tile of queries that sees these keys
+    const int start = first / S::STREAMED;  // the first tile of queries that attends to these keys
     const int tiles = (T + S::STREAMED - 1) / S::STREAMED - start;
 
     copy_tile<S::HS, S::ROWS, S::THREADS>(base, k + first * 3 * C, 3 * C, T - first);
     copy_tile<S::HS, S::ROWS, S::THREADS>(base + S::OWN, v + first * 3 * C, 3 * C, T - first);
     copy_async_commit();
-    unsigned kept_keys[S::KEPT_PATCHES][S::KEPT_STEPS][4];
-    unsigned kept_values[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    unsigned resident_keys[S::REGISTER_PATCHES][S::REGISTER_STEPS][4];
+    unsigned resident_values[S::REGISTER_PATCHES][S::REGISTER_STEPS][4];
     if constexpr (S::IN_REGISTERS) {
         copy_async_wait();
         __syncthreads();
-        keep<S>(kept_keys, own_keys, rows);
-        keep<S>(kept_values, own_values, rows);
-        __syncthreads();  // the ring takes the place of k and v
+        load_resident<S>(resident_keys, own_keys, rows);
+        load_resident<S>(resident_values, own_values, rows);
+        __syncthreads();  // the ring overwrites k and v
     }
     copy_queries<S>(ring, queries, dout, statistics, start * S::STREAMED, T, NH);
 
@@ -463,14 +465,14 @@ __device__ __forceinline__ void backward_keys(
 
     for (int j = 0; j < tiles; j++) {
         copy_async_wait();
-        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        __syncthreads();  // tile j has arrived, and all threads have finished reading tile j - 1
         const int query = (start + j) * S::STREAMED;
         if (j + 1 < tiles) {
             const unsigned stage = ring + ((j + 1) & 1) * S::STAGE;
             copy_queries<S>(stage, queries, dout, statistics, query + S::STREAMED, T, NH);
         }
         if (query + S::STREAMED - 1 < row) {
-            continue;  // no query of the tile sees this warp's keys
+            continue;  // no query of the tile attends to this warp's keys
         }
         const unsigned streamed = ring + (j & 1) * S::STAGE;
         const unsigned douts = streamed + S::TILE;
@@ -479,12 +481,12 @@ __device__ __forceinline__ void backward_keys(
         float ds[S::PATCHES][S::SCORES][4];
         clear(p);
         clear(ds);
-        multiply_rows<S>(p, kept_keys, own_keys, streamed, rows, columns);
-        multiply_rows<S>(ds, kept_values, own_values, douts, rows, columns);
+        multiply_rows<S>(p, resident_keys, own_keys, streamed, rows, columns);
+        multiply_rows<S>(ds, resident_values, own_values, douts, rows, columns);
         const bool diagonal = query < row + S::WARP_ROWS - 1;
 #pragma unroll
         for (int n = 0; n < S::SCORES; n++) {
-            const float4 two = *(const float4*)(pairs + (n * 8 + 2 * t) * 8);  // the statistics of this lane's queries
+            const float4 two = *(const float4*)(pairs + (n * 8 + 2 * t) * 8);  // statistics of this lane's two queries
 #pragma unroll
             for (int m = 0; m < S::PATCHES; m++) {
 #pragma unroll
@@ -502,7 +504,7 @@ __device__ __forceinline__ void backward_keys(
         multiply_scores<S>(dk, ds, streamed, rows);
     }
 
-    __syncthreads();  // the results pass through the memory of the tiles
+    __syncthreads();  // the results are staged in the memory of the tiles
     float scales[S::PATCHES][2];
     float ones[S::PATCHES][2];
 #pragma unroll
@@ -516,7 +518,7 @@ __device__ __forceinline__ void backward_keys(
     store_rows<S>(target + 2 * C, 3 * C, T - row, dv, ones, stage + S::OWN, lane);
 }
 
-// ---- Queries: q and dout are resident, k and v stream past them up to the diagonal, as in the forward pass.
+// ---- Queries: q and dout are resident; k and v are streamed up to the diagonal, as in the forward pass.
 
 template <class S>
 __device__ __forceinline__ void backward_queries(
@@ -527,8 +529,8 @@ __device__ __forceinline__ void backward_queries(
     const int warp = threadIdx.x / WARP;
     const int g = lane >> 2;
     const int t = lane & 3;
-    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // this block's first query; longest blocks begin
-    const int row = first + warp * S::WARP_ROWS;                    // this warp's first query
+    const int first = (int)(gridDim.x - 1 - blockIdx.x) * S::ROWS;  // first query of the block; most work first
+    const int row = first + warp * S::WARP_ROWS;                    // first query of the warp
     const int h = blockIdx.y;
     const size_t b = blockIdx.z;
     const size_t C = (size_t)NH * S::HS;
@@ -563,14 +565,14 @@ __device__ __forceinline__ void backward_queries(
             deltas[m][half] = pair.y;
         }
     }
-    unsigned kept_queries[S::KEPT_PATCHES][S::KEPT_STEPS][4];
-    unsigned kept_douts[S::KEPT_PATCHES][S::KEPT_STEPS][4];
+    unsigned resident_queries[S::REGISTER_PATCHES][S::REGISTER_STEPS][4];
+    unsigned resident_douts[S::REGISTER_PATCHES][S::REGISTER_STEPS][4];
     if constexpr (S::IN_REGISTERS) {
         copy_async_wait();
         __syncthreads();
-        keep<S>(kept_queries, own_queries, rows);
-        keep<S>(kept_douts, own_douts, rows);
-        __syncthreads();  // the ring takes the place of q and dout
+        load_resident<S>(resident_queries, own_queries, rows);
+        load_resident<S>(resident_douts, own_douts, rows);
+        __syncthreads();  // the ring overwrites q and dout
     }
     copy_keys<S>(ring, k, C, 0, T);
 
@@ -580,13 +582,13 @@ __device__ __forceinline__ void backward_queries(
 
     for (int j = 0; j < tiles; j++) {
         copy_async_wait();
-        __syncthreads();  // tile j has come, and nobody reads tile j - 1 any more
+        __syncthreads();  // tile j has arrived, and all threads have finished reading tile j - 1
         const int key = j * S::STREAMED;
         if (j + 1 < tiles) {
             copy_keys<S>(ring + ((j + 1) & 1) * S::STAGE, k, C, key + S::STREAMED, T);
         }
         if (key > row + S::WARP_ROWS - 1) {
-            continue;  // no query of this warp sees the tile
+            continue;  // no query of this warp attends to the tile
         }
         const unsigned keys = ring + (j & 1) * S::STAGE;
         const unsigned values = keys + S::TILE;
@@ -594,8 +596,8 @@ __device__ __forceinline__ void backward_queries(
         float ds[S::PATCHES][S::SCORES][4];
         clear(p);
         clear(ds);
-        multiply_rows<S>(p, kept_queries, own_queries, keys, rows, columns);
-        multiply_rows<S>(ds, kept_douts, own_douts, values, rows, columns);
+        multiply_rows<S>(p, resident_queries, own_queries, keys, rows, columns);
+        multiply_rows<S>(ds, resident_douts, own_douts, values, rows, columns);
         const bool diagonal = key + S::STREAMED - 1 > row;
 #pragma unroll
         for (int m = 0; m < S::PATCHES; m++) {
@@ -614,7 +616,7 @@ __device__ __forceinline__ void backward_queries(
         multiply_scores<S>(dq, ds, keys, rows);
     }
 
-    __syncthreads();  // the results pass through the memory of the tiles
+    __syncthreads();  // the results are staged in the memory of the tiles
     float scales[S::PATCHES][2];
 #pragma unroll
     for (int m = 0; m < S::PATCHES; m++) {
@@ -624,9 +626,10 @@ __device__ __forceinline__ void backward_queries(
     store_rows<S>(target, 3 * C, T - row, dq, scales, memory + warp * S::WARP_ROWS * S::ROW, lane);
 }
 
-// ---- The kernels. Statistics that stream with the queries take 8 bytes a row, rounded up so that stages stay aligned.
+// ---- Kernels. The extra bytes per stage hold the statistics of the streamed queries, 8 bytes per row, rounded up to
+// keep the stages aligned.
 
-//                              HS, warps, patches of a warp, streamed rows, in registers, resident tiles, extra bytes
+// HS, warps, patches per warp, streamed rows, in registers, resident tiles, extra bytes
 using Forward64 = Sizes<64, 4, 2, 64, false, 1, 0>;
 using Keys64 = Sizes<64, 4, 1, 32, true, 2, 512>;
 using Queries64 = Sizes<64, 4, 2, 32, false, 2, 0>;

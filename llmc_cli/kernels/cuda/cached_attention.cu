@@ -1,16 +1,16 @@
-// The cache of keys and values: taking in new positions, and attention of one new position per sequence. (Attention of
-// several, for prompts, is in attention.cu.)
+// KV cache: appending new positions, and attention of one new position per sequence. Attention of several new
+// positions, for prompts, is in attention.cu.
 //
-//   qkv           (S, T, 3C)  Real, C = NH * HS; a row is q, k, v, each by head
+//   qkv           (S, T, 3C)  Real, C = NH * HS; each row is q, k, v, each split by head
 //   keys, values  (S, NH, Tmax, HS)  Real
-//   lengths       (S,)  int, positions in the cache before the new ones
+//   lengths       (S,)  int, number of cached positions before the new ones
 //   out           (S, T, C)  Real
 //
-// Lengths are read on the device, so that a graph of launches stays valid as they grow.
+// Lengths are read on the device, so a CUDA graph stays valid as they grow.
 
-constexpr int WARPS = 16;  // of a block, for one head of one sequence
+constexpr int WARPS = 16;  // warps per block; a block handles one head of one sequence
 
-// Puts new positions behind the old ones; a thread for each element of (S, T, C).
+// Append new positions to the cache. One thread per element of (S, T, C).
 extern "C" __global__ void __launch_bounds__(256) cache_append(
     Real* keys, Real* values, const Real* qkv, const int* lengths, int S, int T, int NH, int HS, int Tmax) {
     const size_t index = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -27,22 +27,23 @@ extern "C" __global__ void __launch_bounds__(256) cache_append(
     values[to] = qkv[row * 3 * C + 2 * C + column];
 }
 
-// T = 1, the new position in the cache already. A block for each head of each sequence, grid (NH, S): its warps take
-// KEYS keys each in turn, whose loads are all under way at once, with a softmax of their own (Milakov and Gimelshein
-// 2018, arXiv:1805.02867), and are put together in order. A lane has LANE columns: lane + WARP * i.
+// Attention of one new position per sequence (T = 1), which must already be in the cache. One block per head and
+// sequence, grid (NH, S). Each warp handles KEYS keys per iteration, so that their loads overlap, with its own online
+// softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). The warps' results are then combined in order. A lane holds
+// LANE columns: lane + WARP * i.
 template <int LANE, int KEYS>
 __device__ __forceinline__ void attend(
     Real* out, const Real* qkv, const Real* keys, const Real* values, const int* lengths, int NH, int HS, int Tmax,
     float scale) {
-    __shared__ float sums[WARPS][LANE * WARP];  // of p · v
-    __shared__ float largest[WARPS];            // score
-    __shared__ float totals[WARPS];             // of p
+    __shared__ float sums[WARPS][LANE * WARP];  // sum of p · v of each warp
+    __shared__ float largest[WARPS];            // maximum score of each warp
+    __shared__ float totals[WARPS];             // sum of p of each warp
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const size_t h = blockIdx.x;
     const size_t s = blockIdx.y;
     const size_t C = (size_t)NH * HS;
-    const int count = lengths[s] + 1;  // keys
+    const int count = lengths[s] + 1;  // number of keys
     const Real* q = qkv + s * 3 * C + h * HS;
     keys += (s * NH + h) * Tmax * HS;
     values += (s * NH + h) * Tmax * HS;
@@ -55,7 +56,7 @@ __device__ __forceinline__ void attend(
         query[i] = column < HS ? to_float(q[column]) : 0.0f;
         sum[i] = 0.0f;
     }
-    float most = __int_as_float(0xff800000);
+    float maximum = __int_as_float(0xff800000);
     float total = 0.0f;
     for (int first = warp * KEYS; first < count; first += WARPS * KEYS) {
         float p[KEYS];
@@ -71,18 +72,18 @@ __device__ __forceinline__ void attend(
                 }
             }
         }
-        const float before = most;
+        const float before = maximum;
 #pragma unroll
         for (int n = 0; n < KEYS; n++) {
             const float score = warp_sum(p[n]) * scale;
             p[n] = first + n < count ? score : __int_as_float(0xff800000);
-            most = fmaxf(most, p[n]);
+            maximum = fmaxf(maximum, p[n]);
         }
-        const float shrink = expf(before - most);
+        const float shrink = expf(before - maximum);
         total *= shrink;
 #pragma unroll
         for (int n = 0; n < KEYS; n++) {
-            p[n] = expf(p[n] - most);
+            p[n] = expf(p[n] - maximum);
             total += p[n];
         }
 #pragma unroll
@@ -102,19 +103,19 @@ __device__ __forceinline__ void attend(
         sums[warp][lane + WARP * i] = sum[i];
     }
     if (lane == 0) {
-        largest[warp] = most;
+        largest[warp] = maximum;
         totals[warp] = total;
     }
     __syncthreads();
     if (threadIdx.x < HS) {
-        float top = largest[0];  // finite: warp 0 had key 0
+        float top = largest[0];  // finite, because warp 0 has key 0
         for (int w = 1; w < WARPS; w++) {
             top = fmaxf(top, largest[w]);
         }
         float result = 0.0f;
         float divisor = 0.0f;
         for (int w = 0; w < WARPS; w++) {
-            const float weight = expf(largest[w] - top);  // 0 for a warp that had no key
+            const float weight = expf(largest[w] - top);  // 0 for a warp without keys
             result += weight * sums[w][threadIdx.x];
             divisor += weight * totals[w];
         }

@@ -1,20 +1,21 @@
-// Softmax and cross-entropy of rows of logits, and their gradient.
+// Softmax cross-entropy loss over rows of logits, and its gradient.
 //
-// logits (N,Vp) float, dlogits (N,Vp) Real, losses, targets (N,). Of a row the first V columns count; the others, up to
-// Vp, are padding, whose logits may be anything.
+// logits (N,Vp) float, dlogits (N,Vp) Real, losses (N,) float, targets (N,) int. Columns V to Vp are padding; their
+// logits are ignored.
 
-constexpr float LOWEST = -3.402823466e38f;  // the least finite float: a start for a maximum that a difference survives
+constexpr float LOWEST = -3.402823466e38f;  // lowest finite float: unlike -inf, it can be subtracted from itself
 
-// Threads take W neighbours at a time. logits are read twice, the second time from the end, which is in the caches from
-// the first; each thread then overwrites only what it has read, so dlogits may be logits.
+// Compute the loss of one row, and its gradient if requested. Each thread handles W consecutive columns at a time. The
+// second pass over the logits runs backwards, because the end of the row is still in the caches. Each thread then
+// overwrites only elements that it has read itself, so dlogits may alias logits.
 template <int W>
 __device__ __forceinline__ void classify_row(
     Real* dlogits, float* loss, const float* logits,
     int target, int V, int Vp, float dloss, bool gradient, float* parts) {
-    // before anything is overwritten, which is behind the barriers of the sums
+    // read before anything is overwritten, which happens after the barriers of the reductions
     const float correct = logits[target];
     float largest = LOWEST;
-    float total = 0.0f;  // of exp(logit - largest), as far as this thread has seen them
+    float total = 0.0f;  // running sum of exp(logit - largest) over this thread's columns
     for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
         float values[W];
         load<W>(values, logits + c);
@@ -44,8 +45,8 @@ __device__ __forceinline__ void classify_row(
     }
     const float share = 1.0f / total;
     const int stride = blockDim.x * W;
-    for (int turn = (Vp - 1) / stride; turn >= 0; turn--) {
-        const int c = turn * stride + threadIdx.x * W;
+    for (int i = (Vp - 1) / stride; i >= 0; i--) {
+        const int c = i * stride + threadIdx.x * W;
         if (c < Vp) {
             float values[W];
             load<W>(values, logits + c);
@@ -60,8 +61,8 @@ __device__ __forceinline__ void classify_row(
     }
 }
 
-// losses[n] = the cross-entropy of row n, 0 where the target is -1; with gradient also dlogits = dloss * its gradient,
-// 0 in the padding and where the target is -1. A block for each row. dlogits may be logits where Real is float.
+// losses[n] = cross-entropy of row n, or 0 if its target is -1. If `gradient`, also dlogits = dloss * gradient, with
+// zeros in the padding and in rows whose target is -1. One block per row. dlogits may alias logits if Real is float.
 extern "C" __global__ void __launch_bounds__(1024) softmax_loss(
     Real* dlogits, float* losses, const float* logits, const int* targets, int V, int Vp, float dloss, int gradient) {
     __shared__ float parts[WARP];

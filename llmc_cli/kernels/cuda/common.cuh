@@ -1,6 +1,6 @@
-// What kernels share: the type of activations, 16-byte accesses, sums over warps and blocks, GELU.
+// Shared by all kernels: the activation type, vectorized loads and stores, warp and block reductions, GELU.
 //
-// Real is what activations and their gradients are stored as; arithmetic is in float. Letters as in spec.py.
+// Activations and their gradients are stored as Real; arithmetic is in float. Dimension letters are those of spec.py.
 
 struct Bf16 {
     unsigned short bits;  // the upper half of a float
@@ -12,7 +12,7 @@ typedef Bf16 Real;
 typedef float Real;
 #endif
 
-constexpr int WIDTH = 16 / sizeof(Real);  // activations that one access of 16 bytes moves
+constexpr int WIDTH = 16 / sizeof(Real);  // activations per 16-byte access
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ float to_float(Bf16 x) {
     return __uint_as_float((unsigned)x.bits << 16);
 }
 
-// The upper half of x, rounded to nearest, ties to even; a NaN stays one, whatever its payload.
+// Bits of x rounded to bf16, to nearest, ties to even. A NaN with any payload stays a NaN.
 __device__ __forceinline__ unsigned bf16_bits(float x) {
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -45,18 +45,19 @@ __device__ __forceinline__ Real to_real(float x) {
 #endif
 }
 
-// x as it will be read back where it is stored as Real.
+// x rounded to Real and converted back to float.
 __device__ __forceinline__ float as_stored(float x) {
     return to_float(to_real(x));
 }
 
-// Whether 16-byte accesses may start at all of these addresses (a null pointer is no obstacle).
+// Return whether every pointer is aligned to 16 bytes. A null pointer counts as aligned.
 template <typename... Pointers>
 __device__ __forceinline__ bool aligned16(Pointers... pointers) {
     return ((... | (unsigned long long)pointers) & 15ull) == 0;
 }
 
-// W neighbours as floats: one element, or accesses of 8 or 16 bytes, for which `from` must be aligned.
+// Load W consecutive elements as floats. For W > 1 the accesses are 8 or 16 bytes wide, and `from` must be aligned to
+// that.
 template <int W>
 __device__ __forceinline__ void load(float (&values)[W], const float* from) {
     if constexpr (W == 1) {
@@ -98,7 +99,7 @@ __device__ __forceinline__ void load(float (&values)[W], const Bf16* from) {
     }
 }
 
-// The way back, rounded where the type is narrower.
+// Store W consecutive floats, rounded to bf16 if `to` points to Bf16. Alignment as for load.
 template <int W>
 __device__ __forceinline__ void store(float* to, const float (&values)[W]) {
     if constexpr (W == 1) {
@@ -129,7 +130,7 @@ __device__ __forceinline__ void store(Bf16* to, const float (&values)[W]) {
     }
 }
 
-// Sum and largest over a warp, or over each LANES of it beside each other: in all of them, the same bits in each.
+// Sum and maximum over a warp, or over each aligned group of LANES lanes. Every lane gets the same bits.
 template <int LANES = WARP, typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -148,9 +149,9 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// Sum over a block of one dimension, whole warps: in all threads, the same bits in each, in an order that depends only
-// on the size of the block. All threads call it. `parts` is shared memory for one number a warp; it may be used again
-// at once, by the last barrier.
+// Sum over a one-dimensional block of whole warps. All threads must call it, and all get the same bits. The order of
+// summation depends only on the block size. `parts` is shared memory with one element per warp; the trailing barrier
+// makes it reusable immediately.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value, T* parts) {
     const int lane = threadIdx.x % WARP;
@@ -165,7 +166,7 @@ __device__ __forceinline__ T block_sum(T value, T* parts) {
     return value;
 }
 
-// The same for the largest number; NaNs are passed over, as fmaxf does.
+// Maximum over a block, called like block_sum. NaNs are ignored, as by fmaxf.
 __device__ __forceinline__ float block_max(float value, float* parts) {
     const int lane = threadIdx.x % WARP;
     const int warps = blockDim.x / WARP;
@@ -179,7 +180,7 @@ __device__ __forceinline__ float block_max(float value, float* parts) {
     return value;
 }
 
-// GELU in the tanh form is x/2 * (1 + tanh(u/2)) = x / (1 + exp(-u)), u = SLOPE * x + CUBIC * x^3.
+// GELU, tanh approximation: x/2 * (1 + tanh(u/2)) = x / (1 + exp(-u)) with u = SLOPE * x + CUBIC * x^3.
 constexpr float SLOPE = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
 constexpr float CUBIC = 0.044715f * SLOPE;
 

@@ -1,18 +1,18 @@
-// Biases, GELU and its derivative, and the rounding of weights to bf16.
+// Bias addition, GELU and its derivative, and rounding of weights to bf16.
 
-constexpr float CUBIC_SLOPE = 3.0f * CUBIC;  // du/dx = SLOPE + CUBIC_SLOPE * x^2, u as in common.cuh
-constexpr float LIMIT = 10.0f;  // beyond it the derivative is 0 or 1, and the products it is made of would overflow
+constexpr float CUBIC_SLOPE = 3.0f * CUBIC;  // du/dx = SLOPE + CUBIC_SLOPE * x^2, with u as in common.cuh
+constexpr float LIMIT = 10.0f;  // beyond it the derivative is 0 or 1, and its intermediate products would overflow
 
-// s + x * s * (1 - s) * du/dx, s = 1 / (1 + exp(-u)); 1 - s is s * exp(-u), where a difference would cancel.
+// s + x * s * (1 - s) * du/dx with s = 1 / (1 + exp(-u)). 1 - s is computed as s * exp(-u) to avoid cancellation.
 __device__ __forceinline__ float gelu_derivative(float x) {
-    x = x > LIMIT ? LIMIT : x;  // not fminf and fmaxf, which make a number of NaN
+    x = x > LIMIT ? LIMIT : x;  // not fminf and fmaxf, which would replace NaN by the limit
     x = x < -LIMIT ? -LIMIT : x;
     const float closed = expf(-x * fmaf(CUBIC * x, x, SLOPE));
     const float open = 1.0f / (1.0f + closed);
     return fmaf(x * open * (closed * open), fmaf(CUBIC_SLOPE * x, x, SLOPE), open);
 }
 
-constexpr int BIAS_ROWS = 4;  // rows of a block that adds a bias, which it reads once for them
+constexpr int BIAS_ROWS = 4;  // rows per block of the bias kernels; the block reads the bias once for all of them
 
 // y (N,O) += b (O,).
 template <int W>
@@ -72,7 +72,7 @@ __device__ __forceinline__ void bias_gelu_rows(Real* act, Real* pre, const float
     }
 }
 
-// pre (N,F) += b (F,), act (N,F) = gelu(pre as it is stored).
+// pre (N,F) += b (F,); act (N,F) = gelu(pre), from pre as rounded for storage.
 extern "C" __global__ void bias_gelu_forward(Real* act, Real* pre, const float* b, int N, int F) {
     if (F % WIDTH == 0 && aligned16(act, pre, b)) {
         bias_gelu_rows<WIDTH>(act, pre, b, N, F);
@@ -81,7 +81,7 @@ extern "C" __global__ void bias_gelu_forward(Real* act, Real* pre, const float* 
     }
 }
 
-// act = gelu(pre), n elements, the same bits as bias_gelu_forward gave. A thread takes WIDTH of them.
+// act = gelu(pre) over n elements, with the same bits as bias_gelu_forward. Each thread handles WIDTH elements.
 extern "C" __global__ void gelu_forward(Real* act, const Real* pre, long long n) {
     const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (first + WIDTH <= n && aligned16(act, pre)) {
@@ -99,7 +99,7 @@ extern "C" __global__ void gelu_forward(Real* act, const Real* pre, long long n)
     }
 }
 
-// dpre *= gelu'(pre), n elements. A thread takes WIDTH of them.
+// dpre *= gelu'(pre) over n elements. Each thread handles WIDTH elements.
 extern "C" __global__ void gelu_backward(Real* dpre, const Real* pre, long long n) {
     const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (first + WIDTH <= n && aligned16(dpre, pre)) {
@@ -119,20 +119,20 @@ extern "C" __global__ void gelu_backward(Real* dpre, const Real* pre, long long 
     }
 }
 
-constexpr int ROUNDED = 8;  // bf16 numbers of 16 bytes
+constexpr int ROUNDED = 8;  // bf16 numbers per 16-byte access
 
-// Row k of table (K,3): the addresses of floats and of the bf16 numbers they are rounded to, and how many. The blocks
-// whose blockIdx.y is k share it.
+// Round K float arrays to bf16. Row k of table (K,3) holds the source address, the destination address and the number
+// of elements. The blocks with blockIdx.y == k share array k.
 extern "C" __global__ void round_weights(const long long* table, int K) {
     const long long* row = table + (size_t)blockIdx.y * 3;
     const float* from = (const float*)row[0];
     Bf16* to = (Bf16*)row[1];
     const long long count = row[2];
-    const bool whole = aligned16(from, to);
+    const bool aligned = aligned16(from, to);
     const long long stride = (long long)gridDim.x * blockDim.x * ROUNDED;
     const long long start = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * ROUNDED;
     for (long long first = start; first < count; first += stride) {
-        if (whole && first + ROUNDED <= count) {
+        if (aligned && first + ROUNDED <= count) {
             float values[ROUNDED];
             load<ROUNDED>(values, from + first);
             store<ROUNDED>(to + first, values);

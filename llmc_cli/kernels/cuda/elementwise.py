@@ -6,10 +6,10 @@ from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.cuda.geometry import row_threads, width
 from llmc_cli.kernels.spec import Array
 
-BIAS_ROWS = 4  # rows of a block, which reads the bias once for them; a constant of elementwise.cu, too
-THREADS = 256  # of what knows no rows
-SHARES = 256
-"""Blocks for each matrix that is rounded: alone they keep the memory busy with the largest, and are few for a small."""
+BIAS_ROWS = 4  # rows per block, which reads the bias once for all of them; also a constant of elementwise.cu
+THREADS = 256  # threads per block of the kernels over flat arrays
+ROUND_BLOCKS = 256
+"""Blocks per matrix of ``round_weights``: enough to saturate memory with a large matrix, few for a small one."""
 
 
 def add_bias(device: Device, y: Array, b: Array) -> None:
@@ -37,12 +37,12 @@ def gelu_backward(device: Device, dpre: Array, pre: Array) -> None:
 
 
 def round_weights(device: Device, table: Array) -> None:
-    """Round float arrays to bf16 ones: table (K,3) int64 on the device, rows of source address, destination address and
-    number of elements."""
+    """Round K float32 arrays to bf16. Each row of table (K,3), int64 on the device, holds a source address, a
+    destination address and a number of elements."""
     K = table.shape[0]
-    device.launch("elementwise", "round_weights", (SHARES, K), (THREADS,), (table, np.int32(K)))
+    device.launch("elementwise", "round_weights", (ROUND_BLOCKS, K), (THREADS,), (table, np.int32(K)))
 
 
 def _grid(device: Device, array: Array) -> tuple[int]:
-    """Blocks whose threads take 16 bytes each."""
+    """Return the grid for a flat array of which each thread handles 16 bytes."""
     return (-(-array.size // (THREADS * width(device.real))),)

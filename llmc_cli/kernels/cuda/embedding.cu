@@ -1,4 +1,4 @@
-// Token and position embeddings: rows looked up, and their gradients added up without atomics.
+// Token and position embeddings: lookup in the forward pass, gradient sums without atomics in the backward pass.
 //
 // x, dx (N,C) Real; wte, dwte (Vp,C), wpe, dwpe (T,C) float; ids, positions (N,).
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ void look_up(Real* x, const float* token, const float
     }
 }
 
-// x[n] = wte[ids[n]] + wpe[positions[n]]; a block for each row.
+// x[n] = wte[ids[n]] + wpe[positions[n]]. One block per row.
 extern "C" __global__ void embedding_forward(
     Real* x, const float* wte, const float* wpe, const int* ids, const int* positions, int N, int C) {
     const size_t n = blockIdx.x;
@@ -30,72 +30,72 @@ extern "C" __global__ void embedding_forward(
     }
 }
 
-constexpr int SEARCHERS = 256;                // threads of a block of the backward kernels
-constexpr int TURNS = 4;                      // keys that each of them compares between two barriers
-constexpr int SEARCHED = SEARCHERS * TURNS;   // keys that the block does
-constexpr int BALLOTS = SEARCHED / WARP;      // words of one bit a key
+constexpr int THREADS = 256;                       // threads per block of the backward kernels
+constexpr int THREAD_KEYS = 4;                     // keys that a thread compares between two barriers
+constexpr int BLOCK_KEYS = THREADS * THREAD_KEYS;  // keys that the block compares between two barriers
+constexpr int BALLOTS = BLOCK_KEYS / WARP;         // 32-bit words with one bit per key
 
-// Rows among `first` to `first + SEARCHED` (below N) whose key is the one sought, in order.
+// The rows in [first, first + BLOCK_KEYS) and below N whose key equals the requested one, in ascending order.
 struct Matches {
-    unsigned found[BALLOTS];  // a bit for each of them, in order
-    int rows[SEARCHED];
+    unsigned found[BALLOTS];  // one bit per compared row
+    int rows[BLOCK_KEYS];
 };
 
-// Fills in `matches` and returns how many there are. All threads of the block call it, and may read the rows until they
-// call it again: the next ones are written behind its first barrier.
+// Fill `matches` and return their number. All threads of the block must call it. They may read `matches.rows` until the
+// next call, which writes them only after its first barrier.
 __device__ __forceinline__ int find_rows(Matches& matches, const int* keys, int key, int first, int N) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
-    bool mine[TURNS];
+    bool mine[THREAD_KEYS];
     bool any = false;
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        const int n = first + turn * SEARCHERS + threadIdx.x;
-        mine[turn] = n < N && keys[n] == key;
-        any = any || mine[turn];
-        const unsigned found = __ballot_sync(ALL_LANES, mine[turn]);
+    for (int i = 0; i < THREAD_KEYS; i++) {
+        const int n = first + i * THREADS + threadIdx.x;
+        mine[i] = n < N && keys[n] == key;
+        any = any || mine[i];
+        const unsigned found = __ballot_sync(ALL_LANES, mine[i]);
         if (lane == 0) {
-            matches.found[turn * (SEARCHERS / WARP) + warp] = found;
+            matches.found[i * (THREADS / WARP) + warp] = found;
         }
     }
     if (!__syncthreads_or(any)) {
         return 0;
     }
-    // the place of a match in the list: the number of those before it
-    int places[TURNS];
+    // the index of a match in the list is the number of matches before it
+    int places[THREAD_KEYS];
     int count = 0;
 #pragma unroll
     for (int word = 0; word < BALLOTS; word++) {
-        if (word % (SEARCHERS / WARP) == warp) {
-            places[word / (SEARCHERS / WARP)] = count + __popc(matches.found[word] & ((1u << lane) - 1u));
+        if (word % (THREADS / WARP) == warp) {
+            places[word / (THREADS / WARP)] = count + __popc(matches.found[word] & ((1u << lane) - 1u));
         }
         count += __popc(matches.found[word]);
     }
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        if (mine[turn]) {
-            matches.rows[places[turn]] = first + turn * SEARCHERS + threadIdx.x;
+    for (int i = 0; i < THREAD_KEYS; i++) {
+        if (mine[i]) {
+            matches.rows[places[i]] = first + i * THREADS + threadIdx.x;
         }
     }
     __syncthreads();
     return count;
 }
 
-// target (C,) = the sum of those rows n >= first of dx whose key is the one sought, added to it with acc. What SEARCHED
-// keys come to is added up first, as sums of many thousand rows keep more digits so. The keys are searched once for
-// every SEARCHERS * W columns.
+// target (C,) = sum of the rows n >= first of dx whose key equals `key`; added to target if acc. Each group of
+// BLOCK_KEYS keys is summed separately first, which is more accurate for sums over many thousand rows. The keys are
+// searched once per THREADS * W columns.
 template <int W>
 __device__ __forceinline__ void add_rows(
     float* target, const Real* dx, const int* keys, int key, int first, int N, int C, bool acc, Matches& matches) {
-    for (int start = 0; start < C; start += SEARCHERS * W) {
+    for (int start = 0; start < C; start += THREADS * W) {
         const int c = start + threadIdx.x * W;
         float sum[W] = {};
-        for (int n = first; n < N; n += SEARCHED) {
+        for (int n = first; n < N; n += BLOCK_KEYS) {
             const int count = find_rows(matches, keys, key, n, N);
             if (c < C && count > 0) {
                 float part[W] = {};
 #pragma unroll 4
-                for (int k = 0; k < count; k++) {  // unrolled: the loads of four rows are under way at once
+                for (int k = 0; k < count; k++) {  // unrolled so that the loads of four rows overlap
                     float row[W];
                     load<W>(row, dx + (size_t)matches.rows[k] * C + c);
 #pragma unroll
@@ -123,17 +123,17 @@ __device__ __forceinline__ void add_rows(
     }
 }
 
-// dwte[id] += the sum of the rows of dx with that id. Of the blocks, one for each row, that of an id's first row does it
-// for all; the others find an earlier row, searching from the nearest on, and leave.
+// dwte[id] += sum of the rows of dx with that id. One block per row: the block of an id's first row computes the sum.
+// The other blocks find an earlier row with the same id, searching backwards from their own row, and exit.
 extern "C" __global__ void embedding_backward(float* dwte, const Real* dx, const int* ids, int N, int C) {
     __shared__ Matches matches;
     const int first = blockIdx.x;
     const int id = ids[first];
-    for (int end = first; end > 0; end -= SEARCHED) {
+    for (int end = first; end > 0; end -= BLOCK_KEYS) {
         bool any = false;
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int n = end - 1 - turn * SEARCHERS - threadIdx.x;
+        for (int i = 0; i < THREAD_KEYS; i++) {
+            const int n = end - 1 - i * THREADS - threadIdx.x;
             any = any || (n >= 0 && ids[n] == id);
         }
         if (__syncthreads_or(any)) {
@@ -148,7 +148,7 @@ extern "C" __global__ void embedding_backward(float* dwte, const Real* dx, const
     }
 }
 
-// dwpe[t] = the sum of the rows of dx at position t, added to it with acc; a block for each position.
+// dwpe[t] = sum of the rows of dx at position t; added to dwpe[t] if acc. One block per position.
 extern "C" __global__ void position_backward(float* dwpe, const Real* dx, const int* positions, int N, int C, int acc) {
     __shared__ Matches matches;
     const int t = blockIdx.x;

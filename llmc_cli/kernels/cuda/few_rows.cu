@@ -1,19 +1,20 @@
-// Products of few rows, as one token of few sequences has them: N up to ROWS of x against all of w. (Products of many
-// are cuBLAS's.)
+// Matrix products with at most ROWS rows of x, as needed to decode one token of a few sequences. Larger products use
+// cuBLAS.
 //
 //   x  (N, I)  Real
 //   w  (O, I)  Real
 //   y  (N, O) = x · wᵀ
 //
-// Reading w is nearly all there is to do, so each block reads OUTPUTS rows of it, which nobody else does, for all rows
-// of x. Its threads lie along I, 16 bytes of each of these rows apart, so that each has OUTPUTS loads under way; what
-// they share of x stays in the cache. Sums are in float: a thread's own in order, then over the lanes of its warp, then
-// over warps in order, all of it the same for every device.
+// The cost is dominated by reading w. Each block reads OUTPUTS rows of w, which no other block reads, for all rows of
+// x. Its threads are spread along I, 16 bytes apart, so each thread has OUTPUTS loads in flight; x stays in the cache.
+// Sums are in float: first over each thread's elements in order, then over the lanes of a warp, then over the warps in
+// order. The order is the same on every device.
 
 constexpr int OUTPUTS = 4;
-constexpr int MOST_WARPS = 8;  // of a block
+constexpr int MAX_WARPS = 8;  // maximum warps per block
 
-// sums[n * OUTPUTS + o] += what this thread has of x row n · w row `first` + o. Rows that are not there are others again.
+// sums[n * OUTPUTS + o] += this thread's share of x[n] · w[first + o]. Row indices past the end are clamped to the last
+// row; the caller discards those sums.
 template <int W, int ROWS>
 __device__ __forceinline__ void add_products(
     float (&sums)[ROWS * OUTPUTS], const Real* x, const Real* w, int first, int N, int O, int I) {
@@ -38,8 +39,9 @@ __device__ __forceinline__ void add_products(
     }
 }
 
-// The sums of K numbers each (a power of two up to WARP) over a warp: lane l gets that of number l * K / WARP. At each
-// step a lane hands half of the numbers it still has to the lane that keeps them, which costs K shuffles, not 5 * K.
+// Reduce K values per lane (K a power of two up to WARP) over a warp. Lane l returns the sum of value l * K / WARP. At
+// each step a lane sends half of its remaining values to the partner lane that keeps them, which takes about K shuffles
+// instead of 5 * K.
 template <int K>
 __device__ __forceinline__ float warp_sums(float (&numbers)[K]) {
     const int lane = threadIdx.x % WARP;
@@ -62,11 +64,11 @@ __device__ __forceinline__ float warp_sums(float (&numbers)[K]) {
     return numbers[0];
 }
 
-// Thread n * OUTPUTS + o of a block gets element (n, blockIdx.x * OUTPUTS + o) of the product.
+// Return element (n, blockIdx.x * OUTPUTS + o) of x · wᵀ in thread n * OUTPUTS + o of the block.
 template <int ROWS>
 __device__ __forceinline__ float product(const Real* x, const Real* w, int N, int O, int I) {
     constexpr int COUNT = ROWS * OUTPUTS;
-    __shared__ float parts[MOST_WARPS][COUNT];
+    __shared__ float parts[MAX_WARPS][COUNT];
     const int lane = threadIdx.x % WARP;
     const int first = blockIdx.x * OUTPUTS;
     float sums[COUNT] = {};
@@ -89,7 +91,7 @@ __device__ __forceinline__ float product(const Real* x, const Real* w, int N, in
     return total;
 }
 
-// y = x · wᵀ + b (null: none); act, unless null, = gelu(y as it is stored).
+// y = x · wᵀ + b. If act is not null, act = gelu(y), from y as rounded for storage. b may be null.
 template <int ROWS>
 __device__ __forceinline__ void linear(
     Real* y, Real* act, const Real* x, const Real* w, const float* b, int N, int O, int I) {
@@ -106,7 +108,7 @@ __device__ __forceinline__ void linear(
     }
 }
 
-// logits (N, V), float: the product with the first V rows of w.
+// logits (N, V) float = x · wᵀ, using the first V rows of w.
 template <int ROWS>
 __device__ __forceinline__ void head(float* logits, const Real* x, const Real* w, int N, int V, int I) {
     const float total = product<ROWS>(x, w, N, V, I);

@@ -1,4 +1,4 @@
-"""What launches have in common: how many threads, and how much each of them does."""
+"""Launch geometry shared by the kernels."""
 
 from typing import Any
 
@@ -6,17 +6,19 @@ import numpy as np
 
 WARP = 32
 ROW_THREADS = 256
-"""At most, for one row: more make barriers dearer; a longer row goes through them in several turns."""
+"""Maximum number of threads per row. More threads make barriers slower; longer rows take several iterations."""
 
 
 def width(real: Any) -> int:
-    """Elements that one access of 16 bytes moves; WIDTH of common.cuh."""
+    """Return the number of elements per 16-byte access; WIDTH in common.cuh."""
     return 16 // int(np.dtype(real).itemsize)
 
 
-def row_threads(columns: int, per_thread: int, most: int = ROW_THREADS) -> int:
-    """Whole warps for a row of which each thread takes ``per_thread`` columns at a time, in turns that are all full but
-    for less than a warp."""
-    pieces = -(-columns // per_thread)
-    turns = -(-pieces // most)
-    return -(-pieces // (turns * WARP)) * WARP
+def row_threads(columns: int, per_thread: int, limit: int = ROW_THREADS) -> int:
+    """Return the block size, in whole warps, for a row of which each thread handles ``per_thread`` columns at a time.
+
+    The number of iterations is as small as ``limit`` allows, and less than a warp per iteration is idle.
+    """
+    chunks = -(-columns // per_thread)
+    iterations = -(-chunks // limit)
+    return -(-chunks // (iterations * WARP)) * WARP

@@ -1,4 +1,4 @@
-"""``spec.Kernels`` on a CUDA device: what is launched for each operation, and the scratch memory it needs."""
+"""``spec.Kernels`` on a CUDA device: the launches of each operation and their scratch memory."""
 
 import math
 from collections.abc import Callable
@@ -11,37 +11,38 @@ from numpy.typing import DTypeLike, NDArray
 from llmc_cli.kernels.cuda import attention, classifier, elementwise, embedding, few_rows, norm, optimizer
 from llmc_cli.kernels.cuda.blas import Blas
 from llmc_cli.kernels.cuda.device import Device
-from llmc_cli.kernels.cuda.recording import Recorded
+from llmc_cli.kernels.cuda.replay import Replayable
 from llmc_cli.kernels.spec import Array
 
-HEAD_ROWS = 4096
-"""Rows of logits at a time, at most: for GPT-2's vocabulary 1.2 GB in bf16, in place of which half as many would take
-twice as many turns over the head's matrix and its gradient, and twice as many spare half of these for 1.2 GB more."""
+MAX_HEAD_ROWS = 4096
+"""Maximum number of rows of logits at a time: 1.2 GB in bf16 for GPT-2's vocabulary. Half as many rows need twice as
+many passes over the head's matrix and its gradient; twice as many rows halve the passes for another 1.2 GB."""
 
 
 def head_rows(N: int) -> int:
-    """Rows of logits at a time, of N: all turns alike, and as few as ``HEAD_ROWS`` allows."""
-    return -(-N // -(-N // HEAD_ROWS))
+    """Return the number of rows of logits to compute at a time for N rows: equal chunks, as few as
+    ``MAX_HEAD_ROWS`` allows."""
+    return -(-N // -(-N // MAX_HEAD_ROWS))
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A matrix (out, in) for products in bf16: ``rows`` are the bits of what ``master`` rounds to."""
+class RoundedWeight:
+    """A matrix (out, in) for bf16 products: ``rows`` holds the bits of ``master`` rounded to bf16."""
 
     master: Array
     rows: Array
 
 
 CudaWeight: TypeAlias = Any
-"""The master itself where products are of float32, ``Rounded`` where they are of bf16."""
+"""A ``RoundedWeight`` in bf16, otherwise the master itself."""
 
 
 class CudaKernels:
-    """``precision``: fp32, tf32 or bf16. In bf16 activations are kept and multiplied in that, with sums in float32;
-    parameters, their gradients, statistics and logits stay float32.
+    """The kernels in ``precision``: fp32, tf32 or bf16. In bf16, activations are stored and multiplied in bf16 and
+    summed in float32; parameters, their gradients, statistics and logits are float32.
 
-    Everything runs on one stream, in order, but for what is carried over ahead. Scratch arrays are named, grow to the
-    largest call and stay.
+    Everything runs in order on one stream, except prefetched uploads. Scratch arrays are named, grow to the largest
+    call and are never freed.
     """
 
     name: str = "cuda"
@@ -75,7 +76,7 @@ class CudaKernels:
         self.device.synchronize()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        return Recorded(self.device, work)
+        return Replayable(self.device, work)
 
     def launch_count(self) -> int:
         return self.device.launches
@@ -87,7 +88,7 @@ class CudaKernels:
         self.device.release()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
-        """Memory that the next call of the same name may overwrite; its content is whatever it was."""
+        """Return uninitialized memory, which the next call with the same name may reuse."""
         size = math.prod(shape)
         flat = self._scratch.get(name)
         if flat is None or flat.size < size:
@@ -100,8 +101,8 @@ class CudaKernels:
         real: int = np.dtype(self.activation_dtype).itemsize
         logits = rows * padded_vocab_size * (4 if real == 4 else 4 + real)
         columns = max(norm.column_parts(N) * 4 * C, 2 * norm.norm_parts(N) * C)
-        attended = attention.backward_scratch(B, T, num_heads, C // num_heads)
-        scratch = logits + 4 * columns + 4 * attended + N * C * real + 8 * optimizer.SQUARE_PARTS
+        attention_floats = attention.backward_scratch(B, T, num_heads, C // num_heads)
+        scratch = logits + 4 * columns + 4 * attention_floats + N * C * real + 8 * optimizer.MAX_SQUARE_PARTS
         return scratch + self.matmul.workspace_bytes
 
     def bind_bytes(self, numbers: int) -> int:
@@ -110,7 +111,7 @@ class CudaKernels:
     def bind(self, master: Array) -> CudaWeight:
         if self.precision != "bf16":
             return master
-        return Rounded(master, self.alloc(master.shape, np.uint16))
+        return RoundedWeight(master, self.alloc(master.shape, np.uint16))
 
     def publish(self, weights: list[CudaWeight]) -> None:
         if self.precision != "bf16":
@@ -147,7 +148,7 @@ class CudaKernels:
         norm.sum_partials(self.device, (dw, db), parts, acc)
 
     def linear_forward(self, y: Array, x: Array, w: CudaWeight, b: Array | None) -> None:
-        if len(x) <= few_rows.MOST:
+        if len(x) <= few_rows.MAX_ROWS:
             few_rows.linear(self.device, y, None, x, self._rows(w), b)
             return
         self.matmul(y, x, self._rows(w), False, True)
@@ -166,7 +167,7 @@ class CudaKernels:
             self.matmul(dx, dy, self._rows(w), False, False)
 
     def linear_gelu_forward(self, act: Array, pre: Array, x: Array, w: CudaWeight, b: Array) -> None:
-        if len(x) <= few_rows.MOST:
+        if len(x) <= few_rows.MAX_ROWS:
             few_rows.linear(self.device, pre, act, x, self._rows(w), b)
             return
         self.matmul(pre, x, self._rows(w), False, True)
@@ -218,13 +219,13 @@ class CudaKernels:
 
     def head_logits(self, logits: Array, x: Array, w: CudaWeight) -> None:
         rows = self._rows(w)[: logits.shape[1]]
-        if len(x) <= few_rows.MOST:
+        if len(x) <= few_rows.MAX_ROWS:
             few_rows.head_logits(self.device, logits, x, rows)
         else:
             self.matmul(logits, x, rows, False, True)
 
     def sum_squares(self, out: Array, g: Array) -> None:
-        parts = self.scratch("squares", (optimizer.SQUARE_PARTS,), np.float64)
+        parts = self.scratch("squares", (optimizer.MAX_SQUARE_PARTS,), np.float64)
         optimizer.sum_squares(self.device, out, parts, g)
 
     def adamw(self, master: Array, m: Array, v: Array, g: Array, segments: Array, hyper: Array, sumsq: Array) -> None:

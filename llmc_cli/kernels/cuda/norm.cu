@@ -1,9 +1,9 @@
-// Layer normalization with the residual sum and the bias before it, and sums over rows for the gradients of its
+// Layer normalization fused with the preceding residual sum and bias, and sums over rows for the gradients of its
 // parameters and of biases.
 //
-// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), bias, w, b (C,) float. In the forward pass there is
-// a block for each row, which lies in shared memory between the passes over it: each thread reads only what it has
-// written there itself, so that needs no barrier.
+// x, delta, res, y and their gradients (N,C) Real; mean, rstd (N,), bias, w, b (C,) float. The forward pass uses one
+// block per row and keeps the row in shared memory between passes. Each thread reads back only elements that it wrote
+// itself, so no barrier is needed.
 
 template <int W>
 __device__ __forceinline__ void normalize_row(
@@ -11,7 +11,7 @@ __device__ __forceinline__ void normalize_row(
     const Real* x, const Real* delta, const float* delta_bias, const float* w, const float* b, int C, float eps,
     float* parts) {
     extern __shared__ float4 row_memory[];
-    Real* row = (Real*)row_memory;  // (C,): what is normalized, rounded as it is stored
+    Real* row = (Real*)row_memory;  // (C,): input of the normalization, rounded to Real
     float total = 0.0f;
     for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         float values[W];
@@ -70,8 +70,9 @@ __device__ __forceinline__ void normalize_row(
     }
 }
 
-// res = x + delta + bias, y = (res - mean) * rstd * w + b, with mean and rstd of each row of res. Without delta x takes
-// the place of res, which is not written; bias may be null in any case. res may be x. Shared memory: C Real.
+// res = x + delta + bias; y = (res - mean) * rstd * w + b with the mean and rstd of each row of res. If delta is null,
+// x is normalized instead of res, and res is not written. bias may be null. res may alias x. Dynamic shared memory:
+// C Real.
 extern "C" __global__ void residual_norm_forward(
     Real* res, Real* y, float* mean, float* rstd,
     const Real* x, const Real* delta, const float* bias, const float* w, const float* b, int N, int C, float eps) {
@@ -86,18 +87,18 @@ extern "C" __global__ void residual_norm_forward(
     }
 }
 
-constexpr int NARROW = 4;   // columns that a thread takes of a row at a time
-constexpr int AT_ONCE = 2;  // rows that it loads before it stores what may take their place
+constexpr int THREAD_COLUMNS = 4;  // columns of a row that a thread handles at a time
+constexpr int ROWS_AT_ONCE = 2;    // rows that a thread loads before it stores the results, which may alias them
 
-// The rows from `first` to `end`, as many at a time as the block has warps. First each warp goes along one of them, for
-// the two sums that its gradient needs; then each thread takes its columns through all of them, while they are in the
-// cache.
+// Process rows `first` to `end` in groups of as many rows as the block has warps. First each warp reduces one row to
+// the two sums that its gradient needs. Then each thread handles its columns of all rows in the group while they are in
+// the cache.
 template <int W>
 __device__ __forceinline__ void differentiate_rows(
     Real* dx, float* dw, float* db, const Real* dy, const Real* res, const float* mean, const float* rstd,
-    const float* w, const Real* dres, int first, int end, int C, float2* along) {
-    extern __shared__ float column_sums[];  // (2, C): of dy * normed and of dy; each thread uses its own columns only
-    constexpr int COLUMNS = W < NARROW ? W : NARROW;
+    const float* w, const Real* dres, int first, int end, int C, float2* row_means) {
+    extern __shared__ float column_sums[];  // (2, C): sums of dy * normed and of dy; a thread uses only its own columns
+    constexpr int COLUMNS = W < THREAD_COLUMNS ? W : THREAD_COLUMNS;
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int group = blockDim.x / WARP;
@@ -106,7 +107,7 @@ __device__ __forceinline__ void differentiate_rows(
         if (row < end) {
             const float center = mean[row];
             const float scale = rstd[row];
-            float2 sums = make_float2(0.0f, 0.0f);  // of dnormed, and of dnormed * normed
+            float2 sums = make_float2(0.0f, 0.0f);  // sums of dnormed and of dnormed * normed
             for (int c = lane * W; c < C; c += WARP * W) {
                 float gradient[W];
                 float values[W];
@@ -124,7 +125,7 @@ __device__ __forceinline__ void differentiate_rows(
             sums.x = warp_sum(sums.x) / C;
             sums.y = warp_sum(sums.y) / C;
             if (lane == 0) {
-                along[warp] = sums;
+                row_means[warp] = sums;
             }
         }
         __syncthreads();
@@ -134,36 +135,36 @@ __device__ __forceinline__ void differentiate_rows(
             float weight_sums[COLUMNS] = {};
             float bias_sums[COLUMNS] = {};
             load<COLUMNS>(weight, w + c);
-            for (int r = 0; r < rows; r += AT_ONCE) {
-                float gradient[AT_ONCE][COLUMNS];
-                float values[AT_ONCE][COLUMNS];
-                float past[AT_ONCE][COLUMNS] = {};
+            for (int r = 0; r < rows; r += ROWS_AT_ONCE) {
+                float gradient[ROWS_AT_ONCE][COLUMNS];
+                float values[ROWS_AT_ONCE][COLUMNS];
+                float dx_values[ROWS_AT_ONCE][COLUMNS] = {};
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
+                for (int i = 0; i < ROWS_AT_ONCE; i++) {
                     const size_t at = (size_t)(start + r + i) * C + c;
                     if (r + i < rows) {
                         load<COLUMNS>(gradient[i], dy + at);
                         load<COLUMNS>(values[i], res + at);
                         if (dres) {
-                            load<COLUMNS>(past[i], dres + at);
+                            load<COLUMNS>(dx_values[i], dres + at);
                         }
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
+                for (int i = 0; i < ROWS_AT_ONCE; i++) {
                     if (r + i < rows) {
                         const int n = start + r + i;
                         const float center = mean[n];
                         const float scale = rstd[n];
-                        const float2 sums = along[r + i];
+                        const float2 sums = row_means[r + i];
 #pragma unroll
                         for (int k = 0; k < COLUMNS; k++) {
                             const float normed = (values[i][k] - center) * scale;
                             weight_sums[k] += gradient[i][k] * normed;
                             bias_sums[k] += gradient[i][k];
-                            past[i][k] += scale * (gradient[i][k] * weight[k] - sums.x - normed * sums.y);
+                            dx_values[i][k] += scale * (gradient[i][k] * weight[k] - sums.x - normed * sums.y);
                         }
-                        store<COLUMNS>(dx + (size_t)n * C + c, past[i]);
+                        store<COLUMNS>(dx + (size_t)n * C + c, dx_values[i]);
                     }
                 }
             }
@@ -173,7 +174,7 @@ __device__ __forceinline__ void differentiate_rows(
                 column_sums[C + c + k] = start == first ? bias_sums[k] : column_sums[C + c + k] + bias_sums[k];
             }
         }
-        __syncthreads();  // the sums along rows are read before those of the next rows take their place
+        __syncthreads();  // all threads have read the row sums before the next group overwrites them
     }
     for (int c = threadIdx.x * COLUMNS; c < C; c += blockDim.x * COLUMNS) {
 #pragma unroll
@@ -184,27 +185,27 @@ __device__ __forceinline__ void differentiate_rows(
     }
 }
 
-// dx = dres (absent: 0) + the gradient of dy through the norm; dx may be dres or dy. parts (2,P,C): for each of P
-// pieces of the rows, of which each block has one and none is empty, the sums of dy * normed, then those of dy. Shared
-// memory: 2 * C floats.
+// dx = dres + gradient of dy through the norm. dres may be null, and dx may alias dres or dy. The rows are divided into
+// P nonempty pieces, one per block. parts (2,P,C) = for each piece the sums of dy * normed, then the sums of dy.
+// Dynamic shared memory: 2 * C floats.
 extern "C" __global__ void norm_backward(
     Real* dx, float* parts, const Real* dy, const Real* res, const float* mean, const float* rstd, const float* w,
     const Real* dres, int N, int C) {
-    __shared__ float2 along[WARP];  // for each of the rows at hand, the means of dnormed and of dnormed * normed
+    __shared__ float2 row_means[WARP];  // means of dnormed and of dnormed * normed of each row in the group
     const int rows = (N + gridDim.x - 1) / gridDim.x;
     const int first = blockIdx.x * rows;
     const int end = min(N, first + rows);
     float* dw = parts + (size_t)blockIdx.x * C;
     float* db = dw + (size_t)gridDim.x * C;
     if (C % WIDTH == 0 && aligned16(dx, dy, res, w, dres)) {
-        differentiate_rows<WIDTH>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, along);
+        differentiate_rows<WIDTH>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, row_means);
     } else {
-        differentiate_rows<1>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, along);
+        differentiate_rows<1>(dx, dw, db, dy, res, mean, rstd, w, dres, first, end, C, row_means);
     }
 }
 
-// Sums over rows: a block takes one of P pieces of the rows, gridDim.y, and WARP * W neighbouring columns; each of its
-// warps every STRIPES-th row.
+// Sums over rows. A block handles one of P = gridDim.y pieces of the rows and WARP * W consecutive columns. Each of its
+// STRIPES warps handles every STRIPES-th row.
 
 constexpr int STRIPES = 8;
 
@@ -243,7 +244,7 @@ __device__ __forceinline__ void sum_rows(float* out, const Real* dy, int first, 
     }
 }
 
-// parts (P,O): for each piece of the rows of dy (N,O) their sum.
+// parts (P,O) = sum of the rows of dy (N,O) in each of P pieces.
 extern "C" __global__ void column_partials(float* parts, const Real* dy, int N, int O) {
     __shared__ float stripes[STRIPES * WIDTH * WARP];
     const int rows = (N + gridDim.y - 1) / gridDim.y;
@@ -257,8 +258,8 @@ extern "C" __global__ void column_partials(float* parts, const Real* dy, int N, 
     }
 }
 
-// first (O,) = the sum of the rows of parts (P,O), added to it with acc; where there are two of these, parts (2,P,O),
-// second (O,) = that of the other. A block for WARP columns of one, blockIdx.y.
+// Sum partial results over P. parts is (1,P,O) or (2,P,O); first (O,) is the sum of parts[0], second (O,) that of
+// parts[1]. The outputs are added to if acc. Block (x, y) handles WARP columns of parts[y].
 extern "C" __global__ void sum_partials(float* first, float* second, const float* parts, int P, int O, int acc) {
     __shared__ float stripes[STRIPES * WARP];
     float* out = blockIdx.y == 0 ? first : second;

@@ -1,24 +1,24 @@
-// The norm of the gradients, and AdamW, over flat float arrays (P,).
+// Gradient norm and AdamW update over flat float arrays (P,).
 
-constexpr int LANES = 4;  // floats of 16 bytes
+constexpr int FLOATS = 4;  // floats per 16-byte access
 
-// parts (gridDim.x,) = the sums of the squares of g that each block comes to, in double.
+// parts (gridDim.x,) double = each block's partial sum of the squares of g.
 extern "C" __global__ void square_partials(double* parts, const float* g, long long P) {
     __shared__ double sums[WARP];
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long threads = (long long)gridDim.x * blockDim.x;
-    const long long vectors = aligned16(g) ? P / LANES : 0;
+    const long long vectors = aligned16(g) ? P / FLOATS : 0;
     double sum = 0.0;
 #pragma unroll 4
     for (long long i = thread; i < vectors; i += threads) {
-        float values[LANES];
-        load<LANES>(values, g + i * LANES);
+        float values[FLOATS];
+        load<FLOATS>(values, g + i * FLOATS);
 #pragma unroll
-        for (int k = 0; k < LANES; k++) {
+        for (int k = 0; k < FLOATS; k++) {
             sum += (double)values[k] * values[k];
         }
     }
-    for (long long i = vectors * LANES + thread; i < P; i += threads) {
+    for (long long i = vectors * FLOATS + thread; i < P; i += threads) {
         sum += (double)g[i] * g[i];
     }
     sum = block_sum(sum, sums);
@@ -27,7 +27,7 @@ extern "C" __global__ void square_partials(double* parts, const float* g, long l
     }
 }
 
-// out (1,) = the sum of parts (n,), by one block.
+// out (1,) = sum of parts (n,). Launched with one block.
 extern "C" __global__ void sum_doubles(double* out, const double* parts, int n) {
     __shared__ double sums[WARP];
     double sum = 0.0;
@@ -40,17 +40,17 @@ extern "C" __global__ void sum_doubles(double* out, const double* parts, int n) 
     }
 }
 
-constexpr int TAKEN = 4096;  // elements of a block of AdamW
+constexpr int BLOCK_ELEMENTS = 4096;  // elements per block of adamw
 
-// What one update is made with: slots of spec.HYPER, rounded to float once, in the form in which they are used.
+// Hyperparameters of one update: the slots of spec.HYPER, converted to float once, in the form the update uses.
 struct Step {
     float rate;
     float epsilon;
     float decay;
-    float clip;  // factor of the gradients
-    float keep1, take1;  // beta1 and 1 - beta1
-    float keep2, take2;
-    float per_correction1, per_correction2;
+    float clip;  // factor applied to the gradients
+    float beta1, one_minus_beta1;  // beta1, 1 - beta1
+    float beta2, one_minus_beta2;  // beta2, 1 - beta2
+    float inverse_correction1, inverse_correction2;  // 1 / (1 - beta^t)
 };
 
 __device__ __forceinline__ Step read_step(const double* hyper, double sumsq) {
@@ -58,14 +58,14 @@ __device__ __forceinline__ Step read_step(const double* hyper, double sumsq) {
     const bool clipped = max_norm > 0.0 && sumsq > max_norm * max_norm;
     Step step;
     step.rate = (float)hyper[0];
-    step.keep1 = (float)hyper[1];
-    step.take1 = (float)(1.0 - hyper[1]);
-    step.keep2 = (float)hyper[2];
-    step.take2 = (float)(1.0 - hyper[2]);
+    step.beta1 = (float)hyper[1];
+    step.one_minus_beta1 = (float)(1.0 - hyper[1]);
+    step.beta2 = (float)hyper[2];
+    step.one_minus_beta2 = (float)(1.0 - hyper[2]);
     step.epsilon = (float)hyper[3];
     step.decay = (float)hyper[4];
-    step.per_correction1 = (float)(1.0 / hyper[5]);
-    step.per_correction2 = (float)(1.0 / hyper[6]);
+    step.inverse_correction1 = (float)(1.0 / hyper[5]);
+    step.inverse_correction2 = (float)(1.0 / hyper[6]);
     step.clip = clipped ? (float)(max_norm / sqrt(sumsq)) : 1.0f;
     return step;
 }
@@ -84,10 +84,10 @@ __device__ __forceinline__ void update(
 #pragma unroll
     for (int k = 0; k < W; k++) {
         const float clipped = step.clip * gradient[k];
-        first[k] = step.keep1 * first[k] + step.take1 * clipped;
-        second[k] = step.keep2 * second[k] + step.take2 * (clipped * clipped);
-        const float length = sqrtf(second[k] * step.per_correction2) + step.epsilon;
-        weight[k] -= step.rate * (first[k] * step.per_correction1 / length + decay * weight[k]);
+        first[k] = step.beta1 * first[k] + step.one_minus_beta1 * clipped;
+        second[k] = step.beta2 * second[k] + step.one_minus_beta2 * (clipped * clipped);
+        const float length = sqrtf(second[k] * step.inverse_correction2) + step.epsilon;
+        weight[k] -= step.rate * (first[k] * step.inverse_correction1 / length + decay * weight[k]);
     }
     store<W>(master, weight);
     store<W>(m, first);
@@ -98,8 +98,9 @@ __device__ __forceinline__ long long segment_end(const long long* segments, int 
     return segments[3 * k] + segments[3 * k + 1];
 }
 
-// One AdamW update of master, m, v (P,) by g, as in spec.py. segments (K,3), rows of offset, length and decay (0 or 1),
-// ascend; what lies between them is left alone. A block takes TAKEN neighbours, of which each thread LANES at a time.
+// One AdamW update of master, m, v (P,) by g, as specified in spec.py. segments (K,3) has rows of offset, length and
+// decay (0 or 1) in ascending order; elements outside all segments are not modified. Each block handles BLOCK_ELEMENTS
+// consecutive elements, each thread FLOATS at a time.
 extern "C" __global__ void adamw(
     float* master, float* m, float* v, const float* g,
     const long long* segments, int K, const double* hyper, const double* sumsq, long long P) {
@@ -109,10 +110,10 @@ extern "C" __global__ void adamw(
     }
     __syncthreads();
     const Step step = shared_step;
-    const bool whole = aligned16(master, m, v, g);
-    const long long start = (long long)blockIdx.x * TAKEN;
-    const long long end = start + TAKEN < P ? start + TAKEN : P;
-    // the first segment that ends behind the block's first element, by bisection
+    const bool aligned = aligned16(master, m, v, g);
+    const long long start = (long long)blockIdx.x * BLOCK_ELEMENTS;
+    const long long end = start + BLOCK_ELEMENTS < P ? start + BLOCK_ELEMENTS : P;
+    // binary search for the first segment that ends after the block's first element
     int segment = 0;
     for (int above = K; segment < above;) {
         const int middle = (segment + above) / 2;
@@ -122,7 +123,7 @@ extern "C" __global__ void adamw(
             above = middle;
         }
     }
-    for (long long first = start + threadIdx.x * LANES; first < end; first += blockDim.x * LANES) {
+    for (long long first = start + threadIdx.x * FLOATS; first < end; first += blockDim.x * FLOATS) {
         while (segment < K && segment_end(segments, segment) <= first) {
             segment++;
         }
@@ -130,14 +131,14 @@ extern "C" __global__ void adamw(
             return;
         }
         const long long* here = segments + 3 * segment;
-        if (whole && here[0] <= first && first + LANES <= here[0] + here[1]) {
+        if (aligned && here[0] <= first && first + FLOATS <= here[0] + here[1]) {
             const float decay = here[2] ? step.decay : 0.0f;
-            update<LANES>(master + first, m + first, v + first, g + first, step, decay);
+            update<FLOATS>(master + first, m + first, v + first, g + first, step, decay);
             continue;
         }
-        // not all in one segment, or not where 16 bytes can be accessed
+        // spans several segments, or is not aligned to 16 bytes
         int k = segment;
-        for (long long i = first; i < first + LANES && i < end; i++) {
+        for (long long i = first; i < first + FLOATS && i < end; i++) {
             while (k < K && segment_end(segments, k) <= i) {
                 k++;
             }

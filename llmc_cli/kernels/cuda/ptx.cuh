@@ -1,8 +1,8 @@
-// All that is written in PTX, one function each, and for the emulator that the tests run kernels in the same in C++.
+// Wrappers of PTX instructions, each with a C++ equivalent for the emulator that the tests use (CUDA_EMULATOR).
 //
-// An address in shared memory is a number of 32 bits here, on both sides, so that kernels may calculate with it.
+// A shared memory address is a 32-bit integer in both versions, so kernels can do arithmetic on it.
 
-// 2^x to about 2 ulp, subnormal results 0; x = -inf gives 0.
+// 2^x to about 2 ulp. Subnormal results are flushed to 0; x = -inf gives 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
 #ifdef CUDA_EMULATOR
     return exp2f(x);
@@ -16,7 +16,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #if __CUDA_ARCH__ >= 800 || defined(CUDA_EMULATOR)
 
 #ifdef CUDA_EMULATOR
-// The upper half of a float's bits, to nearest even.
+// Bits of x rounded to bf16, to nearest even; any NaN becomes 0x7fff.
 inline unsigned rounded_half(float x) {
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -24,7 +24,7 @@ inline unsigned rounded_half(float x) {
 }
 #endif
 
-// Two floats rounded to bf16, to nearest even, `low` in the lower half; any NaN becomes 0x7fff.
+// Round two floats to bf16, to nearest even, and pack them with `low` in the lower half. Any NaN becomes 0x7fff.
 __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
 #ifdef CUDA_EMULATOR
     return rounded_half(low) | rounded_half(high) << 16;
@@ -43,8 +43,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 #endif
 }
 
-// Begins to copy 16 bytes from global to shared memory, or to write zeros there where `inside` is false: then nothing
-// is read, but `from` must be an address all the same. Both aligned to 16 bytes.
+// Start an asynchronous copy of 16 bytes from global to shared memory. If `inside` is false, write zeros and read
+// nothing; `from` must still be a valid address. Both addresses must be aligned to 16 bytes.
 __device__ __forceinline__ void copy_async_16(unsigned to, const void* from, bool inside) {
 #ifdef CUDA_EMULATOR
     emulator_cp_async(emulator_shared_pointer(to), inside ? from : nullptr, 16);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void copy_async_16(unsigned to, const void* from, boo
 #endif
 }
 
-// The same for 8 bytes, aligned to 8.
+// copy_async_16 for 8 bytes, aligned to 8.
 __device__ __forceinline__ void copy_async_8(unsigned to, const void* from, bool inside) {
 #ifdef CUDA_EMULATOR
     emulator_cp_async(emulator_shared_pointer(to), inside ? from : nullptr, 8);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_async_8(unsigned to, const void* from, bool
 #endif
 }
 
-// Makes a group of the copies that this thread has begun since its last group.
+// Commit the copies that this thread has started since its last commit as one group.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef CUDA_EMULATOR
     emulator_cp_commit();
@@ -71,7 +71,7 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Waits for all groups of this thread. Other threads see what it copied behind the next barrier.
+// Wait for all groups of this thread. Other threads see the copied data after the next barrier.
 __device__ __forceinline__ void copy_async_wait() {
 #ifdef CUDA_EMULATOR
     emulator_cp_wait(0);
@@ -80,8 +80,9 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// Four 8x8 matrices of bf16 from shared memory, by a whole warp. Lane i gives the address of row i % 8 (16 bytes,
-// aligned) of matrix i / 8; lane l gets from matrix m, in r[m], row l / 4, columns 2 * (l % 4) and the next.
+// Load four 8x8 bf16 matrices from shared memory with a whole warp (ldmatrix). Lane i passes the address of row i % 8
+// (16 aligned bytes) of matrix i / 8. Lane l receives in r[m] row l / 4, columns 2 * (l % 4) and 2 * (l % 4) + 1 of
+// matrix m.
 __device__ __forceinline__ void load_matrices(unsigned r[4], unsigned address) {
 #ifdef CUDA_EMULATOR
     emulator_ldmatrix(r, address, false);
@@ -93,7 +94,7 @@ __device__ __forceinline__ void load_matrices(unsigned r[4], unsigned address) {
 #endif
 }
 
-// The same, transposed: lane l gets column l / 4, rows 2 * (l % 4) and the next.
+// The same, transposed: lane l receives column l / 4, rows 2 * (l % 4) and 2 * (l % 4) + 1.
 __device__ __forceinline__ void load_matrices_transposed(unsigned r[4], unsigned address) {
 #ifdef CUDA_EMULATOR
     emulator_ldmatrix(r, address, true);
@@ -105,12 +106,12 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned r[4], unsigned
 #endif
 }
 
-// d (16x8, float) += a (16x16, bf16) · b (16x8, bf16), spread over a warp. With g = lane / 4 and t = lane % 4, and two
-// neighbours of a row (of a, d) or of a column (of b) beside each other:
+// d (16x8, float) += a (16x16, bf16) · b (16x8, bf16), distributed over a warp. With g = lane / 4 and t = lane % 4,
+// each register holds the element named below and the next one in the same row (a, d) or column (b):
 //   d[0..1] = (g, 2t)   d[2..3] = (g + 8, 2t)
 //   a[0] = (g, 2t)   a[1] = (g + 8, 2t)   a[2] = (g, 2t + 8)   a[3] = (g + 8, 2t + 8)
 //   b0 = (2t, g)   b1 = (2t + 8, g)
-// So two d side by side, packed to bf16, are an a.
+// So two adjacent d, packed to bf16, form one a.
 __device__ __forceinline__ void multiply_add(float d[4], const unsigned a[4], unsigned b0, unsigned b1) {
 #ifdef CUDA_EMULATOR
     const unsigned b[2] = {b0, b1};

@@ -9,17 +9,17 @@ from support.cuda_checks import (
     Result,
     as_float,
     bounds,
-    hold,
-    label,
-    notice,
+    case_id,
+    check_fault_detected,
     precisions,
     rows_of,
+    run_case,
 )
 
 from llmc_cli.kernels.cuda import classifier
 from llmc_cli.kernels.operations import HEAD_SIZES
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
 HEADS = [{k: row[k] for k in ("N", "V", "Vp")} for row in HEAD_SIZES] + rows_of(
@@ -61,21 +61,21 @@ CASES = [
 IN_PLACE = [(check_softmax_loss, {**HEADS[k], "in_place": True}) for k in (1, -3, -2)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
-@pytest.mark.parametrize("case", IN_PLACE, ids=label)
+@pytest.mark.parametrize("case", IN_PLACE, ids=case_id)
 def test_gradient_in_place_of_logits(case):
-    hold(case, bf16=False)
+    run_case(case, bf16=False)
 
 
-@pytest.mark.parametrize("case", [(check_softmax_loss, HEADS[1])], ids=label)
+@pytest.mark.parametrize("case", [(check_softmax_loss, HEADS[1])], ids=case_id)
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 def test_large_logits():
@@ -103,5 +103,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

@@ -9,11 +9,11 @@ from support.cuda_checks import (
     Result,
     as_float,
     bounds,
-    hold,
-    label,
-    notice,
+    case_id,
+    check_fault_detected,
     precisions,
     rows_of,
+    run_case,
 )
 
 from llmc_cli.formats import bfloat16
@@ -21,7 +21,7 @@ from llmc_cli.kernels.cuda import elementwise, norm
 from llmc_cli.kernels.operations import LINEAR_SIZES
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
 LINEARS = [
@@ -93,18 +93,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
 @pytest.mark.parametrize(
-    "case", [(check_bias, LINEARS[6]), (check_gelu, LINEARS[6]), (check_round_weights, {"sizes": (1000,)})], ids=label
+    "case", [(check_bias, LINEARS[6]), (check_gelu, LINEARS[6]), (check_round_weights, {"sizes": (1000,)})], ids=case_id
 )
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 def test_gelu_over_its_whole_range():
@@ -147,5 +147,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

@@ -3,13 +3,23 @@ and with faults planted in them, each of which must be noticed."""
 
 import numpy as np
 import pytest
-from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions, rows_of
+from support.cuda_checks import (
+    Fault,
+    Result,
+    as_float,
+    bounds,
+    case_id,
+    check_fault_detected,
+    precisions,
+    rows_of,
+    run_case,
+)
 
 from llmc_cli.kernels.cuda import embedding
 from llmc_cli.kernels.operations import EMBEDDING_SIZES
 from llmc_cli.kernels.reference.kernels import REFERENCE
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
 EMBEDDINGS = [
@@ -46,20 +56,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
 @pytest.mark.parametrize(
     "case",
     [(check_embedding_forward, EMBEDDINGS[3]), (check_embedding_backward, {**EMBEDDINGS[3], "acc": True})],
-    ids=label,
+    ids=case_id,
 )
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 FAULTS = [
@@ -78,5 +88,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

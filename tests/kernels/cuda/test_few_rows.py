@@ -9,18 +9,18 @@ from support.cuda_checks import (
     Result,
     as_float,
     bounds,
-    hold,
-    label,
-    notice,
+    case_id,
+    check_fault_detected,
     precisions,
     rows_of,
+    run_case,
 )
 from support.cuda_emulator import emulator
 
 from llmc_cli.kernels.cuda import elementwise, few_rows
 from llmc_cli.kernels.reference.kernels import gelu
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 
 def check_linear(device, rng, N, I, O, bias=True, activation=False):  # noqa: E741
@@ -59,16 +59,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
-@pytest.mark.parametrize("case", [CASES[2], (check_head, HEADS[1])], ids=label)
+@pytest.mark.parametrize("case", [CASES[2], (check_head, HEADS[1])], ids=case_id)
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 @precisions
@@ -137,5 +137,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

@@ -6,10 +6,10 @@ import gc
 
 import numpy as np
 import pytest
-from support.cuda_stand_in import cupy
+from support.fake_cupy import cupy
 from support.paths import FIXTURES
 
-from llmc_cli.kernels.cuda import attention, blas, device, few_rows, recording
+from llmc_cli.kernels.cuda import attention, blas, device, few_rows, replay
 from llmc_cli.kernels.cuda.device import Device
 from llmc_cli.kernels.cuda.kernels import CudaKernels
 from llmc_cli.kernels.reference.kernels import ReferenceKernels
@@ -24,7 +24,7 @@ TOKENS = [4, 8, 15, 16, 23, 42, 7, 7]
 
 
 @pytest.fixture
-def opened(monkeypatch, compiler, played):
+def opened(monkeypatch, compiler, fake_cupy):
     """Kernels of a precision on the stand-in, within this process."""
     monkeypatch.setenv("LLMC_EMULATOR_CHECK", "1")
     return lambda precision="fp32": CudaKernels(Device(0, precision == "bf16"), precision)
@@ -56,7 +56,7 @@ def launches_of(decoder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("S", [1, 3, few_rows.MOST])
+@pytest.mark.parametrize("S", [1, 3, few_rows.MAX_ROWS])
 def test_same_bits_with_and_without(opened, monkeypatch, precision, S):
     model = load_model(MODEL, opened(precision))
     found = logits_of(new_decoder(model, S))
@@ -84,7 +84,7 @@ def test_greedy_equals_the_reference(opened):
 def test_more_sequences_than_few_rows_are_multiplied_by_cublas(opened):
     kernels = opened()
     model = load_model(MODEL, kernels)
-    decoder = new_decoder(model, few_rows.MOST + 1)
+    decoder = new_decoder(model, few_rows.MAX_ROWS + 1)
     assert launches_of(decoder)[1:] == [1] * (len(TOKENS) - 1)
     assert kernels.matmul._workspace is not None
     few = logits_of(new_decoder(model))
@@ -238,12 +238,18 @@ def test_scratch_that_grows(opened):
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
-        (lambda kernels: kernels.alloc((3,), np.float32), "memory is allocated while work"),
-        (lambda kernels: kernels.upload(kernels.number, np.ones(1)), "values come from the host while work"),
+        (lambda kernels: kernels.alloc((3,), np.float32), "cannot allocate memory during CUDA graph capture"),
+        (
+            lambda kernels: kernels.upload(kernels.number, np.ones(1)),
+            "cannot upload values from the host",
+        ),
         (lambda kernels: kernels.download(kernels.number), "cudaErrorStreamCaptureUnsupported"),
         (lambda kernels: kernels.synchronize(), "cudaErrorStreamCaptureUnsupported"),
-        (lambda kernels: kernels.sum_squares(kernels.number, kernels.number), "memory is allocated|a kernel is loaded"),
-        (lambda kernels: kernels.matmul(*[kernels.number.reshape(1, 1)] * 3, False, False), "memory is allocated"),
+        (
+            lambda kernels: kernels.sum_squares(kernels.number, kernels.number),
+            "cannot allocate memory|cannot load a kernel",
+        ),
+        (lambda kernels: kernels.matmul(*[kernels.number.reshape(1, 1)] * 3, False, False), "cannot allocate memory"),
     ],
     ids=["alloc", "upload", "download", "synchronize", "new kernel", "cuBLAS"],
 )
@@ -296,7 +302,7 @@ def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
     gradient.check(recorded)
 
     refuse(monkeypatch)
-    with pytest.warns(UserWarning, match="one by one, since no graph can be made"):
+    with pytest.warns(UserWarning, match="CUDA graph capture failed, kernels are launched one by one"):
         gradient.check(recorded)
     for _ in range(2):
         before = kernels.device.launches
@@ -347,24 +353,24 @@ def captured_but_not_launched(monkeypatch):
 
 
 def captured_at_once(monkeypatch):
-    original = recording.Recorded.__init__
+    original = replay.Replayable.__init__
 
     def init(self, *arguments):
         original(self, *arguments)
         self._warm = True
 
-    monkeypatch.setattr(recording.Recorded, "__init__", init)
+    monkeypatch.setattr(replay.Replayable, "__init__", init)
 
 
 def workspace_taken_away(monkeypatch):
-    monkeypatch.setattr(few_rows, "MOST", 0)
-    original = blas.Blas._begin
+    monkeypatch.setattr(few_rows, "MAX_ROWS", 0)
+    original = blas.Blas._configure
 
     def begin(self):
         original(self)
         self._call("cublasSetStream_v2", self._device.stream.ptr)
 
-    monkeypatch.setattr(blas.Blas, "_begin", begin)
+    monkeypatch.setattr(blas.Blas, "_configure", begin)
 
 
 def memory_not_kept(monkeypatch):
@@ -377,14 +383,14 @@ FAULTS = [
     (inputs_elsewhere_each_time, check_tokens, AssertionError, None),
     (launched_on_another_stream, check_tokens, AssertionError, None),
     (captured_but_not_launched, check_tokens, AssertionError, None),
-    (captured_at_once, check_tokens, RuntimeError, "a kernel is loaded while work is captured"),
-    (workspace_taken_away, check_tokens, UserWarning, "cublasGemmEx: cuBLAS answers with status 7"),
+    (captured_at_once, check_tokens, RuntimeError, "cannot load a kernel during CUDA graph capture"),
+    (workspace_taken_away, check_tokens, UserWarning, "cublasGemmEx failed with cuBLAS status 7"),
     (memory_not_kept, check_scratch_that_grows, RuntimeError, "memory that has been freed"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "check", "error", "words"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
-def test_faults_are_noticed(opened, monkeypatch, fault, check, error, words):
+def test_planted_fault_is_detected(opened, monkeypatch, fault, check, error, words):
     fault(monkeypatch)
     kernels = opened()
     with pytest.raises(error, match=words):
@@ -400,7 +406,7 @@ def test_and_only_by_graphs(opened, monkeypatch, fault):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("S", [1, few_rows.MOST + 1], ids=["few rows", "cuBLAS"])
+@pytest.mark.parametrize("S", [1, few_rows.MAX_ROWS + 1], ids=["few rows", "cuBLAS"])
 def test_on_a_card(monkeypatch, precision, S):
     model = load_model(MODEL, CudaKernels(Device(0, precision == "bf16"), precision))
     decoder = new_decoder(model, S)

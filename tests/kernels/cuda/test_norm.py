@@ -3,14 +3,24 @@ with faults planted in them, each of which must be noticed."""
 
 import numpy as np
 import pytest
-from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions, rows_of
+from support.cuda_checks import (
+    Fault,
+    Result,
+    as_float,
+    bounds,
+    case_id,
+    check_fault_detected,
+    precisions,
+    rows_of,
+    run_case,
+)
 
 from llmc_cli.kernels.cuda import norm
 from llmc_cli.kernels.cuda.geometry import row_threads
 from llmc_cli.kernels.operations import EPS, NORM_SIZES
 from llmc_cli.kernels.reference.kernels import REFERENCE
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 # the ragged sizes of the cases that all backends run, then such as take vectors, several turns or several pieces
 NORMS = [*NORM_SIZES, *rows_of("N C", (300, 64), (9, 768), (3, 2056), (9001, 8))]
@@ -68,16 +78,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
-@pytest.mark.parametrize("case", [(check_norm_forward, NORMS[2]), (check_norm_backward, NORMS[2])], ids=label)
+@pytest.mark.parametrize("case", [(check_norm_forward, NORMS[2]), (check_norm_backward, NORMS[2])], ids=case_id)
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 def test_pieces_depend_on_the_shape_alone():
@@ -122,7 +132,7 @@ FAULTS = [
           "        __syncthreads();\n        const int rows = min(group", "        const int rows = min(group",
           (check_norm_backward, NORMS[4])),
     Fault("the sums along rows overwritten while they are read", "norm",
-          "        __syncthreads();  // the sums along rows", "        // the sums along rows",
+          "        __syncthreads();  // all threads have read", "        // all threads have read",
           (check_norm_backward, NORMS[4])),
     Fault("the last rows of a piece in place of all", "norm",
           "start == first ? weight_sums[k] :", "true ? weight_sums[k] :", (check_norm_backward, NORMS[5])),
@@ -137,5 +147,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

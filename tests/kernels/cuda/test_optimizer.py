@@ -5,13 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
-from support.cuda_checks import Fault, Result, as_float, bounds, hold, label, notice, precisions
+from support.cuda_checks import Fault, Result, as_float, bounds, case_id, check_fault_detected, precisions, run_case
 
 from llmc_cli.kernels.cuda import optimizer
 from llmc_cli.kernels.operations import FLAT_SIZES
 from llmc_cli.kernels.reference.kernels import REFERENCE
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 MANY = [*range(1, 40), *range(60, 3000, 7), 5000]  # segments of 1, of 7 and of thousands of elements
 
@@ -19,7 +19,7 @@ MANY = [*range(1, 40), *range(60, 3000, 7), 5000]  # segments of 1, of 7 and of 
 def check_sum_squares(device, rng, P):
     g = device.floats(rng.standard_normal(P))
     out = device.unwritten(1, dtype=np.float64)
-    optimizer.sum_squares(device, out, device.unwritten(optimizer.SQUARE_PARTS, dtype=np.float64), g)
+    optimizer.sum_squares(device, out, device.unwritten(optimizer.MAX_SQUARE_PARTS, dtype=np.float64), g)
     return [Result("out", out, np.dot(as_float(g), as_float(g))[None], *bounds("sum_squares", "out"))]
 
 
@@ -55,16 +55,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 @precisions
-def test_against_reference(case, bf16):
-    hold(case, bf16)
+def test_matches_reference(case, bf16):
+    run_case(case, bf16)
 
 
-@pytest.mark.parametrize("case", [(check_sum_squares, FLAT_SIZES[1]), (check_adamw, FLAT_SIZES[1])], ids=label)
+@pytest.mark.parametrize("case", [(check_sum_squares, FLAT_SIZES[1]), (check_adamw, FLAT_SIZES[1])], ids=case_id)
 @precisions
-def test_where_vectors_would_fit_but_for_the_address(case, bf16):
-    hold(case, bf16, shift=1)
+def test_unaligned_arrays(case, bf16):
+    run_case(case, bf16, shift=1)
 
 
 FAULTS = [
@@ -73,7 +73,7 @@ FAULTS = [
     Fault("what lies between segments updated", "optimizer",
           "if (k < K && segments[3 * k] <= i) {", "if (k < K) {", (check_adamw, {"P": 9000, "cuts": MANY})),
     Fault("four elements with the decay of the first", "optimizer",
-          "here[0] <= first && first + LANES <= here[0] + here[1]", "here[0] <= first && first + LANES <= P",
+          "here[0] <= first && first + FLOATS <= here[0] + here[1]", "here[0] <= first && first + FLOATS <= P",
           (check_adamw, FLAT_SIZES[1])),
     Fault("no barrier before the hyperparameters are read", "optimizer",
           "    }\n    __syncthreads();\n    const Step step", "    }\n    const Step step",
@@ -85,5 +85,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_faults_are_noticed(fault):
-    notice(fault)
+def test_planted_fault_is_detected(fault):
+    check_fault_detected(fault)

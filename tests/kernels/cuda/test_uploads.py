@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from support.cuda_stand_in import cupy
+from support.fake_cupy import cupy
 
 from llmc_cli.kernels.cuda.device import Device
 
@@ -12,7 +12,7 @@ VALUES = [np.arange(k, k + 50, dtype=np.int32) for k in range(1, 7)]
 
 
 @pytest.fixture(params=[None, 1, 2], ids=["late", "random-1", "random-2"])
-def opened(request, monkeypatch, played):
+def opened(request, monkeypatch, fake_cupy):
     """A device whose streams do their work as late as they may, or at random moments."""
     if request.param is not None:
         monkeypatch.setenv("LLMC_EMULATOR_SEED", str(request.param))
@@ -49,7 +49,7 @@ def test_with_plain_uploads_between(opened):
 @pytest.mark.parametrize("left_out", ["the device's", "the upload's"])
 def test_a_wait_that_is_left_out_shows(opened, monkeypatch, left_out):
     """One stream waits for the other in both directions."""
-    ahead, wait = opened._ahead, cupy.cuda.Stream.wait_event
+    ahead, wait = opened._prefetch_stream, cupy.cuda.Stream.wait_event
 
     def sometimes(stream, event):
         if (stream is ahead) != (left_out == "the upload's"):
@@ -77,7 +77,7 @@ def test_carried_over_before_its_turn(opened):
     array = opened.alloc((50,), np.int32)
     opened.upload(array, VALUES[0])
     opened.upload_async(array, VALUES[1])
-    opened._ahead.synchronize()
-    near = opened._staging[array.data.ptr].near
+    opened._prefetch_stream.synchronize()
+    near = opened._staging[array.data.ptr].prefetched
     there = (ctypes.c_int32 * 50).from_address(near.data.ptr)
     assert list(there) == VALUES[1].tolist()

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from support.cuda_notebook import Notebook
+from support.cuda_recording_device import RecordingDevice
 
-from llmc_cli.kernels.cuda.kernels import HEAD_ROWS, CudaKernels, head_rows
+from llmc_cli.kernels.cuda.kernels import MAX_HEAD_ROWS, CudaKernels, head_rows
 from llmc_cli.models.config import ModelConfig
 from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.training.optimizer import AdamW
@@ -14,7 +14,7 @@ from llmc_cli.training.optimizer import AdamW
 @pytest.mark.parametrize(("B", "T"), [(1, 8), (3, 500), (5, 1000), (16, 1024)])
 def test_the_plan(precision, B, T):
     config = ModelConfig(1024, 500, 2, 3, 192)
-    kernels = CudaKernels(Notebook(precision == "bf16", 80), precision)
+    kernels = CudaKernels(RecordingDevice(precision == "bf16", 80), precision)
     model = GPT2(config, kernels)
     model.prepare(B, T)
     optimizer = AdamW(model)
@@ -27,6 +27,6 @@ def test_the_plan(precision, B, T):
 
 
 def test_turns_of_the_head():
-    assert [head_rows(N) for N in (1, HEAD_ROWS, HEAD_ROWS + 1, 3 * HEAD_ROWS)] == [
-        1, HEAD_ROWS, HEAD_ROWS // 2 + 1, HEAD_ROWS
+    assert [head_rows(N) for N in (1, MAX_HEAD_ROWS, MAX_HEAD_ROWS + 1, 3 * MAX_HEAD_ROWS)] == [
+        1, MAX_HEAD_ROWS, MAX_HEAD_ROWS // 2 + 1, MAX_HEAD_ROWS
     ]  # fmt: skip

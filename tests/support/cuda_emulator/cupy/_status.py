@@ -1,4 +1,4 @@
-"""Which machine is played, and the errors that it answers with.
+"""Which machine is fake_cupy, and the errors that it answers with.
 
 The environment is read anew at every use, so that a test may change it:
 

@@ -35,7 +35,7 @@ class _Handle:
         self.device = current.device
         self.stream = 0  # the null stream, until it is set
         self.workspace = None  # an Allocation
-        self.whole_sums = False  # whether the parts of a product divided along K are added in float32
+        self.float32_reduction = False  # whether the parts of a product divided along K are added in float32
 
 
 _handles = {}
@@ -64,7 +64,7 @@ def set_stream(handle, pointer):
 def set_math_mode(handle, mode):
     if mode not in (CUBLAS_DEFAULT_MATH, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION):
         raise CUBLASError(f"mode {mode}")
-    _find(handle).whole_sums = mode == CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+    _find(handle).float32_reduction = mode == CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
 
 
 def set_workspace(handle, address, nbytes):
@@ -88,7 +88,7 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
     b = _Operand("B", B, Btype, (k, n) if transb == CUBLAS_OP_N else (n, k), ldb)
     c = _Operand("C", C, Ctype, (m, n), ldc)
     tf32 = computeType == CUBLAS_COMPUTE_32F_FAST_TF32
-    whole = found.whole_sums
+    whole = found.float32_reduction
 
     def run():
         left, right = a.values(tf32), b.values(tf32)

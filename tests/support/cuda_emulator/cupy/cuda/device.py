@@ -1,4 +1,4 @@
-"""A device: what it is, what it can hold, and how much of that is taken."""
+"""A device: what it is, what it can run_case, and how much of that is taken."""
 
 from architectures import KNOWN, REGISTERS, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from support.cuda_emulator import emulator
 from support.cuda_emulator.emulator import EmulatorError, Program
-from support.emulated_programs import ORDERS, RIGHT, WRONG, compiled, launch, memory, ordered, random
+from support.emulated_programs import CORRECT, FAULTY, ORDERS, compiled, launch, memory, ordered, random
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 POINTER, N = 4096, np.int32(1)
 
 
 @pytest.fixture(scope="module", params=(False, True), ids=("fast", "checked"))
-def features(request, compiler):
-    return compiled(RIGHT, request.param)
+def features(request, requires_gxx):
+    return compiled(CORRECT, request.param)
 
 
 @pytest.fixture(params=ORDERS)
@@ -253,7 +253,7 @@ def test_memory_is_registered_once(device):
 
 def test_orders_differ_by_seed(features, device):
     """Which of several threads comes last shows in what none of them may share: here it may, as nothing is checked."""
-    program, last = compiled(WRONG, check=False), set()
+    program, last = compiled(FAULTY, check=False), set()
     out = device(np.zeros(64, np.float32))
     for seed in (None, 1, 2, 3, 1):
         emulator.schedule(seed)
@@ -264,7 +264,7 @@ def test_orders_differ_by_seed(features, device):
 
 
 def test_a_fault_does_not_outlast_its_launch(features, device):
-    faults, out = compiled(WRONG), device(np.zeros(64, np.float32))
+    faults, out = compiled(FAULTY), device(np.zeros(64, np.float32))
     for _ in range(3):
         with pytest.raises(EmulatorError, match="divergent barrier"):
             launch(faults, "divergent", (1,), (64,), out)

@@ -3,9 +3,9 @@
 import ctypes
 
 import numpy as np
-from support.cuda_emulator import stand_in
+from support.cuda_emulator import cupy_loader
 
-cupy = stand_in.load()
+cupy = cupy_loader.load()
 runtime, cublas = cupy.cuda.runtime, cupy.cuda.cublas
 raw = cupy._raw
 
@@ -26,7 +26,7 @@ class Compiled:
         np.multiply(values, 2, out=values)
 
 
-def without_a_compiler(monkeypatch):
+def doubling_kernel(monkeypatch):
     """The kernel ``double``."""
     monkeypatch.setattr(raw.emulator, "Program", Compiled)
     monkeypatch.setattr(raw.memory, "tell_kernels", lambda: None)

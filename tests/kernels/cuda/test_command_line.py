@@ -13,7 +13,7 @@ from support.paths import CUDA_EMULATOR, FIXTURES, TINY_GPT2
 
 SAMPLING_MODEL = FIXTURES / "sampling_model.bin"
 
-emulated = pytest.mark.usefixtures("compiler")
+emulated = pytest.mark.usefixtures("requires_gxx")
 
 
 def llmc(*arguments, emulator=None, cwd=None, **environment):
@@ -44,7 +44,7 @@ def on(request):
     """on(settings): the ``emulator`` of a command on the emulator; nothing on a card."""
     if request.param == "card":
         return lambda settings: None
-    request.getfixturevalue("compiler")
+    request.getfixturevalue("requires_gxx")
     return lambda settings: settings
 
 
@@ -173,8 +173,8 @@ def test_both_packages(tmp_path):
     ("settings", "words"),
     [
         ({"LLMC_EMULATOR_DRIVER": "0"}, "no NVIDIA driver"),
-        ({"LLMC_EMULATOR_DRIVER": "11040"}, "the driver is of CUDA 11.4"),
-        ({"LLMC_EMULATOR_DEVICES": "0"}, "no device"),
+        ({"LLMC_EMULATOR_DRIVER": "11040"}, "the driver supports CUDA 11.4"),
+        ({"LLMC_EMULATOR_DEVICES": "0"}, "reports no devices"),
         ({"LLMC_EMULATOR_CAPABILITY": "70"}, "compute capability 7.0"),
     ],
 )
@@ -188,7 +188,7 @@ def test_what_cannot_be_had(settings, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--device", "cuda:3"), "there is one, cuda:0"),
+        (("--device", "cuda:3"), "no such device; available: cuda:0"),
         (("--device", "cuda", "--precision", "bf16x3"), "supported on the CPU only; use --precision fp32 or bf16"),
     ],
 )

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.cuda_stand_in import Compiled, cupy, on_device, without_a_compiler
+from support.fake_cupy import Compiled, cupy, doubling_kernel, on_device
 
-pytestmark = pytest.mark.usefixtures("nothing_waits")
+pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    return without_a_compiler(monkeypatch)
+    return doubling_kernel(monkeypatch)
 
 
 def arguments(x):
@@ -92,7 +92,7 @@ def test_error_names_who_asked(monkeypatch, kernel):
     assert Path(__file__).name in error.value.__notes__[0]
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("requires_gxx")
 def test_kernel_on_the_emulator():
     code = """
         extern "C" __global__ void scale(float* x, int n, float by) {

@@ -6,12 +6,12 @@ import inspect
 
 import numpy as np
 import pytest
-from support.cuda_stand_in import cublas, cupy, on_device, runtime
+from support.fake_cupy import cublas, cupy, on_device, runtime
 
 from llmc_cli.kernels.cuda.blas import INTERFACE, Blas
 from llmc_cli.kernels.cuda.device import Device
 
-pytestmark = pytest.mark.usefixtures("nothing_waits")
+pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
 def bits(values):
@@ -39,35 +39,35 @@ def handle():
     return made
 
 
-def product(handle, out, a, b, turn_a=False, turn_b=False, alpha=ONE, beta=ZERO, compute=68):
+def product(handle, out, a, b, transpose_a=False, transpose_b=False, alpha=ONE, beta=ZERO, compute=68):
     """Row-major out = a · b, by its transpose."""
     kind = {np.dtype(np.float32): 0, np.dtype(np.uint16): 14}
-    k = a.shape[0] if turn_a else a.shape[1]
+    k = a.shape[0] if transpose_a else a.shape[1]
     cublas.gemm(
-        handle, int(turn_b), int(turn_a), out.shape[1], out.shape[0], k, alpha.ctypes.data,
+        handle, int(transpose_b), int(transpose_a), out.shape[1], out.shape[0], k, alpha.ctypes.data,
         b.data.ptr, kind[b.dtype], b.shape[1], a.data.ptr, kind[a.dtype], a.shape[1], beta.ctypes.data,
         out.data.ptr, kind[out.dtype], out.shape[1], compute, -1,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("turn_a", [False, True])
-@pytest.mark.parametrize("turn_b", [False, True])
-def test_product(handle, turn_a, turn_b):
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_product(handle, transpose_a, transpose_b):
     generator = np.random.default_rng(0)
-    a = generator.standard_normal((5, 3) if turn_a else (3, 5), np.float32)
-    b = generator.standard_normal((4, 5) if turn_b else (5, 4), np.float32)
-    expected = (a.T if turn_a else a) @ (b.T if turn_b else b)
+    a = generator.standard_normal((5, 3) if transpose_a else (3, 5), np.float32)
+    b = generator.standard_normal((4, 5) if transpose_b else (5, 4), np.float32)
+    expected = (a.T if transpose_a else a) @ (b.T if transpose_b else b)
     out = cupy.empty((3, 4), np.float32)  # NaN, which beta 0 does not read
-    product(handle, out, on_device(a), on_device(b), turn_a, turn_b)
+    product(handle, out, on_device(a), on_device(b), transpose_a, transpose_b)
     np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-6)
-    product(handle, out, on_device(a), on_device(b), turn_a, turn_b, scalar(2), scalar(0.5), 69)
+    product(handle, out, on_device(a), on_device(b), transpose_a, transpose_b, scalar(2), scalar(0.5), 69)
     np.testing.assert_allclose(out.get(), 2.5 * expected, rtol=1e-5, atol=1e-6)
-    product(handle, out, on_device(bits(a)), on_device(bits(b)), turn_a, turn_b)
+    product(handle, out, on_device(bits(a)), on_device(bits(b)), transpose_a, transpose_b)
     rounded_a, rounded_b = floats(bits(a)), floats(bits(b))
-    expected = (rounded_a.T if turn_a else rounded_a) @ (rounded_b.T if turn_b else rounded_b)
+    expected = (rounded_a.T if transpose_a else rounded_a) @ (rounded_b.T if transpose_b else rounded_b)
     np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-6)
     narrow = cupy.empty((3, 4), np.uint16)
-    product(handle, narrow, on_device(bits(a)), on_device(bits(b)), turn_a, turn_b)
+    product(handle, narrow, on_device(bits(a)), on_device(bits(b)), transpose_a, transpose_b)
     assert (narrow.get() == bits(out.get())).all()
 
 
@@ -131,7 +131,7 @@ def test_parts_of_bf16_sums(handle, mode, expected):
     assert floats(out.get()) == expected
 
 
-def test_our_products_have_no_rounded_parts(played):
+def test_our_products_have_no_rounded_parts(fake_cupy):
     multiply = Blas(Device(0, True), "bf16")
     left, right = np.array([[1, 0.0048828125, 2, 0.0048828125]]), np.ones((4, 1))
     out = cupy.empty((1, 1), np.uint16)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.cuda_compiler import ADDED_BY_CUPY
-from support.cuda_emulator import stand_in
+from support.cuda_emulator import cupy_loader
 from support.cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
 
 from llmc_cli.kernels.cuda.blas import INTERFACE
@@ -31,9 +31,9 @@ def cupy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
             patch.delitem(sys.modules, name)
-        patch.setattr(sys, "path", [folder for folder in sys.path if folder != str(stand_in.FOLDER)])
+        patch.setattr(sys, "path", [folder for folder in sys.path if folder != str(cupy_loader.FOLDER)])
         module = importlib.import_module("cupy")
-        assert Path(module.__file__).parent.parent != stand_in.FOLDER
+        assert Path(module.__file__).parent.parent != cupy_loader.FOLDER
         module.cuda.cublas = cublas(tmp_path_factory.mktemp("cublas"), module.cuda.runtime.runtimeGetVersion() // 1000)
         yield module
         for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:

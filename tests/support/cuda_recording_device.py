@@ -19,7 +19,7 @@ class Launch(NamedTuple):
     shared: int
 
 
-class Virtual(np.ndarray):
+class AddressedArray(np.ndarray):
     """An array whose elements all lie in one place, so that it takes no memory, with an address as on a device."""
 
     @property
@@ -27,7 +27,7 @@ class Virtual(np.ndarray):
         return SimpleNamespace(ptr=self.ctypes.data)
 
 
-class Notebook:
+class RecordingDevice:
     """In the place of a ``Device``: keeps account of launches, products and copies, and does nothing."""
 
     def __init__(self, bf16, capability):
@@ -40,7 +40,7 @@ class Notebook:
         for name in INTERFACE:
             getattr(self.cublas_library(), name).return_value = 0  # success
         self.launches = 0
-        self.noted = []  # a Launch each
+        self.launched = []  # a Launch each
         self.copies = []  # of "upload", "download", "copy" each
 
     @property
@@ -48,11 +48,11 @@ class Notebook:
         """How many cuBLAS has been asked for."""
         return self.cublas_library().cublasGemmEx.call_count
 
-    def account(self, *arguments):
+    def record_launch(self, *arguments):
         pass
 
     def alloc(self, shape, dtype):
-        return np.broadcast_to(np.zeros(1, dtype), shape).view(Virtual)
+        return np.broadcast_to(np.zeros(1, dtype), shape).view(AddressedArray)
 
     def upload(self, array, values):
         self.copies.append("upload")
@@ -71,4 +71,4 @@ class Notebook:
         pass
 
     def launch(self, file, kernel, grid, block, args, shared=0):
-        self.noted.append(Launch(file, kernel, int(np.prod(block)), shared))
+        self.launched.append(Launch(file, kernel, int(np.prod(block)), shared))

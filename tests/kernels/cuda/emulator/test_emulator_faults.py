@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 from support.cuda_emulator.emulator import EmulatorError
-from support.emulated_programs import ORDERS, RIGHT, WRONG, compiled, launch, memory, ordered, random
+from support.emulated_programs import CORRECT, FAULTY, ORDERS, compiled, launch, memory, ordered, random
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("requires_gxx")
 
 
 @pytest.fixture(scope="module")
-def faults(compiler):
-    return compiled(WRONG)
+def faults(requires_gxx):
+    return compiled(FAULTY)
 
 
 @pytest.fixture(params=ORDERS)
@@ -53,7 +53,7 @@ RACES += ["race_in_global"]
 @pytest.mark.parametrize("name", RACES)
 def test_races_in_a_block(faults, device, order, name):
     block = 32 if name in ("race_of_halves", "race_past_a_shuffle") else 64
-    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), block=block)
+    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), block=block)
     assert kind == "race"
     assert "no barrier lies between" in message
     assert ("byte 4 of a buffer of 256" if name == "race_in_global" else "shared cell") in message
@@ -61,7 +61,7 @@ def test_races_in_a_block(faults, device, order, name):
 
 @pytest.mark.parametrize("name", ["race_of_blocks", "race_of_a_reading_block"])
 def test_races_of_blocks(faults, device, order, name):
-    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), grid=3)
+    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), grid=3)
     assert kind == "race"
     assert re.search(r"which thread \(\d+,0,0\) of block \(\d,0,0\) (wrote|read) in ", message)
 
@@ -78,14 +78,14 @@ def test_races_of_blocks(faults, device, order, name):
     ],
 )
 def test_accesses_out_of_bounds(faults, device, order, name, args, words):
-    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), *args, shared=128)
+    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, shared=128)
     assert kind == "out of bounds"
     assert re.search(words, message)
 
 
 def test_a_copy_from_out_of_bounds(faults, device):
     x = device(np.zeros(64, np.float32))
-    kind, message = found(faults, WRONG, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
+    kind, message = found(faults, FAULTY, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
     assert kind == "out of bounds"
     assert "read of 16 bytes at byte 256 of a buffer of 256" in message
 
@@ -94,30 +94,30 @@ def test_a_copy_from_out_of_bounds(faults, device):
 def test_misaligned_addresses(faults, device, order, name):
     out = device(np.zeros((64, 4), np.float32))
     args = () if name == "row_misaligned" else (device(np.zeros(512, np.float32)),)
-    kind, _ = found(faults, WRONG, name, out, *args, block=32, shared=512)
+    kind, _ = found(faults, FAULTY, name, out, *args, block=32, shared=512)
     assert kind == "misaligned"
 
 
 @pytest.mark.parametrize("name", ["uninitialised", "uninitialised_since_another_block", "row_uninitialised"])
 def test_shared_memory_that_no_one_wrote(faults, device, order, name):
     out = device(np.zeros(128, np.float32))
-    kind, message = found(faults, WRONG, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
+    kind, message = found(faults, FAULTY, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
     assert kind == "uninitialised"
     assert ("shared cells + 160" if name == "uninitialised" else "dynamic shared memory + ") in message
 
 
 def test_barriers_that_diverge(faults, device, order):
-    kind, message = found(faults, WRONG, "divergent", device(np.zeros(64, np.float32)))
+    kind, message = found(faults, FAULTY, "divergent", device(np.zeros(64, np.float32)))
     assert kind == "divergent barrier"
-    assert line(WRONG, "divergent", "THERE") in message
+    assert line(FAULTY, "divergent", "THERE") in message
 
 
 def test_deadlocks(faults, device, order):
-    kind, message = found(faults, WRONG, "deadlock", device(np.zeros(64, np.float32)), block=32)
+    kind, message = found(faults, FAULTY, "deadlock", device(np.zeros(64, np.float32)), block=32)
     assert kind == "deadlock"
     assert "16 from (0,0,0) on in a shuffle, " in message
     assert "16 from (16,0,0) on in a barrier, " in message
-    assert line(WRONG, "deadlock", "THERE") in message
+    assert line(FAULTY, "deadlock", "THERE") in message
 
 
 @pytest.mark.parametrize(
@@ -131,16 +131,16 @@ def test_deadlocks(faults, device, order):
     ],
 )
 def test_operations_of_wrong_warps(faults, device, order, name, block, args, words):
-    kind, message = found(faults, WRONG, name, device(np.zeros(64, np.float32)), *args, block=block)
+    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, block=block)
     assert kind == "warp"
     assert words in message
 
 
 def test_a_copy_of_no_group(faults, device, order):
     x = device(np.zeros(256, np.float32))
-    kind, message = found(faults, WRONG, "not_waited_for", device(np.zeros(64, np.float32)), x)
+    kind, message = found(faults, FAULTY, "not_waited_for", device(np.zeros(64, np.float32)), x)
     assert kind == "in flight"
-    assert line(WRONG, "not_waited_for", "THERE") in message
+    assert line(FAULTY, "not_waited_for", "THERE") in message
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_copy_of_no_group(faults, device, order):
     ],
 )
 def test_faults_of_a_pipeline(device, order, right, wrong, kind):
-    program = compiled(RIGHT.replace(right, wrong))
+    program = compiled(CORRECT.replace(right, wrong))
     x, out = device(random(5, 128)), device(np.empty(32, np.float32))
     with pytest.raises(EmulatorError, match=f"^({kind}): pipeline, block"):
         launch(program, "pipeline", (1,), (32,), out, x, 5)
@@ -161,12 +161,12 @@ def test_faults_of_a_pipeline(device, order, right, wrong, kind):
 
 @pytest.mark.parametrize(("name", "n"), [("shifted", 33), ("overflown", 65536), ("divided", 64)])
 def test_arithmetic(faults, device, name, n):
-    kind, _ = found(faults, WRONG, name, device(np.zeros(64, np.int32)), n)
+    kind, _ = found(faults, FAULTY, name, device(np.zeros(64, np.int32)), n)
     assert kind == "arithmetic"
 
 
 def test_without_the_check_uninitialised_memory_is_nan(device):
-    program, out = compiled(WRONG, check=False), device(np.zeros(64, np.float32))
+    program, out = compiled(FAULTY, check=False), device(np.zeros(64, np.float32))
     for _ in range(2):
         launch(program, "uninitialised", (1,), (64,), out)
         assert np.flatnonzero(np.isnan(out)) == [40]

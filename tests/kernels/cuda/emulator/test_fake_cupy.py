@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.cuda_emulator import stand_in
+from support.cuda_emulator import cupy_loader
 from support.cuda_emulator.architectures import blocks_at_once
-from support.cuda_stand_in import cublas, cupy, on_device, raw, runtime
 from support.cupy_calls import ATTRIBUTES, CALLS, CONSTANTS, DEVICE_ATTRIBUTES, ERRORS, parameters, resolve
+from support.fake_cupy import cublas, cupy, on_device, raw, runtime
 
 from llmc_cli.kernels.cuda import blas, device
 
-pytestmark = pytest.mark.usefixtures("nothing_waits")
+pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
 # the table
@@ -163,17 +163,17 @@ def test_pool_counts(monkeypatch):
 # machines
 
 
-def test_several_devices(monkeypatch, double):
+def test_several_devices(monkeypatch, doubling_kernel):
     monkeypatch.setenv("LLMC_EMULATOR_DEVICES", "2")
     assert runtime.getDeviceCount() == 2
     x = cupy.zeros(4, np.float32)
     with cupy.cuda.Device(1) as device:
         assert cupy.cuda.Device().id == device.id == 1
         with pytest.raises(runtime.CUDARuntimeError, match="device 0"):
-            double(x)
+            doubling_kernel(x)
         stream = cupy.cuda.Stream()
         y = cupy.zeros(4, np.float32)
-        double(y, stream=stream)
+        doubling_kernel(y, stream=stream)
         assert (y.get(stream) == 0).all()
     with pytest.raises(RuntimeError, match="device 1"), stream:
         pass
@@ -239,7 +239,7 @@ def test_without_driver_or_device_everything_says_so(monkeypatch, variable, valu
 
 
 def test_a_subprocess_needs_only_the_path():
-    path = str(Path(stand_in.__file__).parent)
+    path = str(Path(cupy_loader.__file__).parent)
     code = "import cupy, numpy; print(cupy.__version__, cupy.zeros(3, numpy.int32).get().tolist())"
     answer = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True

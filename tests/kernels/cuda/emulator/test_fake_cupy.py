@@ -163,17 +163,17 @@ def test_pool_counts(monkeypatch):
 # machines
 
 
-def test_several_devices(monkeypatch, doubling_kernel):
+def test_several_devices(monkeypatch, double):
     monkeypatch.setenv("LLMC_EMULATOR_DEVICES", "2")
     assert runtime.getDeviceCount() == 2
     x = cupy.zeros(4, np.float32)
     with cupy.cuda.Device(1) as device:
         assert cupy.cuda.Device().id == device.id == 1
         with pytest.raises(runtime.CUDARuntimeError, match="device 0"):
-            doubling_kernel(x)
+            double(x)
         stream = cupy.cuda.Stream()
         y = cupy.zeros(4, np.float32)
-        doubling_kernel(y, stream=stream)
+        double(y, stream=stream)
         assert (y.get(stream) == 0).all()
     with pytest.raises(RuntimeError, match="device 1"), stream:
         pass

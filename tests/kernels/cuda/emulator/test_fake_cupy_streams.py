@@ -33,38 +33,38 @@ def test_copy_to_pinned_memory_arrives_with_the_synchronization():
     assert (host == 0).all()
 
 
-def test_streams_wait_only_for_what_they_are_told_to(doubling_kernel):
+def test_streams_wait_only_for_what_they_are_told_to(double):
     first, second = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     x, y = cupy.empty(4, np.float32), cupy.empty(4, np.float32)
     copy = (y.data.ptr, x.data.ptr, 16, runtime.memcpyDeviceToDevice, second.ptr)
     x.set(np.ones(4, np.float32), first)
-    doubling_kernel(x, stream=first)
+    double(x, stream=first)
     runtime.memcpyAsync(*copy)
     assert np.isnan(y.get(second)).all()
     x.set(np.ones(4, np.float32), first)
-    doubling_kernel(x, stream=first)
+    double(x, stream=first)
     second.wait_event(first.record())
     runtime.memcpyAsync(*copy)
     assert (y.get(second) == 2).all()
 
 
-def test_null_stream_takes_turns_with_blocking_streams_only(doubling_kernel):
+def test_null_stream_takes_turns_with_blocking_streams_only(double):
     for non_blocking in (False, True):
         stream = cupy.cuda.Stream(non_blocking=non_blocking)
         x = cupy.zeros(4, np.float32)  # on the null stream
         with stream:
-            doubling_kernel(x)
+            double(x)
             assert np.isnan(x.get()).all() == non_blocking
 
 
-def test_used_stream_is_current(doubling_kernel):
+def test_used_stream_is_current(double):
     stream = cupy.cuda.Stream(non_blocking=True).use()
     x = cupy.zeros(4, np.float32)
     assert (x.get(stream) == 0).all()
     cupy.cuda.Stream.null.use()
 
 
-def test_random_moments(monkeypatch, doubling_kernel):
+def test_random_moments(monkeypatch, double):
     """With a seed some copies from pinned memory are early, some late."""
     monkeypatch.setenv("LLMC_EMULATOR_SEED", "1")
     monkeypatch.setattr(raw.emulator, "schedule", lambda seed: None)
@@ -95,15 +95,15 @@ def test_events():
         cupy.cuda.get_elapsed_time(first, untimed)
 
 
-def test_graph_replays(doubling_kernel):
+def test_graph_replays(double):
     stream = cupy.cuda.Stream(non_blocking=True)
     x = cupy.empty(4, np.float32)
     host = pinned(4)
     with stream:
         stream.begin_capture()
         x.set(host)
-        doubling_kernel(x)
-        doubling_kernel(x)
+        double(x)
+        double(x)
         graph = stream.end_capture()
         assert np.isnan(x.get()).all()
         for value in (1, 2):

@@ -26,8 +26,8 @@ def fake_cupy(monkeypatch, clear_streams):
 
 
 @pytest.fixture
-def doubling_kernel(monkeypatch):
-    """Return doubling_kernel(array), which launches a fake kernel that doubles the array's elements."""
+def double(monkeypatch):
+    """Return double(array), which launches a fake kernel that doubles the array's elements."""
     from support.fake_cupy import doubling_kernel
 
     kernel = doubling_kernel(monkeypatch)

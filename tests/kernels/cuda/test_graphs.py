@@ -24,8 +24,8 @@ TOKENS = [4, 8, 15, 16, 23, 42, 7, 7]
 
 
 @pytest.fixture
-def opened(monkeypatch, compiler, fake_cupy):
-    """Kernels of a precision on the stand-in, within this process."""
+def opened(monkeypatch, requires_gxx, fake_cupy):
+    """Return opened(precision), which opens the kernels on the fake CuPy with the emulator's checks enabled."""
     monkeypatch.setenv("LLMC_EMULATOR_CHECK", "1")
     return lambda precision="fp32": CudaKernels(Device(0, precision == "bf16"), precision)
 

@@ -10,8 +10,8 @@ from llmc_cli.errors import MissingError
 
 
 def test_train_section_has_a_step_and_its_operations():
-    measured = measure_section(make_job("train"), CEILINGS, False, ignore)
-    step, *parts = measured.rows
+    result = measure_section(make_job("train"), CEILINGS, False, ignore)
+    step, *parts = result.rows
     assert step.name == "train/step"
     assert step.runs == 2
     assert step.ceiling == "MFU"
@@ -19,8 +19,8 @@ def test_train_section_has_a_step_and_its_operations():
     assert step.share == pytest.approx(step.flops_per_s / CEILINGS.flops)
     assert {"train/step/adamw", "train/step/other"} < {part.name for part in parts}
     assert [part.seconds for part in parts[:-1]] == sorted((part.seconds for part in parts[:-1]), reverse=True)
-    assert [worker.implementation for worker in measured.workers] == ["llmc"]
-    assert measured.workers[0].configuration["threads"] == 1
+    assert [worker.implementation for worker in result.workers] == ["llmc"]
+    assert result.workers[0].configuration["threads"] == 1
     assert not step.torch
     assert step.best_mode == ""
 

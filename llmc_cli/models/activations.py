@@ -18,7 +18,9 @@ class LayerActivations(NamedTuple):
     ln1_mean: Array  # (N,)
     ln1_rstd: Array  # (N,)
     qkv: Array  # (B, T, 3C)
+    qkv_rows: Array  # (N, 3C) view of ``qkv``
     att: Array  # (B, T, C)
+    att_rows: Array  # (N, C) view of ``att``
     res_att: Array  # (N, C) residual stream after attention; may be ``res``
     ln2: Array  # (N, C)
     ln2_mean: Array  # (N,)
@@ -78,6 +80,9 @@ def training_activations(acts: Arena, stats: Arena) -> Activations:
     def layer_view(name: str, layer: int) -> Array:
         return acts[name][layer % len(acts[name])]  # recomputed activations have one buffer for all layers
 
+    def rows(x: Array) -> Array:  # (B, T, K) to (N, K)
+        return x.reshape(-1, x.shape[-1])
+
     def layer_activations(layer: int) -> LayerActivations:
         return LayerActivations(
             res=acts["res_mlp"][layer - 1] if layer else acts["encoded"],
@@ -85,7 +90,9 @@ def training_activations(acts: Arena, stats: Arena) -> Activations:
             ln1_mean=stats["ln1_mean"][layer],
             ln1_rstd=stats["ln1_rstd"][layer],
             qkv=acts["qkv"][layer],
+            qkv_rows=rows(acts["qkv"][layer]),
             att=acts["att"][layer],
+            att_rows=rows(acts["att"][layer]),
             res_att=acts["res_att"][layer],
             ln2=layer_view("ln2", layer),
             ln2_mean=stats["ln2_mean"][layer],

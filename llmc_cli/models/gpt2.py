@@ -69,11 +69,6 @@ class GPT2:
             self.grads = Arena(alloc, parameter_shapes(config), self.kernels.dtype)
             self.scratch = Arena(alloc, gradient_shapes(config, B, T), dtype, ALIGN)
 
-    @staticmethod
-    def rows(x: Array) -> Array:
-        """Reshape (B,T,K) to (N,K)."""
-        return x.reshape(-1, x.shape[-1])
-
     def _run(self, method: Callable[..., None], *arguments: object) -> None:
         """Call a method of this class through ``Kernels.recorded``. It must not transfer data to or from the host."""
         key = (self.kernels, method, *arguments)
@@ -116,9 +111,9 @@ class GPT2:
             k.residual_norm_forward(
                 a.res, a.ln1, a.ln1_mean, a.ln1_rstd, stream, delta, bias, p["ln1w"][layer], p["ln1b"][layer], eps
             )
-            k.linear_forward(self.rows(a.qkv), a.ln1, weights["qkvw"][layer], p["qkvb"][layer])
+            k.linear_forward(a.qkv_rows, a.ln1, weights["qkvw"][layer], p["qkvb"][layer])
             attention(layer, a)
-            k.linear_forward(branch, self.rows(a.att), weights["attprojw"][layer], None)
+            k.linear_forward(branch, a.att_rows, weights["attprojw"][layer], None)
             k.residual_norm_forward(
                 a.res_att, a.ln2, a.ln2_mean, a.ln2_rstd,
                 a.res, branch, p["attprojb"][layer], p["ln2w"][layer], p["ln2b"][layer], eps,
@@ -185,12 +180,12 @@ class GPT2:
             # attention branch
             k.linear_backward(
                 dbranch, g["attprojw"][layer], g["attprojb"][layer],
-                dres, self.rows(a.att), weights["attprojw"][layer], acc,
+                dres, a.att_rows, weights["attprojw"][layer], acc,
             )  # fmt: skip
             dout = dbranch.reshape(a.att.shape)  # (B, T, C)
             k.attention_backward(a.qkv, dout, a.att, self.stats["lse"][layer], a.qkv, NH)
             k.linear_backward(
-                dbranch, g["qkvw"][layer], g["qkvb"][layer], self.rows(a.qkv), a.ln1, weights["qkvw"][layer], acc
+                dbranch, g["qkvw"][layer], g["qkvb"][layer], a.qkv_rows, a.ln1, weights["qkvw"][layer], acc
             )
             k.residual_norm_backward(
                 dres, g["ln1w"][layer], g["ln1b"][layer],

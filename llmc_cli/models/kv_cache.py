@@ -42,7 +42,8 @@ class KVCache:
             mean, rstd = self._statistics["mean"][:N], self._statistics["rstd"][:N]
             stream, norm = scratch["stream"], scratch["norm"]
             layer = LayerActivations(
-                stream, norm, mean, rstd, scratch["qkv"].reshape(S, T, 3 * C), scratch["att"].reshape(S, T, C),
+                stream, norm, mean, rstd,
+                scratch["qkv"].reshape(S, T, 3 * C), scratch["qkv"], scratch["att"].reshape(S, T, C), scratch["att"],
                 stream, norm, mean, rstd, scratch["fc"], scratch["gelu"],
             )  # fmt: skip
             layers = [layer] * self.config.num_layers

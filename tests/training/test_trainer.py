@@ -1,53 +1,17 @@
 import dataclasses
 import json
-import threading
 import tracemalloc
 
 import numpy as np
 import pytest
+from support.training_runs import course, files, new_trainer, run, steps
 
-from llmc_cli.errors import CheckError, MissingError, UsageError
+from llmc_cli.errors import CheckError, UsageError
 from llmc_cli.formats.shard import write_shard
 from llmc_cli.formats.train_state import check_train_state, load_moments
+from llmc_cli.training.checkpoints import RunFolder
 from llmc_cli.training.plan import make_plan
 from llmc_cli.training.reports import CheckpointReport, SampleReport, StepReport, ValidationReport
-from llmc_cli.training.trainer import Trainer
-
-
-def new_trainer(options, backend):
-    return Trainer(make_plan(options, backend), backend)
-
-
-def run(options, backend, stop_after=None, stop_at=StepReport):
-    """Return all reports of a run that is interrupted at the ``stop_at`` report of step ``stop_after``."""
-    reports, interrupt = [], threading.Event()
-    for report in new_trainer(options, backend).run(interrupt.is_set):
-        reports.append(report)
-        if isinstance(report, stop_at) and report.step == stop_after:
-            interrupt.set()
-    return reports
-
-
-def steps(reports):
-    return [report for report in reports if isinstance(report, StepReport)]
-
-
-def course(reports):
-    """Return what a run computed, without times."""
-    return [
-        dataclasses.astuple(dataclasses.replace(report, ms=0, tokens_per_s=0, mfu=0))
-        for report in reports
-        if isinstance(report, StepReport)
-    ]
-
-
-def files(folder):
-    """Return the bytes of the files of a run that contain no times."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.suffix == ".bin" or path.name.startswith("DONE") or path.name == "main.log"
-    }
 
 
 def test_loss_decreases(options_with, backend):
@@ -119,31 +83,6 @@ def test_main_log_has_the_format_of_llm_c(tiny_options, backend):
     assert lines[1] == f"s:0 trl:{first.loss:.4f} lr:{first.lr:.6f} norm:{first.norm:.2f}"
 
 
-def test_fresh_run_into_a_finished_one_is_refused(tiny_options, backend):
-    run(tiny_options, backend)
-    with pytest.raises(UsageError, match=r"holds a finished checkpoint \(step 20\)"):
-        make_plan(tiny_options, backend)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"lr": 1e-3}, "--lr was 0.01, is 0.001"),
-        ({"steps": 30}, "--steps was 20, is 30"),
-        ({"seed": 1}, "--seed"),
-        ({"batch": 1}, "--batch was 2, is 1"),
-        ({"schedule": "linear"}, "--schedule"),
-        ({"data": "val"}, "the training data are different"),
-    ],
-)
-def test_resume_with_changed_options_is_refused(options_with, backend, tiny_data, change, text):
-    run(options_with(), backend, stop_after=3)
-    if change.get("data"):
-        change = {"data": str(tiny_data / "tiny_train_0.bin")}
-    with pytest.raises(UsageError, match=text):
-        make_plan(options_with(resume=True, **change), backend)
-
-
 def test_force_allows_changed_options(options_with, backend):
     run(options_with(), backend, stop_after=3)
     reports = steps(run(options_with(resume=True, force=True, steps=22, lr=1e-3), backend))
@@ -155,6 +94,7 @@ def test_forced_resume_with_another_batch_is_refused(options_with, backend):
     run(options_with(), backend, stop_after=3)
     with pytest.raises(UsageError, match="does not fit the shards"):
         run(options_with(resume=True, force=True, batch=1), backend)
+    RunFolder(options_with().out).lock().release()  # the failed run has released its lock
 
 
 def test_checkpoint_every_keep_and_major_every(options_with, backend, tmp_path):
@@ -252,10 +192,6 @@ def test_validation_wraps_around_as_in_llm_c(options_with, backend):
     assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-12)
 
 
-def test_default_length_is_one_epoch(options_with, backend):
-    assert make_plan(options_with(steps=-1), backend).steps == 1200 // 64
-
-
 def test_overfit_repeats_the_first_batch(options_with, backend):
     reports = steps(run(options_with(overfit=True, total_batch=-1, schedule="constant", lr=0.0), backend))
     assert len({report.loss for report in reports}) == 1
@@ -305,41 +241,6 @@ def test_samples_have_the_requested_length(options_with, backend):
 def test_val_every_0_needs_no_validation_data(options_with, backend):
     reports = run(options_with(out=None, val_every=0, val_data="nowhere"), backend)
     assert all(isinstance(report, StepReport) for report in reports)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"total_batch": 50}, "not a multiple of batch x sequence length = 32"),
-        ({"total_batch": 0}, "not a multiple of batch x sequence length = 32"),
-        ({"seq_len": 33}, "has only 32 positions"),
-        ({"model": "d7"}, "unknown model 'd7'"),
-        ({"schedule": "cos"}, "--schedule cos: expected one of cosine, linear"),
-        ({"out": None, "resume": True}, "--resume needs --out"),
-        ({"steps": 0}, "--steps 0: expected at least 1"),
-        ({"val_steps": 0}, "--val-steps 0"),
-        ({"steps": -1, "total_batch": 3200}, "less than one step takes"),
-    ],
-)
-def test_contradictory_options_are_refused(options_with, backend, change, text):
-    with pytest.raises(UsageError, match=text):
-        make_plan(options_with(**change), backend)
-
-
-def test_model_larger_than_memory_is_refused(options_with, backend):
-    with pytest.raises(MissingError, match=r"needs .* GB of memory; only this machine has"):
-        make_plan(options_with(model="gpt3:c12288"), backend)
-
-
-def test_planned_memory_equals_the_arenas(options_with, backend):
-    trainer = new_trainer(options_with(out=None), backend)
-    list(trainer.run())
-    model, optimizer, plan = trainer.model, trainer.optimizer, trainer.plan
-    assert plan.memory["parameters"] == model.params.flat.nbytes
-    assert plan.memory["gradients"] == model.grads.flat.nbytes
-    assert plan.memory["moments"] == optimizer.m.nbytes + optimizer.v.nbytes
-    assert plan.memory["activations"] == model.acts.flat.nbytes + model.stats.flat.nbytes
-    assert plan.memory["workspace"] >= model.scratch.flat.nbytes
 
 
 def test_nothing_is_allocated_in_a_step(options_with, backend):

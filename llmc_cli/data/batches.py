@@ -39,7 +39,7 @@ class Batches:
     """An endless sequence of batches from the shards that match a glob, sorted by name.
 
     ``next_batch`` sets ``inputs`` and ``targets`` (B,T) int32, where targets are shifted by one position. They are
-    valid until its next call. It allocates memory only at the start of a shard.
+    valid until its next call. Memory is allocated only at the start of a shard.
 
     A sample is B·T+1 tokens; a shard holds (tokens - 1) // (B·T) of them, at multiples of B·T. With a ``shuffle_seed``
     the order of the shards is permuted at the start of each epoch, and that of the samples at the start of each shard.
@@ -60,7 +60,6 @@ class Batches:
                     "use a smaller batch or sequence length"
                 )
         self.num_tokens = sum(self.sizes)
-        self.num_samples = sum(self._samples(size) for size in self.sizes)
         self._batch, self._ahead = _Batch(B, T), _Batch(B, T)
         self._has_read_ahead = False  # whether _ahead holds the next sample
         self._shard, self._sample = 0, 0

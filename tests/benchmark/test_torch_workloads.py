@@ -71,13 +71,13 @@ def test_sampling_tasks_use_the_precision_of_llmc_if_shared(monkeypatch):
 
     for precision, uses_bf16 in (("fp32", False), ("fp32 bf16", True)):
         workload, _ = open_torch(make_job("sample", implementation="torch eager", precision=precision))
-        kept = {}
+        dtypes = {}
         for name in workload.tasks:
             task = workload.prepare(name)
             task.run()
-            kept[name] = task.run.__self__.keys[0].dtype
+            dtypes[name] = task.run.__self__.keys[0].dtype
         bf16 = torch.bfloat16 if uses_bf16 else torch.float32
-        assert kept == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
+        assert dtypes == {"token fp32": torch.float32, "token bf16": bf16, "token int8": torch.float32}
 
 
 @pytest.mark.parametrize("section", ["kernels", "train"])
@@ -133,9 +133,9 @@ def test_compiled_decoding_copies_no_cache():
     ids, position = torch.zeros((1, 1), dtype=torch.int64), torch.tensor([5])
     with torch.inference_mode():
         _, (code,) = run_and_get_code(torch.compile(model.extend), ids, keys, values, position)
-    made = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
-    assert made
-    assert not {"1, 2, 13, 8", "2, 1, 2, 13, 8"} & set(made)
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
+    assert shapes
+    assert not {"1, 2, 13, 8", "2, 1, 2, 13, 8"} & set(shapes)
     for layer in (*keys, *values):
         assert layer[:, :, 5].any()
         assert not layer[:, :, 6:].any()

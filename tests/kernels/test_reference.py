@@ -1,6 +1,6 @@
 """The reference kernels: forward against formulas in loops, backward against finite differences, both against PyTorch.
 
-The PyTorch values are in ``fixtures/kernel_goldens.npz``, made by ``fixtures/make_kernel_goldens.py``.
+The PyTorch values are in ``fixtures/kernel_goldens.npz``, written by ``fixtures/make_kernel_goldens.py``.
 """
 
 import math

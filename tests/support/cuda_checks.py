@@ -1,5 +1,5 @@
-"""What the tests of CUDA kernels share: a device on the emulator, and checks of what is launched on it, under several
-orders of blocks and threads, or with a fault planted."""
+"""Shared by the tests of CUDA kernels: a device backed by the emulator, and checks that run a kernel under several
+orders of blocks and threads, or with a planted fault."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from llmc_cli.kernels.cuda.source import source
 from llmc_cli.kernels.operations import OPERATIONS
 
 SCHEDULES = (None, 1, 2)
-BF16 = 2.0**-8  # the bound on what is stored as bf16: half a unit in the last of its 8 bits, and as much for arithmetic
+BF16 = 2.0**-8  # bound on relative errors of bf16 outputs: half a unit of the 8-bit mantissa, doubled for arithmetic
 precisions = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
 
 class Memory(np.ndarray):
-    """A NumPy array with an address as device arrays have it."""
+    """A NumPy array with the ``data.ptr`` attribute of a device array."""
 
     @property
     def data(self):
@@ -26,10 +26,10 @@ class Memory(np.ndarray):
 
 
 class EmulatedDevice:
-    """What launches need of a device, with NumPy arrays for its memory. All of it is checked by the emulator.
+    """A replacement for ``Device`` that runs launches on the emulator with all its checks, on NumPy arrays.
 
-    ``shift``: by how many elements arrays miss the alignment that accesses of 16 bytes need. ``change``: what is to be
-    made of a program's text before it is compiled.
+    ``shift`` is the number of elements by which arrays are misaligned for 16-byte accesses. ``change`` transforms a
+    program's source before it is compiled.
     """
 
     def __init__(self, bf16, shift=0, change=lambda text: text):
@@ -57,8 +57,8 @@ class EmulatedDevice:
         self.program(file, kernel).launch(kernel, grid, block, tuple(addresses), shared)
 
     def put(self, values, dtype, shift=None):
-        """Device memory with these values; where ``dtype`` is uint16 they are rounded to bf16. ``shift``: of this array
-        alone, in bytes."""
+        """Return device memory with these values, rounded to bf16 if ``dtype`` is uint16. ``shift`` is the misalignment
+        of this array in bytes."""
         values = np.asarray(values)
         itemsize = np.dtype(dtype).itemsize
         raw = np.empty(values.size * itemsize + 128, np.uint8)
@@ -93,7 +93,7 @@ class Result(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something a kernel might do wrong: ``old`` text, which is there once, replaced; and a case that shows it."""
+    """A bug to plant in a kernel by replacing ``old``, which occurs once in the source, and a case that detects it."""
 
     name: str
     file: str
@@ -117,20 +117,20 @@ def bounds(operation, *outputs):
 
 
 def rows_of(letters, *rows):
-    """Sizes by their letters."""
+    """Return one dict of sizes per row, keyed by letter."""
     return [dict(zip(letters.split(), row, strict=True)) for row in rows]
 
 
 def case_id(case):
-    """The name of a case: a check, and the sizes it gets."""
+    """Return the test id of a case, which is a check and its sizes."""
     check, sizes = case
     return check.__name__.removeprefix("check_") + "-" + " ".join(f"{k}={v}" for k, v in sizes.items() if k != "cuts")
 
 
 def run(check, device, sizes):
-    """``check`` under all schedules; AssertionError or EmulatorError where a kernel is wrong.
+    """Run ``check`` under all schedules. Raises AssertionError or EmulatorError if a kernel is wrong.
 
-    A check makes inputs, launches, and gives outputs beside what the reference makes of the inputs as stored.
+    A check creates inputs, launches kernels and returns their outputs with those of the reference for the same inputs.
     """
     bits = set()
     for seed in SCHEDULES:
@@ -142,21 +142,21 @@ def run(check, device, sizes):
             largest = np.abs(expected).max()
             assert error <= limit * largest, f"{name}: error {error:.3g}, largest {largest:.3g}, bound {limit:.3g}"
         bits.add(b"".join(found.tobytes() for _, found, _, _ in results))
-    assert len(bits) == 1, "other bits in another order of blocks and threads"
+    assert len(bits) == 1, "the result depends on the order of blocks and threads"
 
 
 def run_case(case, bf16, shift=0):
-    """The test of a case."""
+    """Run a case under all schedules."""
     check, sizes = case
     with EmulatedDevice(bf16, shift) as device:
         run(check, device, sizes)
 
 
 def check_fault_detected(fault):
-    """The test of a fault: that the check which its case names fails."""
+    """Assert that the fault's case fails with the fault planted."""
     assert source(fault.file).count(fault.old) == 1
     check, sizes = fault.case
     with EmulatedDevice(fault.bf16, fault.shift, lambda text: text.replace(fault.old, fault.new)) as device:
-        device.program(fault.file)  # it compiles: what is noticed is what it does
+        device.program(fault.file)  # the faulty source must compile
         with pytest.raises((AssertionError, emulator.EmulatorError)):
             run(check, device, sizes)

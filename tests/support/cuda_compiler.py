@@ -1,4 +1,4 @@
-"""Compiles the CUDA programs as CuPy does, without a device, and reads from the compiler's log what each kernel needs.
+"""Compile the CUDA programs as CuPy does, without a device, and parse each kernel's resources from the compiler's log.
 
 Needs a wheel with NVRTC: nvidia-cuda-nvrtc (13.x), nvidia-cuda-nvrtc-cu12, or both.
 """
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What a compiled kernel takes: registers and bytes of stack of a thread, spilled bytes, bytes of shared memory."""
+    """Resources of a compiled kernel: registers and stack bytes per thread, spilled bytes, shared memory bytes."""
 
     registers: int
     stack: int
@@ -48,19 +48,19 @@ class Kernel(NamedTuple):
 
 class Compiled(NamedTuple):
     kernels: dict[str, Kernel]
-    complaints: str  # errors and warnings; empty where there are none
+    complaints: str  # errors and warnings
 
 
 def variants():
-    """Every program as the product compiles it, the slowest first: bf16 only where there are tensor cores for it, and
-    attention on tensor cores only in bf16."""
+    """Yield all variants in use, the slowest to compile first: bf16 only for architectures with bf16 tensor cores, and
+    attention_mma only in bf16."""
     for program, capability, bf16 in itertools.product(PROGRAMS, ARCHITECTURES, (False, True)):
         if capability >= TENSOR_CORES if bf16 else program != "attention_mma":
             yield Variant(program, bf16, capability)
 
 
 def library(version):
-    """The path of NVRTC of CUDA ``version``, or None where its wheel is not installed."""
+    """Return the path of NVRTC for CUDA ``version``, or None if its wheel is not installed."""
     found = importlib.util.find_spec("nvidia")
     folders = list(found.submodule_search_locations or ()) if found else []
     paths = [Path(folder) / LIBRARIES[version] for folder in folders]
@@ -75,7 +75,7 @@ def _load(version):
 
 
 def full_version(version):
-    """Major and minor, as "13.0"."""
+    """Return the version of NVRTC, such as "13.0"."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _load(version).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
@@ -114,12 +114,12 @@ def _read(log, error):
 
 
 def _number(pattern, text):
-    """The largest of the numbers that are found; 0 where there is none."""
+    """Return the largest number that matches, or 0."""
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
 def compile_all(version):
-    """Every variant with NVRTC of CUDA ``version``, by two processes."""
+    """Compile every variant with NVRTC for CUDA ``version``, in two processes."""
     wanted = list(variants())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:

@@ -1,4 +1,4 @@
-"""A device that only notes what it is asked for, so that the backend's own code can be run at any size and counted."""
+"""A fake device that records launches and copies without executing them, for running the backend at any size."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from llmc_cli.kernels.cuda.device import TENSOR_CORES
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel of a program: threads of a block, bytes of dynamic shared memory."""
+    """One kernel launch: threads per block, bytes of dynamic shared memory."""
 
     program: str
     kernel: str
@@ -20,7 +20,7 @@ class Launch(NamedTuple):
 
 
 class AddressedArray(np.ndarray):
-    """An array whose elements all lie in one place, so that it takes no memory, with an address as on a device."""
+    """An array with ``data.ptr`` as on a device. All elements share one address, so it takes no memory."""
 
     @property
     def data(self):
@@ -28,7 +28,7 @@ class AddressedArray(np.ndarray):
 
 
 class RecordingDevice:
-    """In the place of a ``Device``: keeps account of launches, products and copies, and does nothing."""
+    """A replacement for ``Device`` that records launches, products and copies."""
 
     def __init__(self, bf16, capability):
         self.name, self.bf16, self.capability = "notebook", bf16, capability
@@ -45,7 +45,7 @@ class RecordingDevice:
 
     @property
     def products(self):
-        """How many cuBLAS has been asked for."""
+        """The number of cuBLAS products."""
         return self.cublas_library().cublasGemmEx.call_count
 
     def record_launch(self, *arguments):

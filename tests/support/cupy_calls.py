@@ -1,5 +1,5 @@
-"""What llmc uses of CuPy: one table, held against the stand-in (test_cuda_stand_in.py) and against the real wheel
-(test_cupy_signatures.py)."""
+"""The part of CuPy's interface that llmc uses. test_fake_cupy.py compares it with the fake CuPy, and
+test_cupy_signatures.py with the real one."""
 
 CALLS = {
     "RawModule": "*, code, options, backend",

@@ -19,12 +19,12 @@ def compiled(source, check=True):
 
 @contextlib.contextmanager
 def memory():
-    """register(array) -> the same array, as memory of the device."""
+    """Yield register(array), which registers an array as device memory and returns it."""
     with contextlib.ExitStack() as stack:
         kept = []
 
         def register(array):
-            kept.append(array)  # its memory must not be another's before it is unregistered
+            kept.append(array)  # its memory must not be reused before it is unregistered
             emulator.register(array.ctypes.data, array.nbytes)
             stack.callback(emulator.unregister, array.ctypes.data)
             return array

@@ -1,4 +1,4 @@
-"""The stand-in for CuPy, loaded, and what its tests put on its devices."""
+"""The fake CuPy, loaded, and helpers to put data on its devices."""
 
 import ctypes
 
@@ -11,7 +11,7 @@ raw = cupy._raw
 
 
 class Compiled:
-    """In the place of a compiled program: ``double`` (float* x, int n, long long, float) doubles x."""
+    """A replacement for a compiled program with one kernel, ``double`` (float* x, int n, long long, float)."""
 
     names = ("double",)
 
@@ -27,7 +27,7 @@ class Compiled:
 
 
 def doubling_kernel(monkeypatch):
-    """The kernel ``double``."""
+    """Return the kernel ``double``, which multiplies the elements of x by 2 and needs no compiler."""
     monkeypatch.setattr(raw.emulator, "Program", Compiled)
     monkeypatch.setattr(raw.memory, "tell_kernels", lambda: None)
     return cupy.RawModule(code="", options=("-std=c++17",)).get_function("double")

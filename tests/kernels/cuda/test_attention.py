@@ -1,5 +1,5 @@
-"""The CUDA kernels of attention on the emulator: against float64, the same bits in any order of blocks and threads, and
-with faults planted in them, each of which must be noticed."""
+"""Attention kernels on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ of the numbers. One rounding gives 1.7e-3; dq and dk, which are small beside it,
 
 
 class AttentionDevice(EmulatedDevice):
-    """Takes down the kernels that are launched. ``fault``: one that some of its kernels have."""
+    """Records the kernels launched. ``fault`` is planted in its kernel."""
 
     def __init__(self, bf16, tensor_cores=True, fault=None):
         super().__init__(bf16)
@@ -71,7 +71,7 @@ def root_mean_square(numbers):
 
 
 def check_training(device, B, T, NH, HS, shift=0, apart=False):
-    """Gradients take the place of qkv, or a place ``apart``."""
+    """Check forward and backward. dqkv overwrites qkv, or is a separate array if ``apart``."""
     rng, C = np.random.default_rng(T * 1000 + HS), NH * HS
     qkv = device.put(rng.standard_normal((B, T, 3 * C)) * 1.5, device.real, shift)
     dout = device.put(rng.standard_normal((B, T, C)), device.real)
@@ -113,7 +113,7 @@ def check_cached(device, S, T, NH, HS, Tmax):
 def run(check, device, schedules=SCHEDULES, **sizes):
     """``check`` on a device that ``device`` makes, under all schedules: the kernels launched. AssertionError or
     EmulatorError where one is wrong."""
-    emulator.counters()  # begin anew
+    emulator.counters()  # reset
     bits = set()
     for seed in schedules:
         emulator.schedule(seed)
@@ -122,7 +122,7 @@ def run(check, device, schedules=SCHEDULES, **sizes):
             for result in results:
                 result.run_case()
             bits.add(b"".join(result.found.tobytes() for result in results))
-    assert len(bits) == 1, "other bits in another order of blocks and threads"
+    assert len(bits) == 1, "the result depends on the order of blocks and threads"
     assert emulator.counters()["ldmatrix_conflicts"] == 0
     return set(memory.kernels)
 
@@ -132,38 +132,38 @@ def with_reals(bf16, **options):
 
 
 @pytest.mark.parametrize("B, T, NH, HS", MMA)
-def test_on_tensor_cores(B, T, NH, HS):
+def test_tensor_core_kernels(B, T, NH, HS):
     kernels = run(check_training, with_reals(True), B=B, T=T, NH=NH, HS=HS)
     assert kernels == {f"attention_mma_{name}_{HS}" for name in ("forward", "delta", "keys", "queries")}
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("B, T, NH, HS", TILES)
-def test_any_head_size(B, T, NH, HS, bf16):
+def test_kernels_for_any_head_size(B, T, NH, HS, bf16):
     kernels = run(check_training, with_reals(bf16, tensor_cores=False), B=B, T=T, NH=NH, HS=HS)
     assert not any("mma" in kernel for kernel in kernels)
 
 
 @pytest.mark.parametrize("HS, shift", [(32, 0), (64, 2)])
-def test_what_tensor_cores_do_not_take(HS, shift):
-    """Other head sizes, and addresses that allow no access of 16 bytes."""
+def test_fallback_without_tensor_cores(HS, shift):
+    """Unsupported head sizes and unaligned arrays use the general kernels."""
     kernels = run(check_training, with_reals(True), (None,), B=1, T=5, NH=1, HS=HS, shift=shift)
     assert not any("mma" in kernel for kernel in kernels)
 
 
 @pytest.mark.parametrize("tensor_cores", [False, True])
-def test_gradients_in_a_place_of_their_own(tensor_cores):
+def test_gradients_in_a_separate_array(tensor_cores):
     run(check_training, with_reals(True, tensor_cores=tensor_cores), (None,), B=1, T=70, NH=2, HS=64, apart=True)
 
 
-def test_head_too_large():
+def test_head_size_above_maximum_is_an_error():
     with pytest.raises(ValueError, match="head size 257 is not supported; the maximum is 256"):
         run(check_training, with_reals(False), B=1, T=1, NH=1, HS=257)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", [*CACHED_SIZES, *LONGER], ids=lambda sizes: "-".join(map(str, sizes.values())))
-def test_cached(sizes, bf16):
+def test_attention_over_kv_cache(sizes, bf16):
     run(check_cached, with_reals(bf16), **sizes)
 
 
@@ -212,32 +212,32 @@ MMA_FAULTS = [
     Fault("no barrier before results, keys", "attention_mma_keys_64", EPILOGUE + SCALES + "    float ones",
           SCALES + "    float ones"),
     Fault("no barrier before results, queries", "attention_mma_queries_128", EPILOGUE + SCALES + "#", SCALES + "#"),
-    Fault("tiles in the place of q too early", "attention_mma_forward_128",
+    Fault("q overwritten too early", "attention_mma_forward_128",
           "        __syncthreads();  // the ring overwrites q\n    }", "    }"),
-    Fault("tiles in the place of k too early", "attention_mma_keys_64",
+    Fault("k overwritten too early", "attention_mma_keys_64",
           "        __syncthreads();  // the ring overwrites k and v\n", ""),
-    Fault("tiles in the place of dout too early", "attention_mma_queries_128",
+    Fault("dout overwritten too early", "attention_mma_queries_128",
           "        __syncthreads();  // the ring overwrites q and dout\n", ""),
-    Fault("queries read before they are there", "attention_mma_forward_128",
+    Fault("queries read before they arrive", "attention_mma_forward_128",
           "        __syncthreads();\n        load_resident<S>(resident, own, rows);",
           "        load_resident<S>(resident, own, rows);"),
-    Fault("a copy not in a group", "attention_mma_keys_64", "    }\n    copy_async_commit();\n}", "    }\n}"),
-    Fault("no warp barrier where results are stored", "attention_mma_forward_64", "    __syncwarp();\n", ""),
-    Fault("the key behind one's own seen", "attention_mma_forward_64", "if (column > " + MASKED,
+    Fault("copy not committed", "attention_mma_keys_64", "    }\n    copy_async_commit();\n}", "    }\n}"),
+    Fault("no warp barrier before results are stored", "attention_mma_forward_64", "    __syncwarp();\n", ""),
+    Fault("future key not masked", "attention_mma_forward_64", "if (column > " + MASKED,
           "if (column > 1 + " + MASKED),
-    Fault("one's own key hidden", "attention_mma_forward_128", "if (column > " + MASKED, "if (column >= " + MASKED),
-    Fault("one's own query hidden", "attention_mma_keys_64", "(e & 1) < " + MASKED, "(e & 1) <= " + MASKED),
-    Fault("the key behind one's own seen, queries", "attention_mma_queries_64", "(e & 1) > " + MASKED,
+    Fault("own key masked", "attention_mma_forward_128", "if (column > " + MASKED, "if (column >= " + MASKED),
+    Fault("own query masked", "attention_mma_keys_64", "(e & 1) < " + MASKED, "(e & 1) <= " + MASKED),
+    Fault("future key not masked, queries", "attention_mma_queries_64", "(e & 1) > " + MASKED,
           "(e & 1) > 1 + " + MASKED),
-    Fault("a warp leaves before a barrier", "attention_mma_queries_64",
+    Fault("a warp exits before a barrier", "attention_mma_queries_64",
           f"continue;  // no query of this warp attends to the tile\n        }}\n{STAGE}{VALUES}p[",
           f"break;\n        }}\n{STAGE}{VALUES}p["),
-    Fault("a tile on the diagonal not masked", "attention_mma_forward_64", "if (key + S::STREAMED - 1 > row) {",
+    Fault("diagonal tile not masked", "attention_mma_forward_64", "if (key + S::STREAMED - 1 > row) {",
           "if (key > row) {"),
-    Fault("a tile on the diagonal skipped", "attention_mma_keys_64", "if (query + S::STREAMED - 1 < row)",
+    Fault("diagonal tile skipped", "attention_mma_keys_64", "if (query + S::STREAMED - 1 < row)",
           "if (query < row)"),
-    Fault("the first tile skipped", "attention_mma_keys_128", "first / S::STREAMED;", "first / S::STREAMED + 1;"),
-    Fault("the wrong stage read", "attention_mma_forward_64", f"{STAGE}{VALUES}scores",
+    Fault("first tile skipped", "attention_mma_keys_128", "first / S::STREAMED;", "first / S::STREAMED + 1;"),
+    Fault("wrong stage read", "attention_mma_forward_64", f"{STAGE}{VALUES}scores",
           f"        const unsigned keys = ring;\n{VALUES}scores"),
     Fault("statistics of the wrong stage", "attention_mma_keys_64",
           "memory + S::RING + (j & 1) * S::STAGE + 2", "memory + S::RING + 2"),
@@ -250,61 +250,61 @@ MMA_FAULTS = [
           "store_rows<S>(target, C, S::WARP_ROWS,"),
     Fault("rows past T stored, keys", "attention_mma_keys_128", "store_rows<S>(target + C, 3 * C, T - row,",
           "store_rows<S>(target + C, 3 * C, S::WARP_ROWS,"),
-    Fault("sums not brought to the new maximum", "attention_mma_forward_64", "total[m][half] * shrink + sum",
+    Fault("sums not rescaled to the new maximum", "attention_mma_forward_64", "total[m][half] * shrink + sum",
           "total[m][half] + sum"),
-    Fault("the maximum of a lane taken for that of a row", "attention_mma_forward_64",
+    Fault("maximum of a lane instead of the row", "attention_mma_forward_64",
           "maximum = warp_max<QUAD>(maximum);", ""),
     Fault("scale dropped, forward", "attention_mma_forward_64", "scale * LOG2_E;  //", "LOG2_E;  //"),
     Fault("scale dropped, dk", "attention_mma_keys_64", "dk, scales, stage", "dk, ones, stage"),
     Fault("delta dropped", "attention_mma_queries_64", "(ds[m][n][e] - deltas[m][e >> 1])", "ds[m][n][e]"),
-    Fault("lse to the wrong base", "attention_mma_delta_64", "lse[at] * LOG2_E", "lse[at]"),
+    Fault("lse in the wrong base", "attention_mma_delta_64", "lse[at] * LOG2_E", "lse[at]"),
     Fault("delta at the wrong row", "attention_mma_delta_128", "(bt / T * NH + h) * T + bt % T", "row"),
-    Fault("q of other rows set apart", "attention_mma_delta_64", "qkv + skipped + index", "qkv + index"),
+    Fault("q copied from the wrong rows", "attention_mma_delta_64", "qkv + skipped + index", "qkv + index"),
     Fault("swizzle wrong on reading", "attention_mma_forward_64", "(lane >> 3) & 1);", "lane >> 4);"),
-    Fault("no swizzle, so that banks conflict", "attention_mma_forward_64", "((chunk ^ (row & 7)) << 4)",
+    Fault("no swizzle, bank conflicts", "attention_mma_forward_64", "((chunk ^ (row & 7)) << 4)",
           "(chunk << 4)"),
 ]  # fmt: skip
 
 TILE_FAULTS = [
-    Fault("tiles filled while they are read", "attention_forward_256", FREE + "        load_tile(a, left",
+    Fault("tiles overwritten while being read", "attention_forward_256", FREE + "        load_tile(a, left",
           "        load_tile(a, left"),
     Fault("tiles read before they are filled", "attention_forward_256",
           "load_tile(b, right, column, HS);\n        __syncthreads();\n", "load_tile(b, right, column, HS);\n"),
     Fault("weights written while scores are read", "attention_backward_queries_256", FREE + "        if (slab == 0) {",
           "        if (slab == 0) {"),
-    Fault("values read before they are there", "attention_backward_keys_256",
+    Fault("values read before they arrive", "attention_backward_keys_256",
           "slab * TILE, HS);\n        __syncthreads();\n", "slab * TILE, HS);\n"),
-    Fault("the key behind one's own seen", "attention_forward_256", "SIDE * j <= last + y", "SIDE * j <= 1 + last + y"),
-    Fault("one's own query hidden", "attention_backward_keys_256", "SIDE * i <= t && t < T", "SIDE * i < t && t < T"),
-    Fault("the last tile of keys left out", "attention_backward_queries_256", "key <= first;", "key < first;"),
+    Fault("future key not masked", "attention_forward_256", "SIDE * j <= last + y", "SIDE * j <= 1 + last + y"),
+    Fault("own query masked", "attention_backward_keys_256", "SIDE * i <= t && t < T", "SIDE * i < t && t < T"),
+    Fault("last tile of keys skipped", "attention_backward_queries_256", "key <= first;", "key < first;"),
     Fault("lse past T read", "attention_backward_keys_256", "t < T ? lse[t] : 0.0f", "lse[t]"),
     Fault("rows past T read", "attention_forward_256", "r < rows.valid && column", "column"),
     Fault("rows past T stored", "attention_forward_256", "row < valid && column < HS", "column < HS"),
     Fault("columns of the next head stored", "attention_backward_queries_256", "row < valid && column < HS",
           "row < valid"),
-    Fault("sums not brought to the new maximum", "attention_forward_256", "sums[slab][i][j] *= shrink;", ";"),
-    Fault("half the sum of a row", "attention_forward_256", "warp_sum<SIDE>(sum)", "sum"),
+    Fault("sums not rescaled to the new maximum", "attention_forward_256", "sums[slab][i][j] *= shrink;", ";"),
+    Fault("row sum not reduced", "attention_forward_256", "warp_sum<SIDE>(sum)", "sum"),
     Fault("scale dropped, dq", "attention_backward_queries_256", "dq, scales, HS", "dq, row_lse, HS"),
     Fault("delta at the wrong row", "attention_delta", "(bt / T * NH + h) * T + bt % T", "row"),
-    Fault("q of other rows set apart", "attention_delta", "qkv + row * HS + row / NH * 2 * NH * HS", "qkv + row * HS"),
+    Fault("q of wrong rows copied", "attention_delta", "qkv + row * HS + row / NH * 2 * NH * HS", "qkv + row * HS"),
 ]  # fmt: skip
 
 CACHED_FAULTS = [
-    Fault("the cached positions not seen", "attention_prompt_64", "length + first, HS, scale", "first, HS, scale"),
-    Fault("new positions over the old ones", "cache_append", "lengths[s] + row % T", "row % T"),
+    Fault("cached positions ignored", "attention_prompt_64", "length + first, HS, scale", "first, HS, scale"),
+    Fault("new positions overwrite old ones", "cache_append", "lengths[s] + row % T", "row % T"),
     Fault("keys of the wrong sequence", "attention_cached_64", "keys += (s * NH + h)", "keys += h"),
-    Fault("the new key not seen", "attention_cached_64", "lengths[s] + 1;", "lengths[s];"),
-    Fault("keys past the end seen", "attention_cached_64", "first + n < count ? score", "true ? score"),
+    Fault("new key ignored", "attention_cached_64", "lengths[s] + 1;", "lengths[s];"),
+    Fault("keys past the end not masked", "attention_cached_64", "first + n < count ? score", "true ? score"),
     Fault("keys past the end read", "attention_cached_64", "keys + (size_t)min(first + n, count - 1) * HS",
           "keys + (size_t)(first + n) * HS"),
-    Fault("no barrier before warps are put together", "attention_cached_64",
+    Fault("no barrier before warps are combined", "attention_cached_64",
           "    __syncthreads();\n    if (threadIdx.x < HS)", "    if (threadIdx.x < HS)"),
-    Fault("warps put together without their weights", "attention_cached_64", "weight * sums", "sums"),
+    Fault("warps combined without weights", "attention_cached_64", "weight * sums", "sums"),
 ]  # fmt: skip
 
 
 def caught(fault):
-    """What was wrong, in words; None if nothing was noticed."""
+    """Return the error that the fault causes, or None."""
     device = with_reals("mma" in fault.kernel, fault=fault)
     try:
         if fault in MMA_FAULTS:

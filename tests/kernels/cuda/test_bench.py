@@ -1,4 +1,4 @@
-"""``bench`` on the stand-in for CuPy: what it measures and says there, never how fast that is."""
+"""``bench`` on the fake CuPy: its results and messages, not its timings."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_training(tiny_config):
     assert 1e5 < side["peak_memory"] < 1e8  # of the device; a process holds more
 
 
-def test_training_in_words(tiny_config):
+def test_training_as_text(tiny_config):
     result = bench("train", tiny_config, "--precision", "tf32")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -104,18 +104,18 @@ def test_sampling(tiny_config):
     assert half["bytes_per_s"] * half["seconds"] == pytest.approx(full["bytes_per_s"] * full["seconds"] / 2)
 
 
-def test_an_old_device_samples_in_float32(tiny_config):
+def test_device_without_bf16_samples_in_float32(tiny_config):
     found = document("sample", tiny_config, LLMC_EMULATOR_CAPABILITY="75")
     assert [row["name"] for row in found["rows"]] == ["sample/token fp32"]
 
 
-def test_bytes_as_weights_are_of_the_cpu(tiny_config):
+def test_int8_weights_require_the_cpu(tiny_config):
     result = bench("sample", tiny_config, "--precision", "int8")
     assert result.returncode == 4
     assert "int8: supported on the CPU only" in " ".join(result.stderr.split())
 
 
-def test_the_start(tiny_config, tiny_data, monkeypatch):
+def test_startup(tiny_config, tiny_data, monkeypatch):
     from llmc_cli.benchmark import startup
     from llmc_cli.benchmark.job import Job
     from llmc_cli.models.config import ModelConfig
@@ -125,8 +125,8 @@ def test_the_start(tiny_config, tiny_data, monkeypatch):
     assert 0 < startup.time_first_step(job, str(tiny_config), tiny_data / "tiny_train_0.bin", dict(os.environ)) < 60
 
 
-def test_pytorch_that_cannot_is_an_error(tiny_config, tmp_path):
-    """Nothing is measured beside a PyTorch that does not load, or on another device."""
+def test_unusable_pytorch_is_an_error(tiny_config, tmp_path):
+    """PyTorch that cannot be loaded or lacks the device is an error."""
     (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
     path = os.pathsep.join((str(CUDA_EMULATOR), str(tmp_path)))
     result = bench("train", tiny_config, "--against", "torch", "--quiet", PYTHONPATH=path)
@@ -135,14 +135,14 @@ def test_pytorch_that_cannot_is_an_error(tiny_config, tmp_path):
 
 
 @pytest.mark.witness
-def test_pytorch_without_a_card_is_an_error(tiny_config):
+def test_pytorch_without_a_gpu_is_an_error(tiny_config):
     result = bench("sample", tiny_config, "--against", "torch", "--quiet", CUDA_VISIBLE_DEVICES="-1")
     assert (result.returncode, result.stdout) == (4, "")
     assert "--against torch: sample: PyTorch 2" in result.stderr
     assert result.stderr.count("finds no CUDA device") == 1
 
 
-def test_a_device_too_small(tiny_config):
+def test_device_with_too_little_memory(tiny_config):
     result = bench("train", tiny_config, "-b", 100_000, "--quiet", LLMC_EMULATOR_MEMORY=str(40 << 20))
     assert (result.returncode, result.stdout) == (4, "")
     assert "llmc failed: OutOfMemoryError" in result.stderr

@@ -1,5 +1,5 @@
-"""The CUDA kernel of the classifier, on the emulator: against float64, the same bits in any order of blocks and
-threads, and with faults planted in it, each of which must be noticed."""
+"""The classifier kernel on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_unaligned_arrays(case, bf16):
 
 
 def test_large_logits():
-    """Logits of ±1e4 neither overflow nor lose the loss."""
+    """Logits of ±1e4 do not overflow."""
     with EmulatedDevice(bf16=False) as device:
         logits = device.floats([[1e4, 0.0, -1e4, 7.0], [-1e4, 0.0, 1e4, 7.0], [1e4, 0.0, -1e4, 7.0]])
         losses, targets = device.unwritten(3), device.ints([0, 2, 1])
@@ -90,14 +90,14 @@ def test_large_logits():
 FAULTS = [
     Fault("target -1 not ignored", "classifier",
           "if (target < 0) {", "if (target < -1) {", (check_softmax_loss, HEADS[1])),
-    Fault("padding in the sum", "classifier",
+    Fault("padding included in the sum", "classifier",
           "if (c + k < V) {\n                total +=", "if (c + k < Vp) {\n                total +=",
           (check_softmax_loss, HEADS[2])),
-    Fault("padding of the gradient left as it comes", "classifier",
+    Fault("gradient of the padding not zeroed", "classifier",
           "c + k < V ? difference * dloss : 0.0f", "difference * dloss", (check_softmax_loss, HEADS[1])),
-    Fault("rows as far apart as they are long", "classifier",
+    Fault("wrong row stride", "classifier",
           "Real* drow = dlogits + n * Vp", "Real* drow = dlogits + n * V", (check_softmax_loss, HEADS[1])),
-    Fault("the target's logit read after it is overwritten", "classifier",
+    Fault("target logit read after being overwritten", "classifier",
           "(top - correct)", "(top - logits[target])", IN_PLACE[1]),
 ]  # fmt: skip
 

@@ -1,5 +1,4 @@
-"""The CUDA backend as a person runs it: without a card on the emulator, in processes of their own; on a card where
-there is one (marker ``gpu``), the same cases."""
+"""The CUDA backend through the command line: on the emulator in subprocesses, and on a GPU with the marker ``gpu``."""
 
 import json
 import os
@@ -17,7 +16,7 @@ emulated = pytest.mark.usefixtures("requires_gxx")
 
 
 def llmc(*arguments, emulator=None, cwd=None, **environment):
-    """A command's process; ``emulator``: None for none, else settings of the stand-in for CuPy, which it has then."""
+    """A command's process; ``emulator``: None for none, else settings of the fake CuPy, which it has then."""
     environment = {**os.environ, **environment}
     if emulator is not None:
         environment |= {"PYTHONPATH": str(CUDA_EMULATOR), **emulator}
@@ -29,7 +28,7 @@ CHECKED = {"LLMC_EMULATOR_CHECK": "1", "LLMC_EMULATOR_SEED": "7"}
 
 
 def check(run):
-    """That it ended well, and that no graph was refused, which is a warning only."""
+    """Assert that the command succeeded and that no graph capture was rejected, which is only a warning."""
     assert run.returncode == 0, run.stdout + run.stderr
     assert "no graph can be made" not in " ".join(run.stderr.split())
 
@@ -58,7 +57,7 @@ def training(tiny_config, tiny_data):
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
-def test_the_cpu_s_losses(training, on, recompute):
+def test_losses_match_the_cpu(training, on, recompute):
     arguments = [*training, "--precision", "fp32", "-r", recompute]
     expected = losses(llmc(*arguments, "--device", "cpu"))
     found = losses(llmc(*arguments, "--device", "cuda", emulator=on(CHECKED)))
@@ -67,8 +66,8 @@ def test_the_cpu_s_losses(training, on, recompute):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_losses_of_rounded_products(training, on, precision):
-    """As far from float32 as a CPU's bf16 may be."""
+def test_losses_with_reduced_precision(training, on, precision):
+    """Losses are as close to float32 as the CPU's bf16."""
     from llmc_cli.verification.bounds import BOUNDS
 
     expected = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
@@ -78,7 +77,7 @@ def test_losses_of_rounded_products(training, on, precision):
 
 
 @pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
-def test_resumed_on_another_device(training, on, tmp_path, first, second):
+def test_resume_on_another_device(training, on, tmp_path, first, second):
     arguments = [*training, "--precision", "fp32", "-n", 5, "-o", tmp_path / "run"]
     whole = losses(llmc(*training, "--precision", "fp32", "--device", "cpu"))
     begun = losses(llmc(*arguments, "--device", first, emulator=on({})))
@@ -124,7 +123,7 @@ def test_verify_kernels(on, precision):
 
 
 @emulated
-def test_the_plan_names_the_device_and_what_would_fit(training):
+def test_memory_error_names_the_device_and_what_fits(training):
     plan = json.loads(llmc(*training, "--dry-run", "--device", "auto", emulator={}).stdout)
     assert (plan["device"], plan["precision"]) == ("cuda:0", "bf16")
     assert "program" not in plan["memory"]
@@ -147,7 +146,7 @@ def refused(**options):
     return " ".join(run.stderr.split()), seconds
 
 
-def test_without_cupy(tmp_path):
+def test_missing_cupy_is_an_error(tmp_path):
     (tmp_path / "cupy.py").write_text("raise ImportError('libfoo.so: cannot open')")
     message, _ = refused(PYTHONPATH=str(tmp_path))
     assert "CuPy is installed but cannot be loaded: libfoo.so: cannot open" in message
@@ -158,7 +157,7 @@ def test_without_cupy(tmp_path):
     assert "CuPy is not installed; pip install 'llmc-cli[cuda13]'" in " ".join(run.stderr.split())
 
 
-def test_both_packages(tmp_path):
+def test_two_cupy_packages_are_an_error(tmp_path):
     for name in ("cupy_cuda12x", "cupy_cuda13x"):
         folder = tmp_path / f"{name}-14.0.0.dist-info"
         folder.mkdir()
@@ -178,7 +177,7 @@ def test_both_packages(tmp_path):
         ({"LLMC_EMULATOR_CAPABILITY": "70"}, "compute capability 7.0"),
     ],
 )
-def test_what_cannot_be_had(settings, words):
+def test_unusable_driver_or_device_is_an_error(settings, words):
     message, seconds = refused(emulator=settings)
     assert words in message
     assert seconds < 30  # on a busy machine; a person sees it within one
@@ -192,13 +191,13 @@ def test_what_cannot_be_had(settings, words):
         (("--device", "cuda", "--precision", "bf16x3"), "supported on the CPU only; use --precision fp32 or bf16"),
     ],
 )
-def test_what_a_device_has_not(arguments, words):
+def test_unsupported_device_options_are_errors(arguments, words):
     run = llmc("train", *arguments, emulator={})
     assert (run.returncode, words in " ".join(run.stderr.split())) == (4, True), run.stderr
 
 
 @emulated
-def test_an_old_device_has_float32_only():
+def test_device_without_bf16_supports_float32_only():
     old = {"LLMC_EMULATOR_CAPABILITY": "75"}
     run = llmc("train", "--device", "cuda", "--precision", "bf16", emulator=old)
     assert run.returncode == 4

@@ -1,4 +1,4 @@
-"""Every CUDA program compiles for every architecture, without a warning, into kernels that its devices can launch."""
+"""Every CUDA program compiles for every architecture without warnings, into kernels that can be launched."""
 
 import runpy
 
@@ -34,13 +34,13 @@ def compiled(version):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_compiles_without_a_complaint(compiled, program):
+def test_compiles_without_warnings(compiled, program):
     complaints = {variant: each.complaints for variant, each in compiled.items() if variant.program == program}
     assert {variant: said for variant, said in complaints.items() if said} == {}
     assert all(compiled[variant].kernels for variant in complaints)
 
 
-def test_nothing_is_spilled(compiled):
+def test_no_register_spills(compiled):
     spilled = {
         (variant, name): kernel
         for variant, each in compiled.items()
@@ -51,7 +51,7 @@ def test_nothing_is_spilled(compiled):
 
 
 @pytest.mark.parametrize("capability, bf16", DEVICES)
-def test_every_launch_fits(compiled, capability, bf16):
+def test_every_launch_fits_on_a_multiprocessor(compiled, capability, bf16):
     """At least one block fits on a multiprocessor, by registers, threads and shared memory."""
     refused = {}
     for (program, name), launch in launches(bf16, capability).items():
@@ -62,7 +62,7 @@ def test_every_launch_fits(compiled, capability, bf16):
 
 
 def test_every_kernel_is_launched(compiled):
-    """By one device or another; else nothing here holds it to a size, and it is dead besides."""
+    """A kernel that no device launches is dead code, and its launches are not checked."""
     launched = set().union(*(launches(bf16, capability) for capability, bf16 in DEVICES))
     there = {(variant.program, name) for variant, each in compiled.items() for name in each.kernels}
     assert launched == there

@@ -1,5 +1,5 @@
-"""CUDA kernels of biases and their gradients, of GELU and of weights rounded to bf16, on the emulator: against float64,
-the same bits in any order of blocks and threads, and with faults planted in them, each of which must be noticed."""
+"""Bias, GELU and weight rounding kernels on the emulator: accuracy against float64, the same bits in any order of
+blocks and threads, and detection of planted faults."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ LINEARS = [
 
 
 def check_bias(device, rng, N, O, acc=False):  # noqa: E741
-    """A bias added, and the gradient of one."""
+    """Check adding a bias and the gradient of a bias."""
     y, b = device.reals(rng.standard_normal((N, O))), device.floats(rng.standard_normal(O))
     db = device.floats(rng.standard_normal(O)) if acc else device.unwritten(O)
     expected_db = as_float(y).sum(axis=0) + (as_float(db) if acc else 0.0)
@@ -107,8 +107,8 @@ def test_unaligned_arrays(case, bf16):
     run_case(case, bf16, shift=1)
 
 
-def test_gelu_over_its_whole_range():
-    """Every exponent of both signs, a few units in the last place."""
+def test_gelu_over_the_whole_range():
+    """All exponents of both signs are accurate to a few units in the last place."""
     x = np.concatenate([np.logspace(-30, 30, 4001), np.linspace(-12.0, 12.0, 20_001)])
     with EmulatedDevice(bf16=False) as device:
         pre = device.floats(np.concatenate([x, -x]))
@@ -123,25 +123,25 @@ def test_gelu_over_its_whole_range():
 
 
 FAULTS = [
-    Fault("a column too many", "norm",
+    Fault("one column too many", "norm",
           "column < WARP * W && start + column < O", "column < WARP * W && start + column <= O",
           (check_bias, LINEARS[2])),
-    Fault("no barrier before stripes are used again", "norm",
+    Fault("no barrier before stripes are overwritten", "norm",
           "            out[start + column] = total;\n        }\n        __syncthreads();",
           "            out[start + column] = total;\n        }", (check_bias, LINEARS[6]), shift=1),
-    Fault("gradient of a bias not added", "norm",
+    Fault("bias gradient not accumulated", "norm",
           "out[o] = acc ? out[o] + total : total;", "out[o] = total;", (check_bias, {**LINEARS[3], "acc": True})),
-    Fault("the last row left out", "elementwise",
+    Fault("last row skipped", "elementwise",
           "if (first + row < N) {\n                Real* here",
           "if (first + row < N - 1) {\n                Real* here",
           (check_bias, LINEARS[2])),
-    Fault("GELU of what is not yet rounded", "elementwise",
+    Fault("GELU of unrounded values", "elementwise",
           "values[k] = as_stored(values[k] + bias[k]);", "values[k] += bias[k];", (check_gelu, LINEARS[3]), True),
-    Fault("cut off, not rounded", "elementwise",
+    Fault("truncation instead of rounding", "elementwise",
           "0x40u : rounded", "0x40u : bits >> 16", (check_round_weights, {"sizes": (100,)})),
     Fault("ties rounded up", "elementwise",
           "0x40u : rounded", "0x40u : (bits + 0x8000u) >> 16", (check_round_weights, {"sizes": (100,)})),
-    Fault("NaN rounded like a number", "elementwise",
+    Fault("NaN rounded like a finite number", "elementwise",
           "? (bits >> 16) | 0x40u : rounded", "? rounded : rounded", (check_round_weights, {"sizes": (100,)})),
 ]  # fmt: skip
 

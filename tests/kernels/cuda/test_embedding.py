@@ -1,5 +1,5 @@
-"""The CUDA kernels of embeddings, on the emulator: against float64, the same bits in any order of blocks and threads,
-and with faults planted in them, each of which must be noticed."""
+"""Embedding kernels on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import numpy as np
 import pytest
@@ -73,14 +73,14 @@ def test_unaligned_arrays(case, bf16):
 
 
 FAULTS = [
-    Fault("an element past the end of a row", "embedding",
+    Fault("access past the end of a row", "embedding",
           "c < C; c += blockDim.x * W) {\n        float sum[W];",
           "c <= C; c += blockDim.x * W) {\n        float sum[W];",
           (check_embedding_forward, EMBEDDINGS[1])),
-    Fault("equal ids added once more for each", "embedding",
+    Fault("equal ids summed repeatedly", "embedding",
           "if (__syncthreads_or(any)) {\n            return;", "if (__syncthreads_or(any)) {\n            break;",
           (check_embedding_backward, EMBEDDINGS[2])),
-    Fault("places of matches within their warp only", "embedding",
+    Fault("match indices per warp only", "embedding",
           "= count + __popc(", "= __popc(", (check_embedding_backward, EMBEDDINGS[2])),
     Fault("no barrier before the list of matches is read", "embedding",
           "    __syncthreads();\n    return count;", "    return count;", (check_embedding_backward, EMBEDDINGS[2])),

@@ -1,5 +1,5 @@
-"""Products of few rows on the emulator: against float64, the same bits in any order of blocks and threads, and with
-faults planted in them, each of which must be noticed."""
+"""Products with few rows on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import numpy as np
 import pytest
@@ -72,8 +72,8 @@ def test_unaligned_arrays(case, bf16):
 
 
 @precisions
-def test_a_row_has_the_same_bits_whatever_others_there_are(bf16):
-    """So a sample does not depend on how many there are."""
+def test_row_does_not_depend_on_other_rows(bf16):
+    """A sample does not depend on the batch size."""
     with EmulatedDevice(bf16) as device:
         rng = np.random.default_rng(0)
         x, w = device.reals(rng.standard_normal((8, 264))), device.reals(rng.standard_normal((10, 264)))
@@ -85,7 +85,7 @@ def test_a_row_has_the_same_bits_whatever_others_there_are(bf16):
         assert len(set(found)) == 1
 
 
-def test_a_weight_is_read_once():
+def test_each_weight_is_read_once():
     """No block reads what another does, and each reads it once for all rows: the loads of w counted, in a w of its own
     registration, by the emulator's checks of each access."""
     with EmulatedDevice(False) as device:
@@ -102,34 +102,34 @@ def test_a_weight_is_read_once():
 FAULTS = [
     Fault("no barrier before the warps' sums are read", "few_rows",
           "    __syncthreads();\n    float total", "    float total", (check_linear, LINEARS[6])),
-    Fault("rows of w beyond the last", "few_rows",
+    Fault("rows past the end of w", "few_rows",
           "(size_t)min(first + o, O - 1)", "(size_t)(first + o)", (check_linear, LINEARS[4])),
-    Fault("rows of x beyond the last", "few_rows",
+    Fault("rows past the end of x", "few_rows",
           "(size_t)min(n, N - 1)", "(size_t)n", (check_linear, LINEARS[5])),
-    Fault("columns of y beyond the last", "few_rows",
+    Fault("columns past the end of y", "few_rows",
           "if (n < N && o < O) {", "if (n < N) {", (check_linear, LINEARS[2])),
-    Fault("logits of the padding", "few_rows",
+    Fault("logits of the padding written", "few_rows",
           "if (n < N && v < V) {", "if (n < N) {", (check_head, HEADS[3])),
-    Fault("alignment taken for granted", "few_rows",
+    Fault("alignment not checked", "few_rows",
           "I % WIDTH == 0 && aligned16(x, w)", "I % WIDTH == 0", (check_linear, LINEARS[2]), shift=1),
-    Fault("a piece of 16 bytes past the end of a row", "few_rows",
+    Fault("16-byte access past the end of a row", "few_rows",
           "I % WIDTH == 0 && aligned16(x, w)", "aligned16(x, w)", (check_linear, LINEARS[4])),
-    Fault("the last warp left out", "few_rows",
+    Fault("last warp skipped", "few_rows",
           "warp < blockDim.x / WARP; warp++", "warp + 1 < blockDim.x / WARP; warp++", (check_linear, LINEARS[6])),
-    Fault("lanes keep what they give", "few_rows",
+    Fault("lanes keep the values they send", "few_rows",
           "const float kept = upper ? numbers[k + half] : numbers[k];",
           "const float kept = upper ? numbers[k] : numbers[k + half];", (check_linear, LINEARS[6])),
-    Fault("the rest of a sum left in its lanes", "few_rows",
+    Fault("incomplete reduction over lanes", "few_rows",
           "int left = WARP / K / 2; left > 0", "int left = WARP / K / 4; left > 0", (check_linear, LINEARS[1])),
-    Fault("sums of another row", "few_rows",
+    Fault("sums of the wrong row", "few_rows",
           "sums[n * OUTPUTS + o] += values[k]", "sums[o * ROWS + n] += values[k]", (check_linear, LINEARS[6])),
-    Fault("a thread's first turn only", "few_rows",
+    Fault("first iteration only", "few_rows",
           "i < I; i += blockDim.x * W) {\n        float weights",
           "i < min(I, (int)blockDim.x * W); i += blockDim.x * W) {\n        float weights",
           (check_linear, LINEARS[7])),
-    Fault("the bias of the block's first column", "few_rows",
+    Fault("bias of the block's first column", "few_rows",
           "total + b[o] : total", "total + b[blockIdx.x * OUTPUTS] : total", (check_linear, LINEARS[1])),
-    Fault("GELU of what is not yet rounded", "few_rows",
+    Fault("GELU of unrounded values", "few_rows",
           "const float stored = as_stored(b ? total + b[o] : total);",
           "const float stored = b ? total + b[o] : total;",
           (check_linear, {**LINEARS[6], "activation": True}), bf16=True),

@@ -1,5 +1,5 @@
-"""Tokens and training steps as graphs, on the stand-in for CuPy: the same bits as without, whatever happens in between;
-what cannot be captured is refused; and faults of the host that only a graph brings out are noticed."""
+"""CUDA graphs of tokens and training steps, on the fake CuPy: the same bits as separate launches, rejected captures,
+and planted faults of the host code that only graphs reveal."""
 
 import contextlib
 import gc
@@ -31,12 +31,12 @@ def opened(monkeypatch, requires_gxx, fake_cupy):
 
 
 def plain(monkeypatch):
-    """Nothing is captured from now on."""
+    """Disable CUDA graphs."""
     monkeypatch.setattr(CudaKernels, "record", lambda self, work: work)
 
 
 def logits_of(decoder, tokens=TOKENS):
-    """Behind each of the tokens, which all sequences are given."""
+    """Return the logits after each token; all sequences get the same tokens."""
     decoder.cache.lengths[:] = 0
     return np.stack([decoder.step([token] * decoder.cache.S).copy() for token in tokens])
 
@@ -46,7 +46,7 @@ def new_decoder(model, S=1):
 
 
 def launches_of(decoder):
-    """Of each token."""
+    """Return the number of launches per token."""
     counts, kernels = [], decoder.model.kernels
     for token in TOKENS:
         before = kernels.device.launches
@@ -57,14 +57,14 @@ def launches_of(decoder):
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("S", [1, 3, few_rows.MAX_ROWS])
-def test_same_bits_with_and_without(opened, monkeypatch, precision, S):
+def test_graphs_give_the_same_bits(opened, monkeypatch, precision, S):
     model = load_model(MODEL, opened(precision))
     found = logits_of(new_decoder(model, S))
     plain(monkeypatch)
     assert found.tobytes() == logits_of(new_decoder(model, S)).tobytes()
 
 
-def test_a_token_is_one_launch(opened):
+def test_token_is_one_launch(opened):
     model = load_model(MODEL, opened())
     decoder = new_decoder(model)
     first, *others = launches_of(decoder)
@@ -73,7 +73,7 @@ def test_a_token_is_one_launch(opened):
     assert len(decoder._decode_token._graph._graph._nodes) == first
 
 
-def test_greedy_equals_the_reference(opened):
+def test_greedy_decoding_matches_reference(opened):
     greedy = SamplingOptions(temperature=0)
     wanted = list(generate(load_model(MODEL, ReferenceKernels()), [1, 2, 3], greedy, 64))
     kernels = opened()
@@ -81,7 +81,7 @@ def test_greedy_equals_the_reference(opened):
     assert kernels.matmul._workspace is None  # no product by cuBLAS
 
 
-def test_more_sequences_than_few_rows_are_multiplied_by_cublas(opened):
+def test_many_sequences_use_cublas(opened):
     kernels = opened()
     model = load_model(MODEL, kernels)
     decoder = new_decoder(model, few_rows.MAX_ROWS + 1)
@@ -92,7 +92,7 @@ def test_more_sequences_than_few_rows_are_multiplied_by_cublas(opened):
 
 
 def train(model, steps=4, accumulated=2):
-    """Losses and norms of a few steps, with a validation between, and the launches of each."""
+    """Return losses, gradient norms and launch counts of a few steps, with a validation in between."""
     rng, device = np.random.default_rng(0), model.kernels.device
     B, T = model.B, model.T
     optimizer, found, launches = AdamW(model), [], []
@@ -114,7 +114,7 @@ def train(model, steps=4, accumulated=2):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_training(opened, monkeypatch, precision, recompute):
-    """The same bits with and without; then two launches for each micro-step, beside those of the update."""
+    """Graphs give the same bits, with two launches per micro-step in addition to those of the update."""
     runs = []
     for captured in (True, False):
         if not captured:
@@ -130,7 +130,7 @@ def test_training(opened, monkeypatch, precision, recompute):
         assert launches[0] > 100
 
 
-def test_memory_goes_with_a_model(opened):
+def test_deleted_model_frees_its_memory(opened):
     kernels, pool = opened(), cupy.get_default_memory_pool()
 
     def use():
@@ -150,7 +150,7 @@ def test_memory_goes_with_a_model(opened):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_parameters_that_change(opened, precision):
+def test_replay_uses_updated_parameters(opened, precision):
     model = load_model(MODEL, opened(precision))
     decoder = new_decoder(model)
     before = logits_of(decoder)
@@ -161,8 +161,8 @@ def test_parameters_that_change(opened, precision):
     assert np.abs(after - before).max() > 0.1
 
 
-def test_samples_of_the_trainer(opened):
-    """Twice, as training does, from one cache."""
+def test_sampling_during_training(opened):
+    """Sampling twice from one cache gives the same results."""
     reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
     cache = KVCache(model.config, model.kernels, 1, 12, 1)
     wanted = sample_tokens(reference, KVCache(reference.config, reference.kernels, 1, 12, 1), 119, 12)
@@ -170,8 +170,8 @@ def test_samples_of_the_trainer(opened):
     assert sample_tokens(model, cache, 119, 12) == wanted
 
 
-def test_several_samples_in_groups(opened, monkeypatch):
-    """Caches come and go, of one sequence and of several; a row's bits depend on no other."""
+def test_batches_of_samples(opened, monkeypatch):
+    """With caches of one and of several sequences, a row's bits depend on no other row."""
     reference, model = load_model(MODEL, ReferenceKernels()), load_model(MODEL, opened())
     for together in (1, 2, 5):
         monkeypatch.setattr("llmc_cli.sampling.generation.MAX_BATCH", together)
@@ -179,7 +179,7 @@ def test_several_samples_in_groups(opened, monkeypatch):
         assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
-def test_memory_goes_with_what_is_sampled(opened):
+def test_deleted_decoder_frees_its_memory(opened):
     """At once, not when Python looks for cycles: a cache may be a gigabyte."""
     model = load_model(MODEL, opened())
     logits_of(new_decoder(model))
@@ -216,8 +216,8 @@ class NormGradient:
             np.testing.assert_allclose(self.kernels.download(array), expected, rtol=1e-4, atol=1e-5)
 
 
-def check_scratch_that_grows(kernels):
-    """A graph goes on using what it was captured with."""
+def check_scratch_memory_growth(kernels):
+    """A graph keeps using the scratch memory that it was captured with."""
     small = NormGradient(kernels)
     recorded = kernels.record(small.work)
     for _ in range(3):
@@ -231,8 +231,8 @@ def check_scratch_that_grows(kernels):
     large.check(large.work)
 
 
-def test_scratch_that_grows(opened):
-    check_scratch_that_grows(opened())
+def test_scratch_memory_grows_after_capture(opened):
+    check_scratch_memory_growth(opened())
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_scratch_that_grows(opened):
     ],
     ids=["alloc", "upload", "download", "synchronize", "new kernel", "cuBLAS"],
 )
-def test_what_cannot_be_captured_is_an_error(opened, refused, words):
-    """Where it was not met the first time; and everything works afterwards."""
+def test_operations_not_allowed_during_capture(opened, refused, words):
+    """Such an operation, first met during capture, raises an error, and later calls work."""
     kernels = opened()
     kernels.number = kernels.alloc((1,), np.float32)
     gradient, calls = NormGradient(kernels), []
@@ -294,8 +294,8 @@ def capture_is_spoiled(monkeypatch):
 
 
 @pytest.mark.parametrize("refuse", [capture_is_not_allowed, capture_is_spoiled])
-def test_without_graphs_where_cuda_refuses_them(opened, monkeypatch, refuse):
-    """Said once, and the results are the same."""
+def test_rejected_capture_falls_back_with_a_warning(opened, monkeypatch, refuse):
+    """The warning is issued once, and the results are the same."""
     kernels = opened()
     gradient = NormGradient(kernels)
     recorded = kernels.record(gradient.work)
@@ -385,7 +385,7 @@ FAULTS = [
     (captured_but_not_launched, check_tokens, AssertionError, None),
     (captured_at_once, check_tokens, RuntimeError, "cannot load a kernel during CUDA graph capture"),
     (workspace_taken_away, check_tokens, UserWarning, "cublasGemmEx failed with cuBLAS status 7"),
-    (memory_not_kept, check_scratch_that_grows, RuntimeError, "memory that has been freed"),
+    (memory_not_kept, check_scratch_memory_growth, RuntimeError, "memory that has been freed"),
 ]
 
 
@@ -398,7 +398,7 @@ def test_planted_fault_is_detected(opened, monkeypatch, fault, check, error, wor
 
 
 @pytest.mark.parametrize("fault", [lengths_of_the_capture, inputs_elsewhere_each_time], ids=lambda each: each.__name__)
-def test_and_only_by_graphs(opened, monkeypatch, fault):
+def test_faults_do_not_show_without_graphs(opened, monkeypatch, fault):
     fault(monkeypatch)
     plain(monkeypatch)
     check_tokens(opened())
@@ -407,7 +407,7 @@ def test_and_only_by_graphs(opened, monkeypatch, fault):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("S", [1, few_rows.MAX_ROWS + 1], ids=["few rows", "cuBLAS"])
-def test_on_a_card(monkeypatch, precision, S):
+def test_graphs_on_a_gpu(monkeypatch, precision, S):
     model = load_model(MODEL, CudaKernels(Device(0, precision == "bf16"), precision))
     decoder = new_decoder(model, S)
     assert launches_of(decoder)[1:] == [1] * (len(TOKENS) - 1)

@@ -1,5 +1,5 @@
-"""The CUDA kernels of norms, on the emulator: against float64, the same bits in any order of blocks and threads, and
-with faults planted in them, each of which must be noticed."""
+"""Norm kernels on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_unaligned_arrays(case, bf16):
     run_case(case, bf16, shift=1)
 
 
-def test_pieces_depend_on_the_shape_alone():
+def test_part_counts():
     assert [norm.column_parts(N) for N in (1, 32, 33, 4096, 8192, 8193, 65536, 10**6)] == [
         1, 1, 2, 128, 256, 249, 256, 256
     ]  # fmt: skip
@@ -98,13 +98,13 @@ def test_pieces_depend_on_the_shape_alone():
 
 
 @pytest.mark.parametrize("parts", [norm.column_parts, norm.norm_parts])
-def test_no_piece_is_empty(parts):
+def test_no_part_is_empty(parts):
     for N in range(1, 40_000, 7):
         rows = -(-N // parts(N))
         assert (parts(N) - 1) * rows < N
 
 
-def test_threads_of_a_row():
+def test_row_threads():
     assert [row_threads(columns, 8) for columns in (1, 256, 257, 768, 1600, 3072)] == [32, 32, 64, 96, 224, 192]
     assert row_threads(50304, 4, 1024) == 992  # 13 turns; with 1,024 the last would be for a quarter of the threads
 
@@ -113,35 +113,35 @@ FAULTS = [
     Fault("no barrier before partial sums are read", "norm",
           "    __syncthreads();\n    value = warp_sum(lane", "    value = warp_sum(lane",
           (check_norm_forward, NORMS[5])),
-    Fault("no barrier before partial sums are used again", "norm",
+    Fault("no barrier before partial sums are overwritten", "norm",
           "parts[lane] : (T)0);\n    __syncthreads();", "parts[lane] : (T)0);", (check_norm_forward, NORMS[5])),
-    Fault("a warp's sum over half of it", "norm",
+    Fault("warp sum over half a warp", "norm",
           "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = LANES / 2;",
           "T warp_sum(T value) {\n#pragma unroll\n    for (int distance = LANES / 4;", (check_norm_forward, NORMS[3])),
-    Fault("alignment taken for granted", "norm",
+    Fault("alignment not checked", "norm",
           "& 15ull) == 0", "& 15ull) < 16", (check_norm_forward, NORMS[2]), shift=1),
-    Fault("variance of a sample", "norm",
+    Fault("sample variance", "norm",
           "block_sum(squares, parts) / C", "block_sum(squares, parts) / (C - 1)", (check_norm_forward, NORMS[3])),
-    Fault("mean of what is not yet rounded", "norm",
+    Fault("mean of unrounded values", "norm",
           "values[k] = as_stored(values[k] + more[k]);", "values[k] += more[k];", (check_norm_forward, NORMS[3]), True),
-    Fault("rows of a piece that end where the next begins", "norm",
+    Fault("pieces overlap by one row", "norm",
           "const int end = min(N, first + rows);\n    float* dw",
           "const int end = min(N, first + rows + 1);\n    float* dw",
           (check_norm_backward, NORMS[3])),
-    Fault("no barrier before the sums along rows are read", "norm",
+    Fault("no barrier before row sums are read", "norm",
           "        __syncthreads();\n        const int rows = min(group", "        const int rows = min(group",
           (check_norm_backward, NORMS[4])),
-    Fault("the sums along rows overwritten while they are read", "norm",
+    Fault("row sums overwritten while being read", "norm",
           "        __syncthreads();  // all threads have read", "        // all threads have read",
           (check_norm_backward, NORMS[4])),
-    Fault("the last rows of a piece in place of all", "norm",
+    Fault("only the last rows of a piece summed", "norm",
           "start == first ? weight_sums[k] :", "true ? weight_sums[k] :", (check_norm_backward, NORMS[5])),
-    Fault("a row too many at a time", "norm",
+    Fault("one row too many", "norm",
           "if (r + i < rows) {\n                        load", "if (r + i <= rows) {\n                        load",
           (check_norm_backward, NORMS[1])),
-    Fault("the same bias for all columns of a thread's turn", "norm",
+    Fault("one bias for all columns of a thread", "norm",
           "more[k] += bias[k];", "more[k] += bias[0];", (check_norm_forward, NORMS[4])),
-    Fault("both sums in the first's place", "norm",
+    Fault("both sums written to the first output", "norm",
           "blockIdx.y == 0 ? first : second", "first", (check_norm_backward, NORMS[3])),
 ]  # fmt: skip
 

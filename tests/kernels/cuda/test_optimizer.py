@@ -1,5 +1,5 @@
-"""The CUDA kernels of the optimizer, on the emulator: against float64, the same bits in any order of blocks and
-threads, and with faults planted in them, each of which must be noticed."""
+"""Optimizer kernels on the emulator: accuracy against float64, the same bits in any order of blocks and
+threads, and detection of planted faults."""
 
 import itertools
 
@@ -68,11 +68,11 @@ def test_unaligned_arrays(case, bf16):
 
 
 FAULTS = [
-    Fault("squares in float", "optimizer",
+    Fault("squares in float32", "optimizer",
           "sum += (double)values[k] * values[k];", "sum += values[k] * values[k];", (check_sum_squares, FLAT_SIZES[1])),
-    Fault("what lies between segments updated", "optimizer",
+    Fault("elements between segments updated", "optimizer",
           "if (k < K && segments[3 * k] <= i) {", "if (k < K) {", (check_adamw, {"P": 9000, "cuts": MANY})),
-    Fault("four elements with the decay of the first", "optimizer",
+    Fault("four elements use the first one's decay", "optimizer",
           "here[0] <= first && first + FLOATS <= here[0] + here[1]", "here[0] <= first && first + FLOATS <= P",
           (check_adamw, FLAT_SIZES[1])),
     Fault("no barrier before the hyperparameters are read", "optimizer",

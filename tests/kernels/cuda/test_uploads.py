@@ -1,4 +1,4 @@
-"""What goes to the device while it is at work, on the stand-in for CuPy."""
+"""Asynchronous uploads, on the fake CuPy."""
 
 import ctypes
 
@@ -13,14 +13,14 @@ VALUES = [np.arange(k, k + 50, dtype=np.int32) for k in range(1, 7)]
 
 @pytest.fixture(params=[None, 1, 2], ids=["late", "random-1", "random-2"])
 def opened(request, monkeypatch, fake_cupy):
-    """A device whose streams do their work as late as they may, or at random moments."""
+    """A device whose streams defer work as long as permitted, or randomly."""
     if request.param is not None:
         monkeypatch.setenv("LLMC_EMULATOR_SEED", str(request.param))
     return Device(0, False)
 
 
 def seen(opened):
-    """What is in an array behind each upload ahead of ``VALUES``, whose memory is used again at once."""
+    """Return the array after each asynchronous upload from ``VALUES``; the host buffer is reused immediately."""
     array = opened.alloc((50,), np.int32)
     found, memory = [], np.empty(50, np.int32)
     for values in VALUES:
@@ -32,11 +32,11 @@ def seen(opened):
     return [opened.download(each).tolist() for each in found]
 
 
-def test_each_in_its_turn(opened):
+def test_uploads_arrive_in_order(opened):
     assert seen(opened) == [values.tolist() for values in VALUES]
 
 
-def test_with_plain_uploads_between(opened):
+def test_mixed_with_synchronous_uploads(opened):
     array = opened.alloc((50,), np.int32)
     for turn, values in enumerate(VALUES):
         (opened.upload if turn % 2 else opened.upload_async)(array, values)
@@ -47,8 +47,8 @@ def test_with_plain_uploads_between(opened):
 
 @pytest.mark.parametrize("opened", [None], indirect=True, ids=["late"])
 @pytest.mark.parametrize("left_out", ["the device's", "the upload's"])
-def test_a_wait_that_is_left_out_shows(opened, monkeypatch, left_out):
-    """One stream waits for the other in both directions."""
+def test_missing_wait_is_detected(opened, monkeypatch, left_out):
+    """Both streams must wait for each other."""
     ahead, wait = opened._prefetch_stream, cupy.cuda.Stream.wait_event
 
     def sometimes(stream, event):
@@ -60,8 +60,8 @@ def test_a_wait_that_is_left_out_shows(opened, monkeypatch, left_out):
 
 
 @pytest.mark.parametrize("sizes", [(50, 20), (20, 50)])
-def test_the_address_of_an_array_that_is_gone(opened, sizes):
-    """What was kept for that one does not do for the next."""
+def test_reused_address_of_a_deleted_array(opened, sizes):
+    """Staging buffers of the deleted array are not used for the new one."""
     first, second = (np.arange(size, dtype=np.int32) for size in sizes)
     array = opened.alloc((50,), np.int32)
     there = array[: sizes[0]], array[: sizes[1]]
@@ -73,7 +73,7 @@ def test_the_address_of_an_array_that_is_gone(opened, sizes):
     assert opened.download(array).tolist() == expected
 
 
-def test_carried_over_before_its_turn(opened):
+def test_transfer_starts_immediately(opened):
     array = opened.alloc((50,), np.int32)
     opened.upload(array, VALUES[0])
     opened.upload_async(array, VALUES[1])

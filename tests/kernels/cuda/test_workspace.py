@@ -1,4 +1,4 @@
-"""What the CUDA backend plans of scratch memory is what a training step takes."""
+"""The planned scratch memory equals what a training step allocates."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from llmc_cli.training.optimizer import AdamW
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("B", "T"), [(1, 8), (3, 500), (5, 1000), (16, 1024)])
-def test_the_plan(precision, B, T):
+def test_planned_bytes_equal_allocated_bytes(precision, B, T):
     config = ModelConfig(1024, 500, 2, 3, 192)
     kernels = CudaKernels(RecordingDevice(precision == "bf16", 80), precision)
     model = GPT2(config, kernels)
@@ -26,7 +26,7 @@ def test_the_plan(precision, B, T):
     assert held == kernels.workspace_bytes(B, T, config.channels, config.num_heads, config.padded_vocab_size)
 
 
-def test_turns_of_the_head():
+def test_head_rows():
     assert [head_rows(N) for N in (1, MAX_HEAD_ROWS, MAX_HEAD_ROWS + 1, 3 * MAX_HEAD_ROWS)] == [
         1, MAX_HEAD_ROWS, MAX_HEAD_ROWS // 2 + 1, MAX_HEAD_ROWS
     ]  # fmt: skip

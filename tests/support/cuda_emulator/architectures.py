@@ -1,4 +1,4 @@
-"""What each architecture allows.
+"""Limits of each GPU architecture.
 
 Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -9,15 +9,15 @@ from typing import NamedTuple
 class Architecture(NamedTuple):
     shared_per_block: int  # bytes that a kernel may opt in to, static and dynamic together
     shared_per_multiprocessor: int
-    shared_reserved: int  # bytes that the system takes from every block
+    shared_reserved: int  # bytes per block reserved by the system
     threads_per_multiprocessor: int
     blocks_per_multiprocessor: int
-    multiprocessors: int  # of a well-known card
+    multiprocessors: int  # of a well-known GPU
 
 
 KB = 1024
 SHARED_WITHOUT_OPT_IN = 48 * KB
-REGISTERS = 65536  # per multiprocessor, and the most that a block may have
+REGISTERS = 65536  # per multiprocessor, and the maximum per block
 THREADS_PER_BLOCK = 1024
 
 ARCHITECTURES = {
@@ -29,13 +29,13 @@ ARCHITECTURES = {
     100: Architecture(227 * KB, 228 * KB, KB, 2048, 32, 148),  # B200
     120: Architecture(99 * KB, 100 * KB, KB, 1536, 24, 170),  # RTX 5090
 }
-KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: nothing is compiled for it
+KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: known but not supported
 
 
 def blocks_at_once(capability: int, registers: int, threads: int, shared: int) -> int:
-    """How many blocks of a kernel fit on one multiprocessor; 0 where not even one does.
+    """Return how many blocks of a kernel fit on one multiprocessor, possibly 0.
 
-    ``registers`` per thread; ``shared`` bytes per block. Registers are given out to whole warps in units of 256, and
+    ``registers`` is per thread and ``shared`` in bytes per block. Registers are allocated per warp in units of 256, and
     warps in groups of four.
     """
     architecture = ARCHITECTURES[capability]

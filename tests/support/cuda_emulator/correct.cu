@@ -1,4 +1,4 @@
-// What kernels may do: test_cuda_emulator.py runs these, and nothing is found wrong with them.
+// Correct kernels that use every supported feature; test_emulator.py expects no errors from them.
 
 #define ALL 0xffffffffu
 __device__ __forceinline__ float warp_sum(float x) {

@@ -1,7 +1,4 @@
-"""Loads the CuPy of this folder within a test process.
-
-A subprocess needs no such call: there the folder is put on PYTHONPATH.
-"""
+"""Load the fake CuPy of this folder in a test process. Subprocesses put the folder on PYTHONPATH instead."""
 
 import importlib
 import sys
@@ -11,7 +8,7 @@ FOLDER = Path(__file__).parent
 
 
 def load():
-    """The stand-in. Nothing but the caller knows of it: to ``import cupy`` there is as much CuPy as before."""
+    """Return the fake CuPy module without changing what ``import cupy`` finds."""
 
     def taken():
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "cupy"}

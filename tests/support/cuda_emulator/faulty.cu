@@ -1,4 +1,4 @@
-// A fault in each kernel, which test_cuda_emulator_faults.py finds named by the line that says HERE.
+// Each kernel has one fault, which test_emulator_faults.py expects to be reported at the line marked HERE.
 
 #define ALL 0xffffffffu
 __device__ __forceinline__ float warp_sum(float x) {

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cupy
 
 @pytest.fixture(scope="module")
 def cupy(tmp_path_factory):
-    """The real CuPy with its cuBLAS, while these tests run: others may have put the stand-in in its place."""
+    """The real CuPy with its cuBLAS, while these tests run: others may have put the fake CuPy in its place."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
             patch.delitem(sys.modules, name)
@@ -95,7 +95,7 @@ def test_call_exists_with_its_parameters(cupy, name):
 
 
 @pytest.mark.parametrize("keyword, answer", [("stream", "its pointer is read"), ("bogus", "unexpected keyword")])
-def test_kernel_passes_its_keywords_on(cupy, keyword, answer):
+def test_kernel_accepts_launch_keywords(cupy, keyword, answer):
     """RawKernel hands ``**kwargs`` to Function, which has no signature to read: it takes ``stream``, and reads ``ptr``
     of it, before it would touch a device."""
 
@@ -109,7 +109,7 @@ def test_kernel_passes_its_keywords_on(cupy, keyword, answer):
         function((1,), (1,), (), shared_mem=0, **{keyword: Pointer()})
 
 
-def test_binding_is_linked_to_the_library_that_is_called_beside_it(cupy):
+def test_bindings_link_to_the_library_called_directly(cupy):
     """By its name on Linux; of the functions CuPy calls all but the one for the workspace itself."""
     binding = Path(cupy.cuda.cublas.__file__).read_bytes()
     assert f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}".encode() in binding
@@ -131,7 +131,7 @@ def test_arrays_and_pinned_memory_have_pointers(cupy):
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_error_is_of_its_kind(cupy, name):
+def test_error_class(cupy, name):
     assert issubclass(resolve(cupy, name), ERRORS[name])
 
 
@@ -145,7 +145,7 @@ def test_device_attribute_exists(cupy, name):
     assert hasattr(cupy.cuda.runtime, f"cudaDevAttr{name}")
 
 
-def test_without_a_driver_the_runtime_says_so(cupy):
+def test_missing_driver_is_reported(cupy):
     if shutil.which("nvidia-smi") is not None:
         pytest.skip("there is a driver here")
     assert cupy.cuda.runtime.driverGetVersion() == 0
@@ -154,7 +154,7 @@ def test_without_a_driver_the_runtime_says_so(cupy):
     assert error.value.status == 35
 
 
-def test_options_that_cupy_adds_are_those_of_the_compile_gate(cupy, monkeypatch, tmp_path):
+def test_compiler_options_match_cupy(cupy, monkeypatch, tmp_path):
     """test_cuda_compile.py compiles with what ends up at NVRTC here."""
     compiler = importlib.import_module("cupy.cuda.compiler")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: what kernels may do works as on a GPU; launches and sources that a GPU would refuse."""
+"""Supported features of the CUDA emulator, and launches and sources that a GPU would reject."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def widened(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def test_sums_of_rows(features, device, order):
+def test_block_sums(features, device, order):
     x, out = device(random(5, 1000)), device(np.empty(5, np.float32))
     for threads in (32, 64, 256):
         out.fill(np.nan)
@@ -47,7 +47,7 @@ def test_sums_of_rows(features, device, order):
 
 
 @pytest.mark.parametrize("width", [32, 8])
-def test_operations_of_warps(features, device, order, width):
+def test_warp_operations(features, device, order, width):
     out, lane = device(np.empty((10, 32), np.int32)), np.arange(32)
     first = lane // width * width
     launch(features, "warps", (1,), (32,), out, width)
@@ -63,7 +63,7 @@ def test_operations_of_warps(features, device, order, width):
     assert np.array_equal(out[9], 31 - lane)
 
 
-def test_counts_at_barriers(features, device, order):
+def test_barrier_reductions(features, device, order):
     out = device(np.empty(100, np.int32))
     launch(features, "counts", (1,), (100,), out)
     assert (out == 1 + 2 + 100 * 34).all()
@@ -85,7 +85,7 @@ def test_vectors(features, device, order):
 
 
 @pytest.mark.parametrize("n", [64, 70, 96])
-def test_threads_may_leave_early(features, device, order, n):
+def test_threads_may_exit_early(features, device, order, n):
     out = device(np.zeros(96, np.float32))
     launch(features, "leaving", (2,) if not features.check else (1,), (96,), out, n)
     backward = np.arange(n - 1, -1, -1, dtype=np.float32)
@@ -93,7 +93,7 @@ def test_threads_may_leave_early(features, device, order, n):
     assert np.array_equal(out, np.pad(expected, (0, 96 - n)))
 
 
-def test_types_and_mathematics(features, device):
+def test_types_and_math_functions(features, device):
     out = device(np.empty(7))
     args = (out.ctypes.data, np.float32(1.5), np.int64(-(2**40)), np.int32(-3))
     features.launch("types", (1,), (1,), args)
@@ -102,14 +102,14 @@ def test_types_and_mathematics(features, device):
     assert features.signature("types") == ["P", "f4", "i8", "i4"]
 
 
-def test_exchange_within_warps(features, device, order):
+def test_syncwarp_orders_accesses(features, device, order):
     out = device(np.empty(64, np.int32))
     launch(features, "within_warps", (1,), (64,), out)
     assert np.array_equal(out, (np.arange(64) ^ 31) + 2)
 
 
 @pytest.mark.parametrize("n", [1, 32, 33, 64])
-def test_reads_that_are_not_due_are_not_made(features, device, order, n):
+def test_no_speculative_reads(features, device, order, n):
     x, out = device(random(n)), device(np.empty(64, np.float32))
     launch(features, "where_due", (1,), (64,), out, x, n)
     expected = np.pad(x, (0, 64 - n)) + x @ x
@@ -118,13 +118,13 @@ def test_reads_that_are_not_due_are_not_made(features, device, order, n):
     assert np.allclose(out, expected, atol=1e-4)
 
 
-def test_halves_of_a_word(features, device, order):
+def test_two_byte_accesses(features, device, order):
     x, out = device(np.arange(64, dtype=np.uint16)), device(np.empty((32, 2), np.uint16))
     launch(features, "halves", (1,), (64,), out, x)
     assert np.array_equal(out, x.reshape(32, 2)[::-1])
 
 
-def test_options_define(features, device):
+def test_defines(features, device):
     out = device(np.empty(64, np.float32))
     launch(features, "scaled", (1,), (64,), out)
     assert (out == 2.5).all()
@@ -137,20 +137,20 @@ def test_asynchronous_copies(features, device, order, tiles):
     assert np.allclose(out, x.reshape(tiles, 32, 4)[:, ::-1].sum((0, 2)), atol=1e-5)
 
 
-def test_copies_of_nothing_are_zeros(features, device):
+def test_copy_from_null_writes_zeros(features, device):
     out = device(np.ones(128, np.float32))
     launch(features, "zeros", (1,), (32,), out, shared=512)
     assert not out.any()
 
 
-def test_products(features, device, order):
+def test_mma(features, device, order):
     a, b, c = rounded(random(16, 16)), rounded(random(8, 16, 1)), random(16, 8, 1, 1)
     expected = c[:, :, 0, 0] + widened(a) @ widened(b[:, :, 0]).T
     launch(features, "product", (1,), (32,), device(c), device(a), device(b))
     assert np.allclose(c[:, :, 0, 0], expected, atol=1e-5)
 
 
-def test_matrices(features, device, order):
+def test_ldmatrix(features, device, order):
     x, out = device(np.arange(256, dtype=np.uint16).reshape(4, 8, 8)), device(np.empty((32, 4), np.uint32))
     for transposed in (0, 1):
         launch(features, "matrices", (1,), (32,), out, x, 0, transposed, shared=512)
@@ -159,7 +159,7 @@ def test_matrices(features, device, order):
         assert np.array_equal(out, pairs.reshape(4, 32).T)
 
 
-def test_conflicts_between_banks_are_counted(features, device):
+def test_bank_conflicts_are_counted(features, device):
     x, out = device(np.zeros((4, 8, 8), np.uint16)), device(np.empty((32, 4), np.uint32))
     for padding, conflicts in ((0, 0), (8, 4), (56, 4), (64, 0)):
         emulator.counters()
@@ -195,7 +195,7 @@ def test_addresses_in_static_shared_memory(features, device):
         ("types", (1,), (1,), (POINTER, np.float32(1), N, N), 0, "argument 2 is a np.int64, not int32"),
     ],
 )
-def test_launches_that_a_gpu_would_refuse(features, name, grid, block, args, shared, words):
+def test_invalid_launches(features, name, grid, block, args, shared, words):
     with pytest.raises(EmulatorError, match=r"^launch: ") as caught:
         features.launch(name, grid, block, args, shared)
     assert words in str(caught.value)
@@ -211,17 +211,17 @@ def test_launches_that_a_gpu_would_refuse(features, name, grid, block, args, sha
         "extern __shared__ float s; out[0] = s;",
     ],
 )
-def test_what_nvrtc_does_not_take(body):
+def test_source_rejected_by_nvrtc(body):
     with pytest.raises(EmulatorError, match=r"fault\.cu:7"):
         Program(f'#line 6 "fault.cu"\nextern "C" __global__ void f(float* out) {{\n{body}\n}}\n')
 
 
-def test_arguments_of_other_types():
+def test_unsupported_argument_types():
     with pytest.raises(EmulatorError, match="a kernel takes pointers, int, long long and float"):
         Program('extern "C" __global__ void f(double x) {}')
 
 
-def test_errors_name_lines_as_the_source_does(device):
+def test_errors_use_line_directives(device):
     source = """#line 1 "first.cuh"
     __device__ __forceinline__ void set(float* x, int i) {
         x[i] = 1.0f;
@@ -242,7 +242,7 @@ def test_errors_name_lines_as_the_source_does(device):
     )
 
 
-def test_memory_is_registered_once(device):
+def test_overlapping_registration_is_an_error(device):
     memory = device(np.zeros(8, np.float32))
     for offset in (0, 4, -4):
         with pytest.raises(EmulatorError, match="overlap"):
@@ -251,7 +251,7 @@ def test_memory_is_registered_once(device):
         emulator.unregister(memory.ctypes.data + 4)
 
 
-def test_orders_differ_by_seed(features, device):
+def test_order_depends_on_seed(features, device):
     """Which of several threads comes last shows in what none of them may share: here it may, as nothing is checked."""
     program, last = compiled(FAULTY, check=False), set()
     out = device(np.zeros(64, np.float32))
@@ -263,7 +263,7 @@ def test_orders_differ_by_seed(features, device):
     assert len(last) == 4
 
 
-def test_a_fault_does_not_outlast_its_launch(features, device):
+def test_launch_after_a_fault_succeeds(features, device):
     faults, out = compiled(FAULTY), device(np.zeros(64, np.float32))
     for _ in range(3):
         with pytest.raises(EmulatorError, match="divergent barrier"):
@@ -271,7 +271,7 @@ def test_a_fault_does_not_outlast_its_launch(features, device):
         launch(features, "scaled", (1,), (64,), out)
 
 
-def test_without_a_compiler(monkeypatch):
+def test_missing_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EmulatorError, match=r"g\+\+"):
         emulator._compiler.__wrapped__()

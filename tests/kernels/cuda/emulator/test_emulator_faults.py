@@ -1,4 +1,4 @@
-"""The emulator of CUDA: what kernels must not do is found, and named by its line."""
+"""Faulty kernels are reported by the CUDA emulator with the line of the fault."""
 
 import re
 
@@ -51,7 +51,7 @@ RACES += ["race_in_global"]
 
 
 @pytest.mark.parametrize("name", RACES)
-def test_races_in_a_block(faults, device, order, name):
+def test_races_within_a_block(faults, device, order, name):
     block = 32 if name in ("race_of_halves", "race_past_a_shuffle") else 64
     kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), block=block)
     assert kind == "race"
@@ -60,7 +60,7 @@ def test_races_in_a_block(faults, device, order, name):
 
 
 @pytest.mark.parametrize("name", ["race_of_blocks", "race_of_a_reading_block"])
-def test_races_of_blocks(faults, device, order, name):
+def test_races_between_blocks(faults, device, order, name):
     kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), grid=3)
     assert kind == "race"
     assert re.search(r"which thread \(\d+,0,0\) of block \(\d,0,0\) (wrote|read) in ", message)
@@ -77,13 +77,13 @@ def test_races_of_blocks(faults, device, order, name):
         ("past_registers", (5,), "index 4 of an array"),
     ],
 )
-def test_accesses_out_of_bounds(faults, device, order, name, args, words):
+def test_out_of_bounds_accesses(faults, device, order, name, args, words):
     kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, shared=128)
     assert kind == "out of bounds"
     assert re.search(words, message)
 
 
-def test_a_copy_from_out_of_bounds(faults, device):
+def test_out_of_bounds_copy(faults, device):
     x = device(np.zeros(64, np.float32))
     kind, message = found(faults, FAULTY, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
     assert kind == "out of bounds"
@@ -99,14 +99,14 @@ def test_misaligned_addresses(faults, device, order, name):
 
 
 @pytest.mark.parametrize("name", ["uninitialised", "uninitialised_since_another_block", "row_uninitialised"])
-def test_shared_memory_that_no_one_wrote(faults, device, order, name):
+def test_uninitialized_shared_memory(faults, device, order, name):
     out = device(np.zeros(128, np.float32))
     kind, message = found(faults, FAULTY, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
     assert kind == "uninitialised"
     assert ("shared cells + 160" if name == "uninitialised" else "dynamic shared memory + ") in message
 
 
-def test_barriers_that_diverge(faults, device, order):
+def test_divergent_barriers(faults, device, order):
     kind, message = found(faults, FAULTY, "divergent", device(np.zeros(64, np.float32)))
     assert kind == "divergent barrier"
     assert line(FAULTY, "divergent", "THERE") in message
@@ -130,13 +130,13 @@ def test_deadlocks(faults, device, order):
         ("mixed", 32, (), "of the mask ffffffff is in"),
     ],
 )
-def test_operations_of_wrong_warps(faults, device, order, name, block, args, words):
+def test_invalid_warp_operations(faults, device, order, name, block, args, words):
     kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, block=block)
     assert kind == "warp"
     assert words in message
 
 
-def test_a_copy_of_no_group(faults, device, order):
+def test_uncommitted_copy(faults, device, order):
     x = device(np.zeros(256, np.float32))
     kind, message = found(faults, FAULTY, "not_waited_for", device(np.zeros(64, np.float32)), x)
     assert kind == "in flight"
@@ -152,7 +152,7 @@ def test_a_copy_of_no_group(faults, device, order):
         ("__syncthreads(); // FREE", "", "race|in flight"),
     ],
 )
-def test_faults_of_a_pipeline(device, order, right, wrong, kind):
+def test_faulty_pipelines(device, order, right, wrong, kind):
     program = compiled(CORRECT.replace(right, wrong))
     x, out = device(random(5, 128)), device(np.empty(32, np.float32))
     with pytest.raises(EmulatorError, match=f"^({kind}): pipeline, block"):
@@ -160,12 +160,12 @@ def test_faults_of_a_pipeline(device, order, right, wrong, kind):
 
 
 @pytest.mark.parametrize(("name", "n"), [("shifted", 33), ("overflown", 65536), ("divided", 64)])
-def test_arithmetic(faults, device, name, n):
+def test_arithmetic_errors(faults, device, name, n):
     kind, _ = found(faults, FAULTY, name, device(np.zeros(64, np.int32)), n)
     assert kind == "arithmetic"
 
 
-def test_without_the_check_uninitialised_memory_is_nan(device):
+def test_uninitialized_memory_is_nan_without_checks(device):
     program, out = compiled(FAULTY, check=False), device(np.zeros(64, np.float32))
     for _ in range(2):
         launch(program, "uninitialised", (1,), (64,), out)

@@ -1,4 +1,4 @@
-"""cuBLAS of the stand-in for CuPy, on NumPy: results, and products that are refused."""
+"""The fake cuBLAS: results, and products that are rejected."""
 
 import ctypes
 import gc
@@ -71,7 +71,7 @@ def test_product(handle, transpose_a, transpose_b):
     assert (narrow.get() == bits(out.get())).all()
 
 
-def test_tf32_rounds_what_it_multiplies(handle):
+def test_tf32_rounds_operands(handle):
     a = np.full((1, 1), 1 + 2.0**-11 + 2.0**-12, np.float32)
     out = cupy.empty((1, 1), np.float32)
     for compute, expected in ((68, a[0, 0]), (77, np.float32(1 + 2.0**-10))):
@@ -82,7 +82,7 @@ def test_tf32_rounds_what_it_multiplies(handle):
 
 
 def test_product_runs_on_the_stream_of_its_handle(handle):
-    """A handle that nobody gave a stream uses the null stream, and does not wait for another one."""
+    """Without a stream, a handle uses the null stream and does not wait for other streams."""
     one = on_device(np.ones((1, 1), np.float32))
     cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -110,7 +110,7 @@ def test_product_runs_on_the_stream_of_its_handle(handle):
         ({"transa": 2}, "transa"),
     ],
 )
-def test_products_that_are_refused(handle, change, said):
+def test_invalid_products(handle, change, said):
     a, c = cupy.zeros((3, 3), np.float32), cupy.zeros((3, 3), np.float32)
     names = inspect.signature(cublas.gemm).parameters
     good = (handle, 0, 0, 3, 3, 3, ONE.ctypes.data, a.data.ptr, 0, 3, a.data.ptr, 0, 3, ZERO.ctypes.data)
@@ -122,8 +122,8 @@ def test_products_that_are_refused(handle, change, said):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(0, 3.0), (16, 3.015625)])
-def test_parts_of_bf16_sums(handle, mode, expected):
-    """They may be rounded, unless the mode forbids it: 1.0049 to 1.0078, 2.0049 to 2."""
+def test_reduced_precision_reduction(handle, mode, expected):
+    """Partial sums may be rounded unless the mode forbids it: 1.0049 to 1.0078, 2.0049 to 2."""
     left, right = np.array([[1, 0.0048828125, 2, 0.0048828125]]), np.ones((4, 1))
     cublas.set_math_mode(handle, mode)
     out = cupy.empty((1, 1), np.uint16)
@@ -131,7 +131,7 @@ def test_parts_of_bf16_sums(handle, mode, expected):
     assert floats(out.get()) == expected
 
 
-def test_our_products_have_no_rounded_parts(fake_cupy):
+def test_backend_disables_reduced_precision_reduction(fake_cupy):
     multiply = Blas(Device(0, True), "bf16")
     left, right = np.array([[1, 0.0048828125, 2, 0.0048828125]]), np.ones((4, 1))
     out = cupy.empty((1, 1), np.uint16)
@@ -139,8 +139,8 @@ def test_our_products_have_no_rounded_parts(fake_cupy):
     assert floats(out.get()) == 3.015625
 
 
-def test_the_c_interface(handle, capfd):
-    """Found by the library's name; a status for an answer, and what is wrong on stderr."""
+def test_c_interface(handle, capfd):
+    """The library is found by name, and functions return a status and print errors to stderr."""
     library = ctypes.CDLL(f"libcublas.so.{runtime.runtimeGetVersion() // 1000}")
     for name, types in INTERFACE.items():
         getattr(library, name).argtypes = types
@@ -154,8 +154,8 @@ def test_the_c_interface(handle, capfd):
     assert "algo 5" in capfd.readouterr().err
 
 
-def test_captured_only_with_a_workspace(handle):
-    """Which the stream takes away, and the graph uses."""
+def test_capture_requires_a_workspace(handle):
+    """Setting the stream resets the workspace. The graph uses the workspace."""
     stream = cupy.cuda.Stream(non_blocking=True)
     one, work = on_device(np.full((1, 1), 3, np.float32)), cupy.empty(256, np.uint8)
     cupy.cuda.Device().synchronize()

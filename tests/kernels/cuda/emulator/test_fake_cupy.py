@@ -1,5 +1,4 @@
-"""The stand-in for CuPy: that it is no more than what is used of CuPy, and stricter; its memory, and the machines that
-it plays."""
+"""The fake CuPy: its interface, which is the part of CuPy in use, its memory and the simulated devices."""
 
 import ast
 import gc
@@ -30,7 +29,7 @@ def found(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_call_has_its_parameters(name):
+def test_call_signature(name):
     first, _, rest = name.partition(".")
     called = resolve(found(first), rest) if rest else found(first)
     mine = [each for each in inspect.signature(called).parameters.values() if each.name != "self"]
@@ -51,7 +50,7 @@ def test_constant_has_its_value(name):
     assert resolve(cupy, name) == CONSTANTS[name]
 
 
-def test_the_backend_uses_nothing_else():
+def test_backend_uses_no_other_calls():
     """Every name that hangs on cupy, runtime or cublas in the modules that call CuPy is in the table."""
     known = {
         ".".join(name.split(".")[:depth])
@@ -69,14 +68,14 @@ def test_the_backend_uses_nothing_else():
     assert used - set(blas.COMPUTE.values()) - known == set()
 
 
-def test_device_attributes_are_those_of_the_table():
+def test_device_attributes_match_the_table():
     assert tuple(cupy.cuda.Device(0).attributes) == DEVICE_ATTRIBUTES
 
 
 # memory and arrays
 
 
-def test_fresh_memory_is_poisoned():
+def test_fresh_memory_is_nan():
     assert np.isnan(cupy.empty((2, 3), np.float32).get()).all()
     assert (cupy.empty(4, np.int32).get() == -1).all()
     assert (cupy.zeros((2, 3), np.float32).get() == 0).all()
@@ -114,7 +113,7 @@ def test_views_share_memory():
         lambda x: x.__iadd__(1),
     ],
 )
-def test_no_arithmetic(attempt):
+def test_array_arithmetic_is_not_supported(attempt):
     with pytest.raises(TypeError):
         attempt(cupy.zeros(3, np.float32))
 
@@ -136,7 +135,7 @@ def test_set_and_get_require_shape_and_dtype():
         array.fill(1)
 
 
-def test_pool_counts(monkeypatch):
+def test_memory_pool_counters(monkeypatch):
     gc.collect()
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
@@ -217,7 +216,7 @@ def test_blocks_at_once(capability, registers, threads, shared, blocks):
         ("DEVICES", "0", "cudaErrorNoDevice"),
     ],
 )
-def test_without_driver_or_device_everything_says_so(monkeypatch, variable, value, said):
+def test_missing_driver_or_device_is_reported(monkeypatch, variable, value, said):
     monkeypatch.setenv(f"LLMC_EMULATOR_{variable}", value)
     for attempt in (
         runtime.getDeviceCount,
@@ -238,7 +237,7 @@ def test_without_driver_or_device_everything_says_so(monkeypatch, variable, valu
     assert cupy.cuda.Device(0).id == 0  # as in CuPy, a name only
 
 
-def test_a_subprocess_needs_only_the_path():
+def test_import_in_a_subprocess():
     path = str(Path(cupy_loader.__file__).parent)
     code = "import cupy, numpy; print(cupy.__version__, cupy.zeros(3, numpy.int32).get().tolist())"
     answer = subprocess.run(

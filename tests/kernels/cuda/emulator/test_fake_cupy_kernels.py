@@ -1,4 +1,4 @@
-"""Launches of the stand-in for CuPy: arguments, dimensions and shared memory that a device would not take."""
+"""Launches on the fake CuPy: arguments, dimensions and shared memory that a device would reject."""
 
 from pathlib import Path
 
@@ -59,12 +59,12 @@ def test_null_pointer(monkeypatch, kernel):
         (1, (1,), TypeError),
     ],
 )
-def test_dimensions(kernel, grid, block, error):
+def test_invalid_grid_or_block(kernel, grid, block, error):
     with pytest.raises(error):
         kernel(grid, block, tuple(arguments(cupy.zeros(1, np.float32))))
 
 
-def test_large_shared_memory_is_opted_in(monkeypatch, kernel):
+def test_large_shared_memory_requires_opt_in(monkeypatch, kernel):
     args = tuple(arguments(cupy.zeros(1, np.float32)))
     kernel((1,), (1,), args, shared_mem=48 << 10)
     with pytest.raises(cupy.cuda.driver.CUDADriverError, match="max_dynamic"):
@@ -81,7 +81,7 @@ def test_unknown_function(kernel):
         cupy.RawModule(code="").get_function("triple")
 
 
-def test_error_names_who_asked(monkeypatch, kernel):
+def test_error_names_the_calling_line(monkeypatch, kernel):
     def fail(*args, **options):
         raise RuntimeError("out of bounds")
 

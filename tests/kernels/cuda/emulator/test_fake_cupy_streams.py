@@ -1,4 +1,4 @@
-"""Copies, streams, events and captures of the stand-in for CuPy: everything happens as late as it may."""
+"""Copies, streams, events and captures of the fake CuPy, which defers all work as long as permitted."""
 
 import gc
 
@@ -9,7 +9,7 @@ from support.fake_cupy import cupy, pinned, raw, runtime
 pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
-def test_copy_from_pinned_memory_is_as_late_as_it_may_be():
+def test_copy_from_pinned_memory_is_deferred():
     host, device = pinned(4), cupy.empty(4, np.float32)
     host[:] = 1
     device.set(host)
@@ -17,14 +17,14 @@ def test_copy_from_pinned_memory_is_as_late_as_it_may_be():
     assert (device.get() == 2).all()
 
 
-def test_copy_from_other_memory_reads_at_once():
+def test_copy_from_pageable_memory_reads_immediately():
     host, device = np.ones(4, np.float32), cupy.empty(4, np.float32)
     device.set(host)
     host[:] = 2
     assert (device.get() == 1).all()
 
 
-def test_copy_to_pinned_memory_arrives_with_the_synchronization():
+def test_copy_to_pinned_memory_is_deferred():
     host, device = pinned(4), cupy.zeros(4, np.float32)
     stream = cupy.cuda.Stream()
     runtime.memcpyAsync(host.ctypes.data, device.data.ptr, 16, runtime.memcpyDeviceToHost, stream.ptr)
@@ -33,7 +33,7 @@ def test_copy_to_pinned_memory_arrives_with_the_synchronization():
     assert (host == 0).all()
 
 
-def test_streams_wait_only_for_what_they_are_told_to(double):
+def test_streams_wait_only_for_events(double):
     first, second = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     x, y = cupy.empty(4, np.float32), cupy.empty(4, np.float32)
     copy = (y.data.ptr, x.data.ptr, 16, runtime.memcpyDeviceToDevice, second.ptr)
@@ -48,7 +48,7 @@ def test_streams_wait_only_for_what_they_are_told_to(double):
     assert (y.get(second) == 2).all()
 
 
-def test_null_stream_takes_turns_with_blocking_streams_only(double):
+def test_null_stream_synchronizes_with_blocking_streams(double):
     for non_blocking in (False, True):
         stream = cupy.cuda.Stream(non_blocking=non_blocking)
         x = cupy.zeros(4, np.float32)  # on the null stream
@@ -64,8 +64,8 @@ def test_used_stream_is_current(double):
     cupy.cuda.Stream.null.use()
 
 
-def test_random_moments(monkeypatch, double):
-    """With a seed some copies from pinned memory are early, some late."""
+def test_seed_randomizes_deferral(monkeypatch, double):
+    """With a seed, some copies from pinned memory are early and some late."""
     monkeypatch.setenv("LLMC_EMULATOR_SEED", "1")
     monkeypatch.setattr(raw.emulator, "schedule", lambda seed: None)
     host, seen = pinned(1), set()
@@ -116,8 +116,8 @@ def test_graph_replays(double):
             graph.launch()
 
 
-def test_nothing_waits_while_capturing():
-    """What cannot be captured is refused, and the capture is void."""
+def test_operations_rejected_during_capture():
+    """Operations that cannot be captured raise an error and invalidate the capture."""
     stream = cupy.cuda.Stream()
     x, host = cupy.zeros(4, np.float32), np.zeros(4, np.float32)
     attempts = {

@@ -1,4 +1,4 @@
-"""A stand-in for the part of CuPy that llmc uses: kernels on the emulator, cuBLAS on NumPy, memory of the host.
+"""A fake of the part of CuPy that llmc uses: kernels on the emulator, cuBLAS on NumPy, memory of the host.
 
 It is stricter than CuPy. It has nothing that the backend does not use; it refuses what CuPy would quietly do wrong, as
 passing a Python int to a kernel; its memory is poisoned, its streams are as late as they may be (cuda/stream.py), and

@@ -39,7 +39,7 @@ STATUSES = {
 
 
 class CUDARuntimeError(RuntimeError):
-    """As the real one: "name: description"; ``why`` is what only a stand-in can tell."""
+    """As the real one: "name: description"; ``why`` is what only a fake can tell."""
 
     def __init__(self, status, why=""):
         self.status = status

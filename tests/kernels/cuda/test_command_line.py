@@ -131,7 +131,7 @@ def test_memory_error_names_the_device_and_what_fits(training):
     memory = {"LLMC_EMULATOR_MEMORY": str(plan["total_memory"] - 1000)}
     run = llmc(*training, "--device", "cuda", emulator=memory)
     assert run.returncode == 4
-    assert "on cuda:0 are free" in run.stderr
+    assert "GB are free on cuda:0" in run.stderr
     assert "--batch 1 would fit" in run.stderr
     run = llmc(*training, "--device", "cuda", emulator={"LLMC_EMULATOR_MEMORY": str(least)})
     assert "take a smaller model or sequence length" in run.stderr
@@ -173,7 +173,7 @@ def test_two_cupy_packages_are_an_error(tmp_path):
     [
         ({"LLMC_EMULATOR_DRIVER": "0"}, "no NVIDIA driver"),
         ({"LLMC_EMULATOR_DRIVER": "11040"}, "the driver supports CUDA 11.4"),
-        ({"LLMC_EMULATOR_DEVICES": "0"}, "reports no devices"),
+        ({"LLMC_EMULATOR_DEVICES": "0"}, "no usable device"),
         ({"LLMC_EMULATOR_CAPABILITY": "70"}, "compute capability 7.0"),
     ],
 )

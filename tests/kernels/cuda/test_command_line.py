@@ -134,7 +134,7 @@ def test_memory_error_names_the_device_and_what_fits(training):
     assert "GB are free on cuda:0" in run.stderr
     assert "--batch 1 would fit" in run.stderr
     run = llmc(*training, "--device", "cuda", emulator={"LLMC_EMULATOR_MEMORY": str(least)})
-    assert "take a smaller model or sequence length" in run.stderr
+    assert "use a smaller model or sequence length" in run.stderr
 
 
 def refused(**options):

@@ -1,4 +1,4 @@
-"""Runs CUDA kernels on the CPU, and finds what is wrong with them: README.md says what, and how."""
+"""Run CUDA kernels on the CPU and detect bugs in them. README.md describes the checks and the implementation."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ FILES = (*RUNTIME, "runtime.h", "context.h", "emulator.h", "emulator.py")
 
 MAX_THREADS = 1024
 MAX_SHARED = 227 * 1024
-"""Bytes of dynamic shared memory that a block may have on an H100."""
+"""Maximum bytes of dynamic shared memory per block on an H100."""
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
 
@@ -30,7 +30,7 @@ COMPILE = (
     *("-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-gnu-unique", "-fno-threadsafe-statics", "-fno-optimize-sibling-calls", "-Werror=uninitialized"),
 )
-# Loads stay where they are written: one that is taken out of a loop may never have been due.
+# Loads must not be hoisted out of loops, where they could access memory that the loop never reads.
 CHECKED = (
     *("-O1", "-fno-tree-loop-im", "-fsanitize=thread"),
     "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
@@ -49,7 +49,7 @@ DYNAMIC_SHARED = re.compile(
 
 
 class EmulatorError(RuntimeError):
-    """A fault of a kernel or of its launch, or no way to run any."""
+    """A fault of a kernel or launch, or a missing requirement of the emulator."""
 
 
 # ---- Libraries -------------------------------------------------------------------------------------------------------
@@ -68,31 +68,31 @@ def _compiler() -> str:
         raise EmulatorError(f"the CUDA emulator runs on Linux, not on {sys.platform}")
     path = shutil.which("g++")
     if path is None:
-        raise EmulatorError("the CUDA emulator needs g++, and there is none on the PATH")
+        raise EmulatorError("the CUDA emulator needs g++, which was not found on the PATH")
     return path
 
 
 @functools.cache
 def _folder() -> Path:
-    """Where compiled libraries are kept. Code that another user put there must not run."""
+    """Return the cache folder of compiled libraries. It must belong to this user, because its code is executed."""
     folder = Path(tempfile.gettempdir()) / f"cuda-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise EmulatorError(f"{folder} belongs to someone else")
+        raise EmulatorError(f"{folder} belongs to another user")
     return folder
 
 
 @functools.cache
 def _version() -> bytes:
-    """All that a library depends on beside its own text."""
+    """Return everything that a library depends on besides its source."""
     compiler = _run(_compiler(), "-dumpfullversion").encode()
     return b"\0".join([compiler, *((HERE / name).read_bytes() for name in FILES)])
 
 
 def _library(text: str, build: Callable[[Path], Path]) -> Path:
-    """The library for ``text``: made by ``build``, in the folder it is given, unless it is there already.
+    """Return the library for ``text``, built by ``build`` in a temporary folder if it is not cached.
 
-    Of several processes that want it one makes it, and the others wait.
+    A file lock ensures that only one process builds it.
     """
     path = _folder() / f"{hashlib.sha256(_version() + text.encode()).hexdigest()[:32]}.so"
     if not path.exists():
@@ -125,7 +125,7 @@ def _build_program(folder: Path, source: str, options: Sequence[str], check: boo
 
 
 def _as_cpp(text: str) -> str:
-    """Preprocessed CUDA as C++: kernels become functions, which a table lists. Every line stays in its place."""
+    """Convert preprocessed CUDA to C++: kernels become functions listed in a table. Line numbers do not change."""
     entries = []
 
     def function(kernel: re.Match[str]) -> str:
@@ -182,17 +182,17 @@ _one_at_a_time = threading.Lock()
 
 
 class Program:
-    """The kernels of a source, compiled.
+    """A compiled program.
 
     Attributes:
-        names: of the kernels
+        names: names of the kernels
         check: whether launches are checked
     """
 
     def __init__(self, source: str, options: Sequence[str] = (), check: bool = False) -> None:
-        """Compiles ``source``: CUDA C++ that includes nothing. Only ``options`` that begin with -D count.
+        """Compile ``source``, CUDA C++ without includes. ``options`` other than -D are ignored.
 
-        A checked program runs some ten times as long, and its launches fail where README.md says.
+        A checked program is about ten times slower and detects the errors listed in README.md.
         """
         options = [option for option in options if option.startswith("-D")]
         text = "\0".join((source, *options, f"check={check}"))
@@ -212,11 +212,11 @@ class Program:
 
     def _kernel(self, name: str) -> _Kernel:
         if name not in self._kernels:
-            raise EmulatorError(f"launch: no kernel {name}; there are {', '.join(self.names)}")
+            raise EmulatorError(f"launch: no kernel {name}; the program has {', '.join(self.names)}")
         return self._kernels[name]
 
     def signature(self, name: str) -> list[str]:
-        """The kinds of the kernel's arguments: P (a pointer), i4, i8, f4."""
+        """Return the kernel's argument types: P (pointer), i4, i8, f4."""
         kinds = []
         for kind in self._kernel(name).kinds:
             if kind is None:
@@ -227,10 +227,10 @@ class Program:
     def launch(
         self, name: str, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared: int = 0
     ) -> None:
-        """Runs a kernel. ``args``: an int, the address, for a pointer, otherwise np.int32, np.int64 or np.float32.
+        """Run a kernel. ``args`` are np.int32, np.int64 or np.float32, and addresses as int for pointers.
 
         Raises:
-            EmulatorError: of a launch that a GPU would refuse; of a fault of the kernel.
+            EmulatorError: if a GPU would reject the launch, or the kernel has a fault.
         """
         kernel = self._kernel(name)
         launch = _Launch(
@@ -255,7 +255,7 @@ class Program:
             raise EmulatorError(self._explain(error.decode()))
 
     def _slots(self, name: str, args: Sequence[object]) -> list[int]:
-        """Arguments as 8-byte numbers."""
+        """Return the arguments as 8-byte integers."""
         kinds = self.signature(name)
         if len(args) != len(kinds):
             raise EmulatorError(f"launch: {name}: {len(args)} arguments, where it takes {len(kinds)}")
@@ -269,19 +269,19 @@ class Program:
         return slots
 
     def _explain(self, message: str) -> str:
-        """An error of the runtime with the source's lines and the names of variables in it."""
+        """Replace code addresses in a runtime error by source lines and shared memory offsets by variable names."""
         message = re.sub(r"@c:(\d+)@", lambda match: self._place(int(match[1])), message)
         return re.sub(r"@s:(\d+)@", lambda match: self._variable(int(match[1])), message)
 
     def _place(self, site: int) -> str:
-        """The words for a ``Site`` of runtime.h: the innermost function's line, then those that the call came from."""
+        """Describe a ``Site`` of runtime.h by the line of the innermost function and those of its callers."""
         frames = _run("addr2line", "-i", "-e", str(self._path), hex(site)).splitlines()
         places = [match.groups() for frame in frames if (match := re.search(r"([^/]*):(\d+)", frame))]
         known = [(file, int(line)) for file, line in places if (file, int(line)) in self._places]
         return ", called from ".join(f"{file}:{line} `{self._places[file, line]}`" for file, line in known) or "unknown"
 
     def _variable(self, offset: int) -> str:
-        """The words for what lies in static shared memory at an offset into the library."""
+        """Describe the static shared variable at an offset into the library."""
         for line in _run("nm", "-S", "-C", "--defined-only", str(self._path)).splitlines():
             match = re.fullmatch(r"(\w+) (\w+) [bB] (.*)", line)
             if match and int(match[1], 16) <= offset < int(match[1], 16) + int(match[2], 16):
@@ -290,7 +290,7 @@ class Program:
 
 
 def _places(source: str) -> dict[tuple[str, int], str]:
-    """The text of each line, by file and number as compilers name it."""
+    """Return the text of each line by file and line number, taking ``#line`` directives into account."""
     file, number = "program.cu", 0
     places = {}
     for text in source.splitlines():
@@ -308,17 +308,15 @@ def _sizes(kernel: str, what: str, sizes: Sequence[int], most: Sequence[int]) ->
     return (ctypes.c_uint * 3)(*full)
 
 
-# ---- What holds for all programs -------------------------------------------------------------------------------------
+# ---- State shared by all programs ------------------------------------------------------------------------------------
 
 
 def register(address: int, nbytes: int) -> None:
-    """Device memory that exists from now on. Checked programs may access no other."""
+    """Register device memory. Checked programs may not access any other memory."""
     with _one_at_a_time:
         if not _runtime().emulator_register(address, nbytes):
             what = f"{nbytes} bytes at {address:#x}"
-            raise EmulatorError(
-                f"{what} overlap memory that is registered, which should be until it is freed, no longer"
-            )
+            raise EmulatorError(f"{what} overlap registered memory; unregister memory when it is freed")
 
 
 def unregister(address: int) -> None:
@@ -328,16 +326,13 @@ def unregister(address: int) -> None:
 
 
 def schedule(seed: int | None) -> None:
-    """The order of blocks, and of threads from barrier to barrier: as they are numbered, or drawn with this seed."""
+    """Set the order of blocks, and of threads between barriers: by number, or shuffled with ``seed``."""
     _runtime().emulator_schedule(seed is not None, seed or 0)
 
 
 def counters() -> dict[str, int]:
-    """What happened since the last call.
-
-    Switches from thread to thread; barriers; warp_operations (of all kinds); mma; ldmatrix_phases (one for each 8 x 8
-    matrix) and those with ldmatrix_conflicts between banks; accesses that were checked.
-    """
+    """Return event counts since the last call: thread switches, barriers, warp_operations of all kinds, mma,
+    ldmatrix_phases (one per 8 x 8 matrix), ldmatrix_conflicts (phases with bank conflicts), and checked accesses."""
     names = (
         *("switches", "barriers", "warp_operations", "mma"),
         *("ldmatrix_phases", "ldmatrix_conflicts", "accesses"),

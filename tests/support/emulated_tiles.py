@@ -124,7 +124,7 @@ def release():
 
 
 @njit
-def turn_block(to, to_stride, source):
+def transpose_block(to, to_stride, source):
     for i in range(32):
         floats(to + i * to_stride, 32)[:] = matrix(source)[:, i]
 
@@ -165,7 +165,7 @@ def score_gradients(probabilities, gradients, across, scores, dscores, shifts, d
         pack_b_across(across + tile, other.ctypes.data + half * 64, 128, (0,))
 
 
-INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, turn_block,
+INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, transpose_block,
            configure, release)  # fmt: skip
 MODULES = ("panels", "matmul", "attention")
 

@@ -1,8 +1,8 @@
 """Causal attention of one head by blocks of queries and keys (Dao et al. 2022, arXiv:2205.14135).
 
-The head's operands are copied into scratch memory of its worker, padded with zeros to whole tiles, so that any T and HS
-go through one path. Scores are kept transposed, (keys, queries): the softmax runs along rows then, and its maxima, sums
-and exponentials are vectors over queries without a sum across a vector.
+The head's operands are copied into the worker's scratch memory and padded with zeros to whole tiles, so one code path
+serves any T and HS. Scores are stored transposed, (keys,queries), so that maxima, sums and exponentials are vectors
+over queries, and no sum runs across a vector.
 """
 
 import math
@@ -14,26 +14,26 @@ from llmc_cli.kernels.cpu.exponential import ONE, ZERO
 from llmc_cli.kernels.cpu.register_tiles import COLUMNS, multiply
 from llmc_cli.kernels.cpu.softmax import MASKED, mask, softmax_block
 
-QUERIES = 32  # a block; multiples of tiles.COLUMNS, tiles.ROWS and 4
+QUERIES = 32  # per block; this and KEYS are multiples of register_tiles.COLUMNS and ROWS, and of 4
 KEYS = 64
 
 
 def work_floats(length: int, HS: int) -> int:
-    """Scratch of one worker for ``length`` keys, forward or backward, in floats."""
+    """Return the scratch memory of a worker for ``length`` keys, forward or backward, in floats."""
     wide = -(-HS // COLUMNS) * COLUMNS
     return 4 * (length + 2 * QUERIES) * wide + 5 * QUERIES * wide + 2 * KEYS * QUERIES + 3 * QUERIES
 
 
 @helper(CONTRACT)
 def take(work, start, rows, columns):
-    """A matrix in the flat array ``work``, and where the next one may start."""
+    """Return a matrix from the flat array ``work``, and the offset after it."""
     stop = start + rows * columns
     return work[start:stop].reshape((rows, columns)), stop
 
 
 @helper(CONTRACT, inline=False)
 def pack(to, source, start, stride, count, size):
-    """``to`` (rows,columns) = ``count`` rows of ``size`` numbers, ``stride`` apart in ``source``, zeros around them."""
+    """to (rows,columns) = ``count`` rows of ``size`` numbers, ``stride`` apart in ``source``, padded with zeros."""
     rows, columns = to.shape
     count = min(count, rows)
     for i in range(count):
@@ -49,7 +49,7 @@ def pack(to, source, start, stride, count, size):
 
 @helper(CONTRACT, inline=False)
 def unpack(to, start, stride, source, count, size):
-    """The other way: ``count`` rows of ``size`` numbers, ``stride`` apart in ``to``, from ``source`` (rows,columns)."""
+    """The inverse of ``pack``: write ``count`` rows of ``size`` numbers, ``stride`` apart in ``to``."""
     for i in range(count):
         row = to[start + i * stride : start + i * stride + size]
         for j in range(size):
@@ -72,15 +72,20 @@ def scale_rows(x, factors):
 
 
 @helper(CONTRACT, inline=False)
-def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, at_k, v, at_v, kv_stride, length, HS):
-    """One head: out (T,HS), lse (T,) of T queries that are the last of ``length`` keys and values."""
+def head_forward(
+    work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, at_k, v, at_v, kv_stride, length, HS
+):
+    """One head: out (T,HS) and lse (T,) of T queries, the last of ``length`` positions with keys and values.
+
+    The arrays are flat: ``at_*`` are the offsets of the head's first numbers, ``*_stride`` the distances of positions.
+    """
     scale = np.float32(1.0 / math.sqrt(HS))
     wide = (HS + COLUMNS - 1) // COLUMNS * COLUMNS
     before = length - T
-    keys, end = take(work, 0, length + 2 * QUERIES, wide)  # the last block may reach beyond
+    keys, end = take(work, 0, length + 2 * QUERIES, wide)  # the last block may end after the last key
     values, end = take(work, end, length + 2 * QUERIES, wide)
     queries, end = take(work, end, QUERIES, wide)
-    turned, end = take(work, end, wide, QUERIES)
+    queries_transposed, end = take(work, end, wide, QUERIES)
     summed, end = take(work, end, QUERIES, wide)
     scores, end = take(work, end, KEYS, QUERIES)
     statistics, end = take(work, end, 3, QUERIES)
@@ -90,15 +95,15 @@ def attend(work, out, at_out, out_stride, lse, at_lse, q, at_q, q_stride, T, k, 
     for first in range(0, T, QUERIES):
         count = min(QUERIES, T - first)
         pack(queries, q, at_q + first * q_stride, q_stride, count, HS)
-        transpose(turned, queries)
+        transpose(queries_transposed, queries)
         largest[:] = MASKED
         total[:] = ZERO
-        # behind the last key that the block sees, in whole blocks
+        # the end of the keys that the block attends to, in whole blocks
         stop = (before + first + 2 * QUERIES - 1) // QUERIES * QUERIES
         for key in range(0, stop, KEYS):
             n = min(KEYS, stop - key)
             block = scores[:n]
-            multiply(block, keys[key : key + n], turned, HS, False, False)
+            multiply(block, keys[key : key + n], queries_transposed, HS, False, False)
             if key + n > before + first + 1:
                 mask(block, key - before - first)
             softmax_block(block, largest, total, shrink, scale)

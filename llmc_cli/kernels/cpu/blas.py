@@ -1,6 +1,7 @@
-"""The one BLAS of the process: SciPy's, called with alpha, beta and leading dimensions, which NumPy does not offer.
+"""SciPy's BLAS, the only one that this process uses, called with beta and leading dimensions, which NumPy does not
+offer.
 
-beta = 1 accumulates gradients without scratch memory, and leading dimensions let views be operands without copies.
+beta = 1 accumulates gradients without scratch memory; leading dimensions allow views as operands without copies.
 """
 
 import ctypes
@@ -18,14 +19,16 @@ Float32 = NDArray[np.float32]
 
 
 def _routine(name: str, argument_types: list[Any]) -> Any:
-    """The Fortran routine behind scipy.linalg.cython_blas. Raises MissingError where its integers are not 32 bits."""
+    """Return a Fortran routine of scipy.linalg.cython_blas. Raises MissingError if its integers are not 32-bit."""
     routines: Any = scipy.linalg.cython_blas.__pyx_capi__
     capsule = routines[name]
     get_name = ctypes.pythonapi.PyCapsule_GetName
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     signature: bytes = get_name(capsule)
     if signature.count(b" int *") != argument_types.count(INTEGER):
-        raise MissingError(f"SciPy's BLAS takes integers of another size ({signature.decode()}): install another SciPy")
+        raise MissingError(
+            f"SciPy's BLAS does not use 32-bit integers ({signature.decode()}); install a SciPy built with LP64 BLAS"
+        )
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return ctypes.CFUNCTYPE(None, *argument_types)(get_pointer(capsule, signature))
@@ -48,14 +51,17 @@ _sgemv = _routine(
 def matmul(
     c: Float32, a: Float32, b: Float32, transpose_a: bool, transpose_b: bool, acc: bool, bias: Float32 | None
 ) -> None:
-    """``matmul.Matmul``. BLAS counts in columns: it is given cᵀ = bᵀ · aᵀ, whose columns are these rows."""
-    if bias is not None:  # the product is then added to it, which costs BLAS no more than overwriting
+    """c (M,N) = a · b + bias (N,), or added to c with ``acc``; see ``matmul.Matmul``.
+
+    BLAS is column-major, so it computes cᵀ = bᵀ · aᵀ.
+    """
+    if bias is not None:  # BLAS adds as fast as it overwrites
         linear.fill_rows(c, bias)
         acc = True
     M, N = c.shape
     K = a.shape[0] if transpose_a else a.shape[1]
     if M == 1 and transpose_b and not transpose_a:
-        # a token at a time: sgemm would copy the whole matrix into its blocks first, which takes three times as long
+        # a single token: sgemm would pack the whole matrix first, which takes three times as long
         _sgemv(
             b"T",
             ctypes.c_int(K),
@@ -88,19 +94,20 @@ def matmul(
 
 
 def _leading(x: Float32) -> int:
-    """Elements from row to row; with one row NumPy may say anything, BLAS wants at least the row's length."""
+    """Return the elements from row to row. For a single row NumPy's stride is arbitrary, but BLAS requires at least the
+    length of the row."""
     return int(max(x.strides[0] // 4, x.shape[1]))
 
 
 def library() -> dict[str, Any]:
-    """Name, version, architecture and threads of the BLAS in use, as threadpoolctl says it; empty where it cannot."""
+    """Return threadpoolctl's description of the BLAS in use, or an empty dict."""
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    ours = [pool for pool in pools if "scipy" in pool["filepath"].replace("\\", "/").split("/")[-2]]
-    return next(iter(ours or pools), {})
+    scipys = [pool for pool in pools if "scipy" in pool["filepath"].replace("\\", "/").split("/")[-2]]
+    return next(iter(scipys or pools), {})
 
 
 def name() -> str:
-    """The BLAS in use: library, version, the architecture it chose."""
+    """Return library, version and architecture of the BLAS in use."""
     described = library()
     parts = [
         str(described.get("internal_api", "unknown BLAS")),
@@ -111,5 +118,5 @@ def name() -> str:
 
 
 def limit_threads(threads: int) -> None:
-    """Use this many threads from now on (where the library can be told: Apple's Accelerate decides by itself)."""
+    """Set the number of BLAS threads. Some libraries, such as Apple's Accelerate, ignore it."""
     threadpoolctl.threadpool_limits(threads, user_api="blas")

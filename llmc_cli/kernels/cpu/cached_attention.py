@@ -1,11 +1,11 @@
-"""Attention of new tokens to the keys and values of those before them, a task for each head of each sequence."""
+"""Attention of new tokens to cached keys and values: one task per head and sequence."""
 
 import math
 
 import numpy as np
 from numba import prange
 
-from llmc_cli.kernels.cpu.attention_head import attend, pack, take
+from llmc_cli.kernels.cpu.attention_head import head_forward, pack, take
 from llmc_cli.kernels.cpu.attention_head import work_floats as work_floats
 from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, float1, float2, helper, int1, int64, kernel
 from llmc_cli.kernels.cpu.exponential import ZERO, exp
@@ -13,8 +13,8 @@ from llmc_cli.kernels.cpu.softmax import MASKED, dot
 
 
 @helper(REORDER, inline=False)
-def attend_once(scores, out, q, k, v):
-    """One head, one query q (HS,): out (HS,) from k and v (length,HS), read where they are."""
+def single_query(scores, out, q, k, v):
+    """One head and one query q (HS,): out (HS,) from k and v (length,HS), read in place; ``scores`` is scratch."""
     length, HS = k.shape
     scale = np.float32(1.0 / math.sqrt(HS))
     largest, total = MASKED, ZERO
@@ -35,7 +35,8 @@ def attend_once(scores, out, q, k, v):
 
 @kernel(float1, float1, float1, float1, int1, float2, float2, int64, int64, int64, int64, fastmath=CONTRACT)
 def attention_cached(out, keys, values, qkv, lengths, work, lse, T, Tmax, NH, HS):
-    """out (S,T,C), keys and values (S,NH,Tmax,HS), qkv (S,T,3C), flat; ``lse`` is scratch like ``work``."""
+    """``spec.Kernels.attention_cached`` on flat arrays: out (S,T,C), keys and values (S,NH,Tmax,HS), qkv (S,T,3C).
+    ``work`` and ``lse`` are scratch memory with one row per worker."""
     C = NH * HS
     for worker in prange(work.shape[0]):
         for task in range(worker, lengths.size * NH, work.shape[0]):
@@ -47,9 +48,9 @@ def attention_cached(out, keys, values, qkv, lengths, work, lse, T, Tmax, NH, HS
             pack(k[before:], qkv, at_qkv + C, 3 * C, T, HS)
             pack(v[before:], qkv, at_qkv + 2 * C, 3 * C, T, HS)
             if T == 1:
-                attend_once(work[worker], out[at_out : at_out + HS], qkv[at_qkv : at_qkv + HS], k, v)
+                single_query(work[worker], out[at_out : at_out + HS], qkv[at_qkv : at_qkv + HS], k, v)
             else:
-                attend(
+                head_forward(
                     work[worker], out, at_out, C, lse[worker], 0,
                     qkv, at_qkv, 3 * C, T, keys, start, values, start, HS, before + T, HS,
                 )  # fmt: skip

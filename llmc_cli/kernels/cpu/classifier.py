@@ -10,8 +10,11 @@ from llmc_cli.kernels.cpu.exponential import ZERO, exp, from_order_key, order_ke
 
 @kernel(float1, float2, int1, int64, float32, boolean, fastmath=REORDER)
 def softmax_loss(losses, logits, targets, V, dloss, gradient):
-    """losses (R,) of logits (R,Vp), of which the first V columns count; with ``gradient`` these become the gradient of
-    dloss times the sum of the losses. A row stays in the second-level cache while it is read three times."""
+    """losses (R,) = cross-entropy of the first V columns of logits (R,Vp), 0 for targets (R,) of -1.
+
+    With ``gradient`` the logits become the gradient of dloss times the sum of the losses, else their contents are
+    undefined. A row is read three times and stays in the second-level cache.
+    """
     for i in prange(losses.size):
         target = targets[i]
         if target < 0:
@@ -24,13 +27,13 @@ def softmax_loss(losses, logits, targets, V, dloss, gradient):
             other = order_key(logits[i, j])
             key = other if other > key else key
         largest = from_order_key(key)
-        wanted = logits[i, target]
+        target_logit = logits[i, target]
         total = ZERO
         for j in range(V):
             exponential = exp(logits[i, j] - largest)
             logits[i, j] = exponential
             total += exponential
-        losses[i] = math.log(total) + largest - wanted
+        losses[i] = math.log(total) + largest - target_logit
         if gradient:
             scale = dloss / total
             for j in range(V):

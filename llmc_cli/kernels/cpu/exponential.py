@@ -1,4 +1,4 @@
-"""exp for float32 in additions, multiplications and shifts only, so that LLVM vectorizes the loops it stands in."""
+"""exp for float32 from additions, multiplications and shifts, so that LLVM vectorizes loops that contain it."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from numba.extending import intrinsic
 from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
 
 LOG2_E = np.float32(1.4426950408889634)
-LN2_HIGH = np.float32(0.693359375)  # few bits: n · LN2_HIGH is exact
+LN2_HIGH = np.float32(0.693359375)  # so few bits that n · LN2_HIGH is exact
 LN2_LOW = np.float32(-2.12194440e-4)
-ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the integer nearest to a small number in the low bits
-HIGHEST = np.float32(88.0)  # below ln(float32's largest number)
-LOWEST = np.float32(-87.0)  # above ln(float32's smallest normal number); less than this becomes 0
+ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds a small number to an integer, in the low bits
+HIGHEST = np.float32(88.0)  # less than ln(largest float32)
+LOWEST = np.float32(-87.0)  # greater than ln(smallest normal float32); exp of less is 0
 
 # exp(r) = 1 + r + r² · polynomial, |r| ≤ ln(2)/2, near-minimax (S. L. Moshier, Cephes, expf)
 P0 = np.float32(1.9875691500e-4)
@@ -29,7 +29,7 @@ ZERO = np.float32(0.0)
 
 @intrinsic
 def power_of_two(typing_context: Any, rounded: Any) -> Any:
-    """2^n as float32, n being the integer in the low bits of ``rounded`` = ROUNDER + n."""
+    """Return 2^n as float32, for ``rounded`` = ROUNDER + n, whose low bits hold the integer n."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i32 = ir.IntType(32)
@@ -41,9 +41,10 @@ def power_of_two(typing_context: Any, rounded: Any) -> Any:
 
 @intrinsic
 def order_key(typing_context: Any, x: Any) -> Any:
-    """An int32 that sorts as the float32 x does, NaN of positive sign above everything; its own inverse on the bits.
+    """Return an int32 that sorts as the float32 x does, with positive NaN above everything. The mapping of the bits is
+    its own inverse.
 
-    The largest of integers is a sum that LLVM vectorizes; the largest of floats is not, unless NaN may be ignored.
+    LLVM vectorizes a maximum of integers, but one of floats only if NaN may be ignored.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -57,7 +58,7 @@ def order_key(typing_context: Any, x: Any) -> Any:
 
 @intrinsic
 def from_order_key(typing_context: Any, key: Any) -> Any:
-    """The float32 whose ``order_key`` is this."""
+    """Return the float32 with this ``order_key``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i32 = ir.IntType(32)
@@ -70,7 +71,7 @@ def from_order_key(typing_context: Any, key: Any) -> Any:
 
 @helper(CONTRACT)  # no reassociation: (x + ROUNDER) - ROUNDER must stay
 def exp(x):
-    """e^x within 1 unit in the last place; 0 below e^-87, e^88 above it, NaN for NaN."""
+    """Return e^x within 1 unit in the last place; 0 for x < -87, e^88 for x > 88, NaN for NaN."""
     clipped = HIGHEST if x > HIGHEST else x
     rounded = clipped * LOG2_E + ROUNDER
     n = rounded - ROUNDER

@@ -1,13 +1,12 @@
-"""A few rows times a matrix that is read once: what decoding a token is made of.
+"""Products of a few rows and a matrix that is read once: the matrix products of decoding.
 
-The matrix (O,K) is in one of three forms, told apart by its type: float32 as it is; bfloat16, two to a word (see
-narrow.py); or steps of a row's scale, uint8 around ``MIDDLE``. It is widened to float32 in registers. Where the
-processor multiplies bytes (VNNI) the steps stay bytes and x becomes two signed bytes a number, so that every product
-and sum is exact.
+The matrix (O,K) is float32, bfloat16 or int8, distinguished by its element type (see quantization.py), and converted to
+float32 in registers. If the processor multiplies bytes (VNNI), int8 stays bytes, and each number of x is split into two
+signed bytes, so that all products and sums are exact.
 
-Memory is what bounds all this, so several rows of the matrix stream at once, and the rows of x go through a block of it
-in groups, while it is in the cache. Each number of the result is summed up in the same order whatever stands beside
-it: a row has the same bits alone and among others.
+Memory bandwidth limits the speed, so several rows of the matrix are streamed at once, and groups of rows of x are
+multiplied with a block of it while it is in the cache. Each number of the result is summed in the same order for any
+number of rows, so a row has the same bits alone and in a batch.
 """
 
 import functools
@@ -35,29 +34,28 @@ from llmc_cli.kernels.cpu.compiling import (
 )
 from llmc_cli.kernels.cpu.exponential import ONE, ROUNDER, ZERO
 from llmc_cli.kernels.cpu.linear import gelu_piece
-from llmc_cli.kernels.cpu.quantization import largest_of
+from llmc_cli.kernels.cpu.quantization import largest_magnitude
 from llmc_cli.kernels.cpu.register_tiles import LANES
 
-BLOCK = 16  # rows of the matrix a task
-MIDDLE = 128  # the step that stands for 0, as narrow.py has it
-FINE_STEPS = np.float32(32512.0)  # of x: 127 · 256
-WIDTH = 64  # K is a multiple of it: whole vectors of every form
-AHEAD = 16384  # bytes that are asked for before their turn
+BLOCK = 16  # rows of the matrix per task
+ZERO_POINT = 128  # as in quantization.py, as an integer
+FINE_STEPS = np.float32(32512.0)  # of x, to either side of zero: 127 · 256
+WIDTH = 64  # K must be a multiple of it: whole vectors in all formats
+PREFETCH_BYTES = 16384  # software prefetch distance
 GROUP = 4  # rows of x that share a load
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
 
 
-def multiplies_bytes() -> bool:
+def has_byte_products() -> bool:
     """Whether the processor has VNNI for vectors of ``LANES``."""
     return {16: "+avx512vnni", 8: "+avxvnni"}.get(LANES, "none") in target()[2].split(",")
 
 
 class Emitter:
-    """Writes the code of one product: ``rows`` rows of the matrix with ``group`` rows of x.
+    """Generates the code of a product of ``rows`` rows of the matrix, from ``first`` on, and ``group`` rows of x.
 
-    ``first`` and ``last`` are rows of the matrix: the first of these, and the last there is, which stands in for rows
-    beyond it (the same number is then written to the same place again).
+    Rows after the matrix's ``last`` are replaced by it, so its result is written more than once.
     """
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any, rows: int, group: int) -> None:
@@ -65,7 +63,7 @@ class Emitter:
         self.rows, self.group = rows, group
 
     def data(self, position: int) -> Any:
-        """A pointer to the first element of an array argument."""
+        """Return a pointer to the first element of an array argument."""
         make = self.context.make_array(self.signature.args[position])
         return make(self.context, self.builder, self.args[position]).data
 
@@ -78,8 +76,8 @@ class Emitter:
     def prefetch(self, pointer: Any, offset: Any) -> None:
         place = self.builder.bitcast(self.builder.gep(pointer, [offset]), I8.as_pointer())
         function = self.function("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        ahead = self.builder.gep(place, [I64(AHEAD)])
-        self.builder.call(function, [ahead, I32(0), I32(3), I32(1)])  # to read, to keep in all caches, data
+        place = self.builder.gep(place, [I64(PREFETCH_BYTES)])
+        self.builder.call(function, [place, I32(0), I32(3), I32(1)])  # a read, high locality, data cache
 
     def function(self, name: str, result: Any, arguments: list[Any]) -> Any:
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
@@ -89,7 +87,7 @@ class Emitter:
         return [self.builder.select(self.builder.icmp_signed("<", row, last), row, last) for row in indices]
 
     def sum(self, vector: Any, add: Callable[[Any, Any], Any]) -> Any:
-        """The sum over a vector, halves first: the order is given, not left to the optimizer."""
+        """Return the sum of a vector by adding halves, an order that the optimizer cannot change."""
         lanes = vector.type.count
         while lanes > 1:
             lanes //= 2
@@ -101,8 +99,8 @@ class Emitter:
             )
         return self.builder.extract_element(vector, I32(0))
 
-    def widened(self, w: Any, offset: Any) -> list[Any]:
-        """LANES numbers of the matrix as float32, of words twice as many, one vector behind the other."""
+    def as_floats(self, w: Any, offset: Any) -> list[Any]:
+        """Load LANES elements of the matrix as vectors of float32: two vectors for bfloat16, else one."""
         b, kind = self.builder, w.type.pointee
         loaded = self.load(w, offset, FLOATS if kind == ir.FloatType() else ir.VectorType(kind, LANES))
         if kind == ir.FloatType():
@@ -111,11 +109,12 @@ class Emitter:
             low = b.shl(loaded, ir.Constant(INTS, [16] * LANES))
             high = b.and_(loaded, ir.Constant(INTS, [0xFFFF0000] * LANES))
             return [b.bitcast(low, FLOATS), b.bitcast(high, FLOATS)]
-        return [b.sitofp(b.sub(b.zext(loaded, INTS), ir.Constant(INTS, [MIDDLE] * LANES)), FLOATS)]
+        return [b.sitofp(b.sub(b.zext(loaded, INTS), ir.Constant(INTS, [ZERO_POINT] * LANES)), FLOATS)]
 
 
 def float_product(rows: int, group: int) -> Any:
-    """An intrinsic: y[at_y + i·ldy + row] = x[at_x + i·depth …] · the row of w, for a group of i and some rows."""
+    """Return an intrinsic: y[at_y + i·ldy + row] = x[at_x + i·depth : at_x + (i+1)·depth] · w[row], for ``group`` rows
+    i of x and ``rows`` rows of w."""
 
     @intrinsic
     def product(
@@ -125,11 +124,13 @@ def float_product(rows: int, group: int) -> Any:
             emit = Emitter(context, builder, signature, args, rows, group)
             _, at_y, ldy, _, first, last, _, at_x, depth = args
             indices, matrix = emit.row_indices(first, last), emit.data(3)
-            together = 2 if matrix.type.pointee == I32 else 1  # numbers in an element
-            elements = builder.udiv(depth, I64(together))
+            per_element = 2 if matrix.type.pointee == I32 else 1  # numbers
+            elements = builder.udiv(depth, I64(per_element))
             w_rows = [builder.gep(matrix, [builder.mul(index, elements)]) for index in indices]
             x_rows = [builder.gep(emit.data(6), [builder.add(at_x, builder.mul(depth, I64(i)))]) for i in range(group)]
-            sums = [[[cgutils.alloca_once(builder, FLOATS) for _ in range(together)] for _ in x_rows] for _ in w_rows]
+            sums = [
+                [[cgutils.alloca_once(builder, FLOATS) for _ in range(per_element)] for _ in x_rows] for _ in w_rows
+            ]
             for total in (total for row in sums for parts in row for total in parts):
                 builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
             multiply_add = emit.function(f"llvm.fmuladd.v{LANES}f32", FLOATS, [FLOATS] * 3)
@@ -137,10 +138,10 @@ def float_product(rows: int, group: int) -> Any:
                 offset = builder.mul(loop.index, I64(LANES))
                 for row in w_rows:
                     emit.prefetch(row, offset)
-                factors = [emit.widened(row, offset) for row in w_rows]
+                factors = [emit.as_floats(row, offset) for row in w_rows]
                 for i, x_row in enumerate(x_rows):
-                    for part in range(together):
-                        place = builder.add(builder.mul(offset, I64(together)), I64(part * LANES))
+                    for part in range(per_element):
+                        place = builder.add(builder.mul(offset, I64(per_element)), I64(part * LANES))
                         numbers = emit.load(x_row, place, FLOATS)
                         for factor, row in zip(factors, sums, strict=True):
                             total = row[i][part]
@@ -161,8 +162,8 @@ def float_product(rows: int, group: int) -> Any:
 
 
 def byte_product(rows: int, group: int) -> Any:
-    """An intrinsic like ``float_product``, of bytes: x is digits (S,2,K), a number being 256 · the first + the second;
-    ``starts`` (S,2) is what makes up for ``MIDDLE`` in the sum of each digit."""
+    """Return an intrinsic like ``float_product``, of bytes: x is digits (S,2,K), a number being 256 · the first + the
+    second; the sums start from ``starts`` (S,2), which compensates for ``ZERO_POINT``."""
 
     @intrinsic
     def product(
@@ -182,7 +183,7 @@ def byte_product(rows: int, group: int) -> Any:
                 vector = builder.insert_element(ir.Constant(INTS, [0] * LANES), start, I32(0))
                 for row in sums:
                     builder.store(vector, row[column])
-            # newer versions of LLVM have vectors of bytes here, and take these as well
+            # newer versions of LLVM declare vectors of bytes here, but accept these, too
             dot = emit.function(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", INTS, [INTS] * 3)
             with cgutils.for_range(builder, builder.udiv(depth, I64(4 * LANES))) as loop:
                 offset = builder.mul(loop.index, I64(4 * LANES))
@@ -211,11 +212,11 @@ def byte_product(rows: int, group: int) -> Any:
     return product
 
 
-WIDE = LANES == 16  # 32 registers of it instead of 16
+WIDE = LANES == 16  # then there are 32 vector registers, else 16
 ROWS, BYTE_ROWS = 2, 4
 GROUP_ROWS, GROUP_BYTE_ROWS = (2, 2) if WIDE else (1, 1)
-float_alone, float_group = float_product(ROWS, 1), float_product(GROUP_ROWS, GROUP)
-byte_alone, byte_group = byte_product(BYTE_ROWS, 1), byte_product(GROUP_BYTE_ROWS, GROUP)
+float_single, float_group = float_product(ROWS, 1), float_product(GROUP_ROWS, GROUP)
+byte_single, byte_group = byte_product(BYTE_ROWS, 1), byte_product(GROUP_BYTE_ROWS, GROUP)
 
 
 @helper(CONTRACT, inline=False)
@@ -231,17 +232,17 @@ def add_piece(y, b):
 
 
 @helper(CONTRACT)
-def finish(y, act, b, biased, activated, here):
-    """Bias and activation for the columns ``here`` of each row."""
+def finish(y, act, b, biased, apply_gelu, columns):
+    """Apply bias and GELU to some columns of each row."""
     for i in range(y.shape[0]):
         if biased:
-            add_piece(y[i, here], b[here])
-        if activated:
-            gelu_piece(act[i, here], y[i, here])
+            add_piece(y[i, columns], b[columns])
+        if apply_gelu:
+            gelu_piece(act[i, columns], y[i, columns])
 
 
-def float_rows(y, act, x, w, scales, b, scaled, biased, activated):
-    """y (S,O) = x (S,K) · w (≥O,K)ᵀ · scales (O,) + b (O,), act (S,O) = gelu(y); the last three where asked for."""
+def float_rows(y, act, x, w, scales, b, scaled, biased, apply_gelu):
+    """y (S,O) = x (S,K) · w (≥O,K)ᵀ · scales (O,) + b (O,), and act (S,O) = gelu(y). Flags enable scales, b and act."""
     S, O = y.shape  # noqa: E741
     K = x.shape[1]
     for block in prange((O + BLOCK - 1) // BLOCK):
@@ -252,19 +253,19 @@ def float_rows(y, act, x, w, scales, b, scaled, biased, activated):
                 float_group(y, i * O, O, w, o, O - 1, x, i * K, K)
         for i in range(grouped, S):
             for o in range(start, stop, ROWS):
-                float_alone(y, i * O, O, w, o, O - 1, x, i * K, K)
-        here = slice(start, stop)
+                float_single(y, i * O, O, w, o, O - 1, x, i * K, K)
+        columns = slice(start, stop)
         if scaled:
             for i in range(S):
-                scale_piece(y[i, here], scales[here], ONE)
-        finish(y, act, b, biased, activated, here)
+                scale_piece(y[i, columns], scales[columns], ONE)
+        finish(y, act, b, biased, apply_gelu, columns)
 
 
 @helper(CONTRACT, inline=False)
 def split_digits(high, low, x):
-    """x (K,) as multiples of the returned step, in two digits (K,) of signed bytes; a step that is not finite where x
-    is not."""
-    largest = largest_of(x)
+    """Write x (K,) as multiples of the returned step, in two digits (K,) of signed bytes. If x is not finite, the step
+    is not finite either."""
+    largest = largest_magnitude(x)
     inverse = FINE_STEPS / largest if largest > ZERO else ZERO
     for j in range(x.size):
         steps = np.int32((x[j] * inverse + ROUNDER) - ROUNDER)
@@ -282,15 +283,15 @@ def sum_bytes(x):
     return total
 
 
-def byte_rows(y, act, x, w, scales, b, biased, activated, digits, starts, steps):
-    """``float_rows`` for steps (O,K) on a processor that multiplies bytes; the last three arrays are scratch: digits
-    (S,2,K), starts (S,2), steps (S,)."""
+def byte_rows(y, act, x, w, scales, b, biased, apply_gelu, digits, starts, steps):
+    """``float_rows`` for int8 w (O,K) on a processor that multiplies bytes. The last three arrays are scratch memory:
+    digits (S,2,K), starts (S,2), steps (S,)."""
     S, O = y.shape  # noqa: E741
     K = w.shape[1]
     for i in range(S):
         steps[i] = split_digits(digits[i, 0], digits[i, 1], x[i])
         for digit in range(2):
-            starts[i, digit] = -MIDDLE * sum_bytes(digits[i, digit])
+            starts[i, digit] = -ZERO_POINT * sum_bytes(digits[i, digit])
     for block in prange((O + BLOCK - 1) // BLOCK):
         start, stop = block * BLOCK, min(O, (block + 1) * BLOCK)
         grouped = S - S % GROUP
@@ -299,14 +300,14 @@ def byte_rows(y, act, x, w, scales, b, biased, activated, digits, starts, steps)
                 byte_group(y, i * O, O, w, o, O - 1, digits, starts, i, K)
         for i in range(grouped, S):
             for o in range(start, stop, BYTE_ROWS):
-                byte_alone(y, i * O, O, w, o, O - 1, digits, starts, i, K)
-        here = slice(start, stop)
+                byte_single(y, i * O, O, w, o, O - 1, digits, starts, i, K)
+        columns = slice(start, stop)
         for i in range(S):
-            scale_piece(y[i, here], scales[here], steps[i])
-        finish(y, act, b, biased, activated, here)
+            scale_piece(y[i, columns], scales[columns], steps[i])
+        finish(y, act, b, biased, apply_gelu, columns)
 
 
-BYTE_PRODUCTS = multiplies_bytes()
+BYTE_PRODUCTS = has_byte_products()
 COMMON = (float1, float1, boolean, boolean, boolean)
 fp32_rows = kernel(float2, float2, float2, float2, *COMMON, fastmath=CONTRACT)(float_rows)
 bf16_rows = kernel(float2, float2, float2, uint2, *COMMON, fastmath=CONTRACT)(float_rows)

@@ -1,4 +1,4 @@
-"""What stands around a matrix product: bias before it, activation behind it, sums over rows beside it."""
+"""Bias, GELU and row sums around a matrix product."""
 
 import numpy as np
 from numba import prange
@@ -6,18 +6,18 @@ from numba import prange
 from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, boolean, float1, float2, helper, kernel
 from llmc_cli.kernels.cpu.exponential import ONE, exp
 
-PIECE = 4096  # elements a task
-BLOCK = 64  # columns a task
+PIECE = 4096  # elements per task
+BLOCK = 64  # columns per task
 
 SLOPE = np.float32(2.0 * np.sqrt(2.0 / np.pi))
 CUBIC = np.float32(SLOPE * 0.044715)
 CUBIC_SLOPE = np.float32(3.0 * SLOPE * 0.044715)
-LIMIT = np.float32(10.0)  # gelu' is 0 or 1 beyond it, and the products below would overflow
+LIMIT = np.float32(10.0)  # beyond it gelu' is 0 or 1, and the products below would overflow
 
 
 @kernel(float2, float1, fastmath=REORDER)
 def fill_rows(y, b):
-    """y (N,O) = b (O,) in each row."""
+    """Each row of y (N,O) = b (O,)."""
     N, O = y.shape  # noqa: E741
     for i in prange(N):
         for j in range(O):
@@ -38,18 +38,18 @@ def add_one(out, a):
 
 @kernel(float1, float2, boolean, fastmath=REORDER)
 def sum_rows(out, x, acc):
-    """out (O,) = or += the sum of x (N,O) over rows."""
+    """out (O,) = the sum of x (N,O) over rows, overwritten, or added to with ``acc``."""
     N, O = x.shape  # noqa: E741
     for block in prange((O + BLOCK - 1) // BLOCK):
-        here = slice(block * BLOCK, min(O, (block + 1) * BLOCK))
-        part = out[here]
+        columns = slice(block * BLOCK, min(O, (block + 1) * BLOCK))
+        part = out[columns]
         if not acc:
             part[:] = np.float32(0.0)
         even = N - N % 4
         for i in range(0, even, 4):
-            add_four(part, x[i, here], x[i + 1, here], x[i + 2, here], x[i + 3, here])
+            add_four(part, x[i, columns], x[i + 1, columns], x[i + 2, columns], x[i + 3, columns])
         for i in range(even, N):
-            add_one(part, x[i, here])
+            add_one(part, x[i, columns])
 
 
 @helper(CONTRACT, inline=False)
@@ -61,7 +61,8 @@ def gelu_piece(act, pre):
 
 @kernel(float1, float1, fastmath=CONTRACT)
 def gelu_forward(act, pre):
-    """act = pre/2 · (1 + tanh(u/2)) = pre / (1 + exp(-u)), u = SLOPE · (pre + 0.044715 pre³), all (P,)."""
+    """act (P,) = gelu(pre (P,)) = pre/2 · (1 + tanh(u/2)) = pre / (1 + exp(-u)), with
+    u = SLOPE · (pre + 0.044715 pre³)."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
         here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))
         gelu_piece(act[here], pre[here])
@@ -80,7 +81,8 @@ def gelu_piece_backward(dpre, pre):
 
 @kernel(float1, float1, fastmath=CONTRACT)
 def gelu_backward(dpre, pre):
-    """dpre ·= gelu'(pre) = s + pre · s · (1 - s) · du/dpre, s = 1 / (1 + exp(-u)) and 1 - s = s · exp(-u)."""
+    """dpre (P,) is multiplied by gelu'(pre) = s + pre · s · (1 - s) · du/dpre, with s = 1 / (1 + exp(-u)) and
+    1 - s = s · exp(-u); u is that of ``gelu_forward``."""
     for piece in prange((pre.size + PIECE - 1) // PIECE):
         here = slice(piece * PIECE, min(pre.size, (piece + 1) * PIECE))
         gelu_piece_backward(dpre[here], pre[here])

@@ -1,18 +1,21 @@
-"""Layer normalization joined with the addition before it."""
+"""Layer normalization, fused with the addition before it."""
 
 import numpy as np
 from numba import prange
 
 from llmc_cli.kernels.cpu.compiling import REORDER, boolean, float1, float2, float32, kernel
 
-ROWS = 32  # rows a task of the backward pass: its partial sums of dw and db are a 32nd of the activations
+ROWS = 32  # rows per task of the backward pass: the partial sums of dw and db are 1/32 of the activations
 
 FORWARD = (float2, float2, float1, float1, float2, float2, float1, float1, float1, float32, boolean, boolean)
 
 
 @kernel(*FORWARD, fastmath=REORDER)
 def norm_forward(res, y, mean, rstd, x, delta, bias, w, b, eps, add, biased):
-    """y's row holds the sum until it is normalized: res may be x, and a loop over both would not be vectorized."""
+    """``spec.Kernels.residual_norm_forward`` on (N,C), with delta only if ``add``, and bias only if ``biased``.
+
+    The sum is first stored in y: res may be x, and LLVM would not vectorize a loop over both.
+    """
     N, C = y.shape
     for i in prange(N):
         total = np.float32(0.0)
@@ -33,8 +36,8 @@ def norm_forward(res, y, mean, rstd, x, delta, bias, w, b, eps, add, biased):
         average = total / np.float32(C)
         squares = np.float32(0.0)
         for j in range(C):
-            centred = y[i, j] - average
-            squares += centred * centred
+            centered = y[i, j] - average
+            squares += centered * centered
         inverse = np.float32(1.0) / np.sqrt(squares / np.float32(C) + eps)
         for j in range(C):
             y[i, j] = (y[i, j] - average) * inverse * w[j] + b[j]
@@ -42,9 +45,11 @@ def norm_forward(res, y, mean, rstd, x, delta, bias, w, b, eps, add, biased):
 
 
 @kernel(float2, float2, float2, float2, float2, float2, float1, float1, float1, float2, boolean, fastmath=REORDER)
-def norm_backward(dx, dw, db, rows, dy, res, mean, rstd, w, dres, add):
-    """dx, and per task a row of partial sums in dw and db (tasks,C). ``rows`` (tasks,C) is scratch: dx may be dy or
-    dres, and a loop over both would not be vectorized."""
+def norm_backward(dx, dw, db, row, dy, res, mean, rstd, w, dres, add):
+    """``spec.Kernels.residual_norm_backward`` on (N,C), dres only if ``add``; dw and db (tasks,C) are partial sums.
+
+    ``row`` (tasks,C) is scratch memory: dx may be dy or dres, and LLVM would not vectorize a loop over both.
+    """
     N, C = dx.shape
     for task in prange(dw.shape[0]):
         for j in range(C):
@@ -52,21 +57,21 @@ def norm_backward(dx, dw, db, rows, dy, res, mean, rstd, w, dres, add):
             db[task, j] = np.float32(0.0)
         for i in range(task * ROWS, min(N, (task + 1) * ROWS)):
             average, inverse = mean[i], rstd[i]
-            along_mean, along_normed = np.float32(0.0), np.float32(0.0)
+            mean_dnormed, mean_product = np.float32(0.0), np.float32(0.0)
             for j in range(C):
                 dnormed = dy[i, j] * w[j]
-                along_mean += dnormed
-                along_normed += dnormed * ((res[i, j] - average) * inverse)
-            along_mean /= np.float32(C)
-            along_normed /= np.float32(C)
+                mean_dnormed += dnormed
+                mean_product += dnormed * ((res[i, j] - average) * inverse)
+            mean_dnormed /= np.float32(C)
+            mean_product /= np.float32(C)
             for j in range(C):
                 dw[task, j] += dy[i, j] * ((res[i, j] - average) * inverse)
                 db[task, j] += dy[i, j]
             for j in range(C):
                 normed = (res[i, j] - average) * inverse
-                rows[task, j] = inverse * (dy[i, j] * w[j] - along_mean - normed * along_normed)
+                row[task, j] = inverse * (dy[i, j] * w[j] - mean_dnormed - normed * mean_product)
             if add:
                 for j in range(C):
-                    rows[task, j] += dres[i, j]
+                    row[task, j] += dres[i, j]
             for j in range(C):
-                dx[i, j] = rows[task, j]
+                dx[i, j] = row[task, j]

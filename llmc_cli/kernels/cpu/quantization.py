@@ -1,9 +1,9 @@
-"""Matrices in less than float32: bfloat16 and int8 made of float32, and float32 made of them.
+"""Weights in bfloat16 and int8: conversion from and to float32.
 
-bfloat16 is the upper 16 bits, rounded to the nearest, of two equally near to the even one. Two share a word, so that
-``LANES`` words are widened without moving a number: of every 2·LANES numbers the first half lies in the lower halves of
-LANES words, the second half in the upper ones. int8 is steps of a row's scale, symmetric: a row's largest number is 127
-steps from ``MIDDLE``, which stands for 0. Rows are padded with zeros.
+bfloat16 is the upper 16 bits of a float32, rounded to nearest even. Two share a 32-bit word, so that a vector of
+``LANES`` words is converted without permutation: of every 2 · LANES numbers the first half is stored in the lower
+halves of LANES words, the second half in the upper halves. int8 is symmetric with one scale per row: a number is stored
+as ``ZERO_POINT`` + number / scale, and the row's largest magnitude is 127 steps. Rows are padded with zeros.
 """
 
 import numpy as np
@@ -13,25 +13,25 @@ from llmc_cli.kernels.cpu.compiling import CONTRACT, float1, float2, helper, ker
 from llmc_cli.kernels.cpu.exponential import ROUNDER, ZERO, from_order_key, order_key
 from llmc_cli.kernels.cpu.register_tiles import LANES
 
-MIDDLE = np.float32(128.0)
-STEPS = np.float32(127.0)  # to either side of it
-EXPONENT = np.uint32(0x7F800000)  # all of it set: infinity, or NaN where more bits are
+ZERO_POINT = np.float32(128.0)
+STEPS = np.float32(127.0)  # to either side of zero
+INFINITY = np.uint32(0x7F800000)  # larger patterns are NaNs
 SIGN_OFF = np.uint32(0x7FFFFFFF)
 UPPER = np.uint32(0xFFFF0000)
-QUIET = np.uint32(0x40)  # the bit that keeps a NaN one, and a quiet one
+QUIET = np.uint32(0x40)  # a bit that keeps a NaN a NaN, and makes it a quiet one
 
 
 @helper(CONTRACT)
 def rounded(bits):
-    """The upper 16 of a float32's bits, rounded."""
+    """Return the bits of a bfloat16, from those of a float32."""
     upper = bits >> np.uint32(16)
-    nan = (bits & SIGN_OFF) > EXPONENT
+    nan = (bits & SIGN_OFF) > INFINITY
     return upper | QUIET if nan else (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
 
 
 @kernel(uint2, uint2, fastmath=CONTRACT)
 def round_rows(rows, bits):
-    """rows (O,Kp/2), two bfloat16 to a word, of bits (O,K), those of float32."""
+    """rows (O,Kp/2), two bfloat16 per word, from bits (O,K), those of float32."""
     K = bits.shape[1]
     for o in prange(bits.shape[0]):
         for j in range(rows.shape[1]):
@@ -43,8 +43,8 @@ def round_rows(rows, bits):
 
 
 @helper(CONTRACT, inline=False)
-def largest_of(row):
-    """max|row|; NaN where there is one."""
+def largest_magnitude(row):
+    """Return max|row|, or NaN if there is one."""
     largest = np.int32(0)
     for j in range(row.size):
         key = order_key(abs(row[j]))
@@ -55,39 +55,39 @@ def largest_of(row):
 @helper(CONTRACT, inline=False)
 def quantize_row(steps, row, inverse):
     for j in range(row.size):
-        steps[j] = np.int32((row[j] * inverse + ROUNDER) - ROUNDER + MIDDLE)
+        steps[j] = np.int32((row[j] * inverse + ROUNDER) - ROUNDER + ZERO_POINT)
 
 
 @kernel(ubytes2, float1, float2, fastmath=CONTRACT)
 def quantize_rows(rows, scales, master):
-    """rows (O,Kp) steps and scales (O,) of master (O,K)."""
+    """int8 rows (O,Kp) and scales (O,) from master (O,K)."""
     K = master.shape[1]
     for o in prange(master.shape[0]):
-        largest = largest_of(master[o])
+        largest = largest_magnitude(master[o])
         scales[o] = largest / STEPS
-        if largest > ZERO:  # of what is not finite the scale says it
+        if largest > ZERO:  # else the row is zero, or the scale is NaN
             quantize_row(rows[o], master[o], STEPS / largest)
         else:
-            rows[o, :K] = MIDDLE
-        rows[o, K:] = MIDDLE
+            rows[o, :K] = ZERO_POINT
+        rows[o, K:] = ZERO_POINT
 
 
 @helper(CONTRACT, inline=False)
 def expand_row(row, steps, scale):
     for j in range(row.size):
-        row[j] = (np.float32(steps[j]) - MIDDLE) * scale
+        row[j] = (np.float32(steps[j]) - ZERO_POINT) * scale
 
 
 @kernel(float2, ubytes2, float1, fastmath=CONTRACT)
-def expand_steps(wide, rows, scales):
-    """wide (O,K) = what rows (O,Kp) and scales (O,) stand for."""
+def expand_int8(wide, rows, scales):
+    """wide (O,K) = float32 from int8 rows (O,Kp) and scales (O,)."""
     for o in prange(wide.shape[0]):
         expand_row(wide[o], rows[o], scales[o])
 
 
 @kernel(uint2, uint2, fastmath=CONTRACT)
 def expand_bfloat16(wide, rows):
-    """wide (O,K), the bits of float32, of rows (O,Kp/2)."""
+    """wide (O,K) = the bits of float32, from bfloat16 rows (O,Kp/2)."""
     for o in prange(wide.shape[0]):
         for j in range(wide.shape[1]):
             word = rows[o, j // (2 * LANES) * LANES + j % LANES]

@@ -1,6 +1,6 @@
-"""A small matrix product that stays in registers: what attention is made of.
+"""A small matrix product with its sums in registers, for attention.
 
-The vectors are LLVM's own, of the width this machine has, so one source serves AVX-512, AVX2 and NEON.
+The code uses LLVM's generic vectors in the width of this processor, so one source serves AVX-512, AVX2 and NEON.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from llmc_cli.kernels.cpu.compiling import CONTRACT, helper, target
 
 
 def vector_shape() -> tuple[int, int]:
-    """Lanes of a vector, and rows of a tile: rows x 2 accumulators, two vectors and a broadcast fit the registers."""
+    """Return the lanes of a vector and the rows of a tile: rows x 2 accumulators, two vectors and a broadcast must fit
+    into the registers."""
     triple, _, features = target()
     enabled = features.split(",")
     if "+avx512f" in enabled:
@@ -32,7 +33,8 @@ def tile_product(
     typing_context: Any, c: Any, at_c: Any, ldc: Any, a: Any, at_a: Any, row_a: Any, step_a: Any,
     b: Any, at_b: Any, ldb: Any, depth: Any, acc: Any,
 ) -> Any:  # fmt: skip
-    """One tile (ROWS, COLUMNS) of ``multiply``."""
+    """Compute one tile (ROWS, COLUMNS) of ``multiply``. ``at_*`` are offsets of first elements, ``ld*``, ``row_a`` and
+    ``step_a`` strides, all in elements."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = ir.VectorType(ir.FloatType(), LANES)
@@ -43,7 +45,7 @@ def tile_product(
             return builder.gep(data, [offset])
 
         def vectors(pointer: Any) -> list[Any]:
-            """Where the two vectors of a row lie."""
+            """Return pointers to the two vectors of a row."""
             places = [pointer, builder.gep(pointer, [ir.Constant(ir.IntType(64), LANES)])]
             return [builder.bitcast(place, vector.as_pointer()) for place in places]
 
@@ -55,7 +57,7 @@ def tile_product(
         multiply_add = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{LANES}f32"
         )
-        whole = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         rows = [address(0, at_c)]
         for _ in range(1, ROWS):
             rows.append(builder.gep(rows[-1], [ldc]))
@@ -76,7 +78,7 @@ def tile_product(
                 lane = builder.insert_element(
                     ir.Constant(vector, ir.Undefined), load(element), ir.Constant(ir.IntType(32), 0)
                 )
-                broadcast = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), whole)
+                broadcast = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
                 for factor, total in zip(factors, sums[2 * i : 2 * i + 2], strict=True):
                     builder.store(builder.call(multiply_add, [broadcast, factor, builder.load(total)]), total)
                 if i + 1 < ROWS:
@@ -90,11 +92,14 @@ def tile_product(
 
 
 @helper(CONTRACT, inline=False)
-def multiply(c, a, b, depth, transposed, acc):
-    """c (rows,columns) = or, with ``acc``, += a (rows,depth) · b (depth,columns); a may be wider than depth, b longer;
-    ``transposed``: a is (depth,rows). rows is a multiple of ROWS, columns of COLUMNS."""
+def multiply(c, a, b, depth, transpose_a, acc):
+    """c (rows,columns) = a (rows,depth) · b (depth,columns), overwritten, or added to with ``acc``.
+
+    With ``transpose_a`` a is (depth,rows). a may have more than depth columns, and b more rows. rows must be a multiple
+    of ROWS, columns of COLUMNS.
+    """
     rows, columns = c.shape
-    row_a, step_a = (1, a.shape[1]) if transposed else (a.shape[1], 1)
+    row_a, step_a = (1, a.shape[1]) if transpose_a else (a.shape[1], 1)
     for i in range(0, rows, ROWS):
         for j in range(0, columns, COLUMNS):
             tile_product(c, i * columns + j, columns, a, i * row_a, row_a, step_a, b, j, b.shape[1], depth, acc)

@@ -177,5 +177,5 @@ class SamplingKernels(CpuKernels):
         if self.precision == "bf16":
             quantization.expand_bfloat16(rows.view(np.uint32), w.rows[start:stop])
         else:
-            quantization.expand_steps(rows, w.rows[start:stop], w.scales[start:stop])
+            quantization.expand_int8(rows, w.rows[start:stop], w.scales[start:stop])
         return rows

@@ -1,29 +1,33 @@
-"""What attention does with a block of scores (keys,queries), whatever multiplies them."""
+"""Softmax of attention on blocks of scores (keys,queries), and its gradient."""
 
 import numpy as np
 
 from llmc_cli.kernels.cpu.compiling import CONTRACT, REORDER, helper
 from llmc_cli.kernels.cpu.exponential import ZERO, exp
 
-MASKED = np.float32(-1e30)  # exp makes exactly 0 of it; an infinity would become NaN
+MASKED = np.float32(-1e30)  # exp gives exactly 0; infinities would give NaN
 
 
 @helper(CONTRACT, inline=False)
 def mask(scores, first):
-    """Hide scores (keys,queries) of keys behind their query; ``first`` is the first key's position less the query's."""
+    """Mask the scores (keys,queries) of keys after their query. ``first``: the first key's position minus the first
+    query's."""
     for i in range(scores.shape[0]):
         for j in range(min(scores.shape[1], first + i)):
             scores[i, j] = MASKED
 
 
 @helper(CONTRACT, inline=False)
-def raise_largest(scores, largest, total, shrink, scale):
-    """Take scores (keys,queries) into ``largest`` (queries,), each query's largest so far. ``shrink`` (queries,)
-    becomes the factor for what was summed against the one before; ``total`` (queries,) is multiplied by it."""
+def update_maximum(scores, largest, total, shrink, scale):
+    """Update each query's maximum so far, ``largest`` (queries,), with scores (keys,queries).
+
+    ``shrink`` (queries,) becomes the factor that adapts sums of exponentials to the new maximum; ``total`` (queries,)
+    is multiplied by it.
+    """
     keys, queries = scores.shape
     for j in range(queries):
         shrink[j] = largest[j]
-    for i in range(0, keys, 4):  # four rows a turn: fewer reads and writes of ``largest``
+    for i in range(0, keys, 4):  # four rows per iteration: fewer accesses to ``largest``
         for j in range(queries):
             a, b, c, d = scores[i, j], scores[i + 1, j], scores[i + 2, j], scores[i + 3, j]
             a = a if a > b else b
@@ -37,8 +41,9 @@ def raise_largest(scores, largest, total, shrink, scale):
 
 @helper(CONTRACT, inline=False)
 def softmax_block(scores, largest, total, shrink, scale):
-    """``raise_largest``, and turn scores into exponentials against that, which are added to ``total``."""
-    raise_largest(scores, largest, total, shrink, scale)
+    """Call ``update_maximum``, replace scores (keys,queries) by exponentials relative to it, and add those to ``total``
+    (queries,)."""
+    update_maximum(scores, largest, total, shrink, scale)
     keys, queries = scores.shape
     for i in range(keys):
         for j in range(queries):
@@ -49,7 +54,8 @@ def softmax_block(scores, largest, total, shrink, scale):
 
 @helper(CONTRACT, inline=False)
 def softmax_block_backward(scores, dscores, lse, delta, scale):
-    """Scores and gradients of probabilities (keys,queries) become probabilities and gradients of scores."""
+    """Replace scores by probabilities, and dscores, gradients of probabilities, by gradients of scores; both
+    (keys,queries). lse and delta, the sum of out · dout, are (queries,)."""
     keys, queries = scores.shape
     for i in range(keys):
         for j in range(queries):

@@ -1,13 +1,13 @@
-"""Intel's AMX tiles, and the vector instructions that fill them, as intrinsics over addresses.
+"""Intrinsics for Intel AMX tiles, and for the vector instructions that fill them.
 
-A tile is 16 rows of 64 bytes. A block is two by two of them, 32 x 32 sums in float32, made of a panel of a (32 rows, k
-along them) and one of b (32 columns). A panel holds for each step of 32 k, and each of the ``parts`` of its numbers,
-two tiles one behind the other: those of a are [16 rows][32 k] in bf16, those of b [16 pairs of k][16 columns][2 k].
+A tile is 16 rows of 64 bytes. A block is 2 x 2 tiles, 32 x 32 sums in float32: the product of a panel of a (32 rows)
+and a panel of b (32 columns). For each step of 32 k, and each of the ``parts`` of its numbers, a panel holds two
+consecutive tiles: of a [16 rows][32 k] in bf16, of b [16 pairs of k][16 columns][2 k].
 
-The number of parts is the length of a tuple, so that it is known to the compiler. One part is the number rounded to
-bf16, which keeps 8 bits; a second one is what the first leaves, rounded again; three hold all 24 bits of a float32.
-Addresses and distances are integers, counted in bytes. Operations: Intel 64 and IA-32 Architectures Software
-Developer's Manual, volume 2, TDPBF16PS and VCVTNE2PS2BF16.
+The number of parts is the length of a tuple, so that it is a compile-time constant. The first part is the number
+rounded to bf16, which has 8 significant bits; each further part is the remainder, rounded to bf16; three parts hold all
+24 bits of a float32. Addresses and strides are integers, in bytes. Instructions: Intel 64 and IA-32 Architectures
+Software Developer's Manual, volume 2, TDPBF16PS and VCVTNE2PS2BF16.
 """
 
 import ctypes
@@ -28,21 +28,23 @@ TILE = 1024  # bytes
 SIDE = 32  # rows and columns of a block, and k of a step
 
 FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512_bf16"}
-FEATURES = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}  # the same in LLVM's words
+FEATURES = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}  # LLVM's names of the same
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux: asm/unistd_64.h, asm/prctl.h
 
 CONFIGURATION = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
-"""What ``configure`` loads: palette 1, eight tiles of 64 bytes by 16 rows."""
+"""Tile configuration: palette 1, eight tiles of 16 rows by 64 bytes."""
 
 PRODUCTS = {1: ((0, 0),), 2: ((1, 0), (0, 0), (0, 1)), 3: ((2, 0), (1, 1), (1, 0), (0, 0), (0, 1), (0, 2))}
-"""Which parts of a and b are multiplied, by the number of parts: those that count, in an order that loads few tiles."""
+"""By the number of parts: the parts of a and b whose product is not negligible, in an order that loads few tiles."""
 
 
 @functools.cache
 def available() -> bool:
-    """Whether this processor has such tiles, numba compiles for them (NUMBA_CPU_NAME may name another processor, and
-    LLVM ends the process over an instruction that it has not), and the system lets this process use them, which it is
-    asked for here."""
+    """Whether this processor has AMX tiles, numba compiles for them, and the system permits this process to use them.
+
+    The first call requests the permission. NUMBA_CPU_NAME may name another processor, for which LLVM would abort the
+    process on an AMX instruction.
+    """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     try:
@@ -57,7 +59,7 @@ def available() -> bool:
 
 
 class BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite has no annotations
-    """LLVM's bfloat, which llvmlite does not know."""
+    """LLVM's bfloat type, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -75,7 +77,7 @@ FLOATS, WORDS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT32, 16)
 HALVES, BFLOATS = ir.VectorType(INT16, 32), ir.VectorType(BFloat16(), 32)
 
 Emitter = Callable[..., None]
-"""Emits instructions: gets a builder and LLVM values."""
+"""Emits instructions, given a builder and LLVM values."""
 
 
 def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -85,7 +87,7 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
 
 
 def at(builder: Any, address: Any, offset: int, to: Any) -> Any:
-    """A pointer to ``to`` at ``address`` + ``offset``."""
+    """Return a pointer to the type ``to``, at ``address`` + ``offset``."""
     return builder.inttoptr(builder.add(address, INT64(offset)), to.as_pointer())
 
 
@@ -100,33 +102,33 @@ def _load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
 
 
 def round_pair(builder: Any, low: Any, high: Any) -> Any:
-    """32 numbers in bf16, those of ``low`` first, as 16 words."""
+    """Return 32 numbers rounded to bf16, those of ``low`` first, as 16 words."""
     rounded = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, high, low)
     return builder.bitcast(rounded, WORDS)
 
 
 def _split(builder: Any, low: Any, high: Any, parts: int) -> list[Any]:
-    """The parts of 32 numbers, each in bf16 as 16 words."""
+    """Return the bf16 parts of 32 numbers, each as 16 words."""
     words = []
     for part in range(parts):
         rounded = round_pair(builder, low, high)
         words.append(rounded)
         if part + 1 < parts:
             halves = builder.bitcast(rounded, HALVES)
-            low = builder.fsub(low, _widened(builder, halves, 0))
-            high = builder.fsub(high, _widened(builder, halves, 16))
+            low = builder.fsub(low, _to_float32(builder, halves, 0))
+            high = builder.fsub(high, _to_float32(builder, halves, 16))
     return words
 
 
-def _widened(builder: Any, halves: Any, start: int) -> Any:
-    """16 of the numbers in bf16 ``halves`` as float32: bf16 is its upper half."""
+def _to_float32(builder: Any, halves: Any, start: int) -> Any:
+    """Return 16 of the bf16 numbers ``halves`` as float32."""
     chosen = builder.shuffle_vector(halves, halves, ir.Constant(WORDS, list(range(start, start + 16))))
     words = builder.shl(builder.zext(chosen, WORDS), ir.Constant(WORDS, [16] * 16))
     return builder.bitcast(words, FLOATS)
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 x 16 words: in each of four rounds a row takes every second of its pieces from a partner."""
+    """Return the transpose of 16 x 16 words, in four rounds that exchange blocks between pairs of rows."""
 
     def exchanged(rows: list[Any], distance: int) -> list[Any]:
         """Swap the blocks of ``distance`` x ``distance`` words that lie off the diagonal of each pair of blocks."""
@@ -145,8 +147,8 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, along: bool, turned: bool) -> None:
-    """One tile of each part from 16 x 32 floats; ``along``: k lies along the 16 rows, else there are 32 rows of 16."""
+def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, along: bool, transpose: bool) -> None:
+    """Pack one tile of each part from floats: 16 rows of 32, with k ``along`` the rows, or 32 rows of 16, k across."""
     rows: list[list[Any]] = [[] for _ in range(parts)]
     interleaved = ir.Constant(ir.VectorType(INT32, 32), [half for i in range(16) for half in (i, 16 + i)])
     for _ in range(16):
@@ -161,16 +163,16 @@ def _emit_pack(builder: Any, to: Any, source: Any, stride: Any, parts: int, alon
                 words = builder.bitcast(builder.shuffle_vector(halves, halves, interleaved), WORDS)
             rows[part].append(words)
     for part in range(parts):
-        for i, words in enumerate(_transposed(builder, rows[part]) if turned else rows[part]):
+        for i, words in enumerate(_transposed(builder, rows[part]) if transpose else rows[part]):
             builder.store(words, at(builder, to, part * 2 * TILE + i * 64, WORDS)).align = 64
 
 
-def _packing(along: bool, turned: bool) -> Any:
+def _packing(along: bool, transpose: bool) -> Any:
     @intrinsic
     def pack(typing_context: Any, to: Any, source: Any, stride: Any, parts: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             to, source, stride, _ = args
-            _emit_pack(builder, to, source, stride, parts.count, along, turned)
+            _emit_pack(builder, to, source, stride, parts.count, along, transpose)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, parts), generate
@@ -180,13 +182,13 @@ def _packing(along: bool, turned: bool) -> Any:
 
 pack_a_along, pack_a_across = _packing(True, False), _packing(False, True)
 pack_b_along, pack_b_across = _packing(True, True), _packing(False, False)
-"""(to, source, stride, parts): one tile of a panel of a or b, of every part, from floats; along: k lies along the
-source's 16 rows of 32, else across its 32 rows of 16."""
+"""(to, source, stride, parts): pack one tile of a panel of a or b, in every part, from floats: k runs along 16 rows
+of 32 floats, or across 32 rows of 16."""
 
 
 @intrinsic
 def configure(typing_context: Any) -> Any:
-    """Set up the tiles of this thread."""
+    """Configure the tiles of this thread."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         constant = cgutils.global_constant(builder, "tile_configuration", cgutils.make_bytearray(CONFIGURATION))
@@ -198,7 +200,7 @@ def configure(typing_context: Any) -> Any:
 
 @intrinsic
 def release(typing_context: Any) -> Any:
-    """Give up the tiles of this thread, so that the system need not keep them."""
+    """Release the tiles of this thread, so that the system need not save them."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         call(builder, "llvm.x86.tilerelease", ir.VoidType())
@@ -219,8 +221,10 @@ def multiply_block(
     steps: Any,
     parts: Any,
 ) -> Any:
-    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``steps`` steps of panels a and b. Both blocks are
-    float32 with rows ``stride`` apart; a stride of 0 gives the same row 32 times."""
+    """Block at ``to`` = block at ``source`` (address 0: zeros) + the product of ``steps`` steps of panels a and b.
+
+    Both blocks are float32 with rows ``stride`` apart; with a stride of 0 all 32 rows are the same.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, to_stride, source, source_stride, a, b, steps, _ = args
@@ -250,17 +254,17 @@ def multiply_block(
 
 
 def _emit_step(builder: Any, a: Any, b: Any, parts: int) -> None:
-    """Tiles 0 to 3 += the products of one step. Tiles 4, 5 hold a part of a, tiles 6, 7 of b, loaded when it changes;
-    loads stand between multiplications, which take longer."""
+    """Add the products of one step to tiles 0 to 3. Tiles 4 and 5 hold a part of a, tiles 6 and 7 a part of b; they are
+    loaded when the part changes, between multiplications, which take longer."""
     loaded: tuple[int | None, int | None] = None, None
     for product in PRODUCTS[parts]:
-        waiting = {4 + 2 * which + half: (which, product[which], half)
+        pending = {4 + 2 * which + half: (which, product[which], half)
                    for which in range(2) if loaded[which] != product[which] for half in range(2)}  # fmt: skip
         loaded = product
         for total, left, right in ((0, 4, 6), (2, 5, 6), (1, 4, 7), (3, 5, 7)):
             for tile in (right, left):
-                if tile in waiting:
-                    which, part, half = waiting.pop(tile)
+                if tile in pending:
+                    which, part, half = pending.pop(tile)
                     place = builder.add((a, b)[which], INT64((2 * part + half) * TILE))
                     _load_tile(builder, tile, place, INT64(64))
             call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), BYTE(total), BYTE(left), BYTE(right))
@@ -277,8 +281,10 @@ def put_block(
     block_stride: Any,
     stream: Any,
 ) -> Any:
-    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``block``, rows ``stride`` apart. ``stream``: written
-    past the caches; ``to`` and its stride must be multiples of 64 then."""
+    """Block at ``to`` = block at ``source`` (address 0: zeros) + ``block``, with rows ``stride`` apart.
+
+    With ``stream`` it is written past the caches; ``to`` and its stride must be multiples of 64 then.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, to_stride, source, source_stride, block, block_stride, stream = args
@@ -313,8 +319,8 @@ def put_block(
 
 
 @intrinsic
-def turn_block(typing_context: Any, to: Any, to_stride: Any, source: Any) -> Any:
-    """Block at ``to`` = ``source``, whose rows stand one behind the other, transposed."""
+def transpose_block(typing_context: Any, to: Any, to_stride: Any, source: Any) -> Any:
+    """Block at ``to`` = the transpose of the contiguous block ``source``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, to_stride, source = args
@@ -332,7 +338,7 @@ def turn_block(typing_context: Any, to: Any, to_stride: Any, source: Any) -> Any
 
 @intrinsic
 def pointer(typing_context: Any, address: Any) -> Any:
-    """For ``numba.carray``: an array that lies at an address."""
+    """Return a pointer for ``numba.carray``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], POINTER)

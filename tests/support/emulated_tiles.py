@@ -1,6 +1,6 @@
-"""What the intrinsics of ``kernels/cpu/amx`` do, in plain loops over the same bytes: for machines without tiles.
+"""An emulation of the intrinsics of ``kernels/cpu/amx`` by plain loops over the same bytes, for machines without AMX.
 
-``emulated`` gives modules of kernels compiled with these in their place.
+``emulated`` returns modules of kernels compiled with it.
 """
 
 import importlib
@@ -45,11 +45,11 @@ def pack(to, source, stride, parts, along, is_b):
             at = source + (line * stride + k * 4 if along else k * stride + line * 4)
             number[0] = floats(at, 1)[0]
             for part in range(len(parts)):
-                whole = number[0]
+                exact = number[0]
                 bits[0] = (bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) & 0xFFFF0000
                 place = (k // 2) * 64 + line * 4 + (k % 2) * 2 if is_b else line * 64 + k * 2
                 halves(to + part * 2 * intrinsics.TILE + place, 1)[0] = bits[0] >> np.uint32(16)
-                number[0] = whole - number[0]
+                number[0] = exact - number[0]
 
 
 @njit
@@ -74,7 +74,7 @@ def pack_b_across(to, source, stride, parts):
 
 @njit
 def unpack(to, panel, is_b):
-    """to (32 lines, 32 k) = one part of one step of a panel, in float32."""
+    """to (32 rows or columns, 32 k) = one part of one step of a panel, in float32."""
     bits = to.view(np.uint32)
     for line in range(32):
         for k in range(32):
@@ -84,7 +84,7 @@ def unpack(to, panel, is_b):
 
 @njit
 def multiply_block(to, to_stride, source, source_stride, a, b, steps, parts):
-    """Sums in another order than a processor's, over all parts that together count."""
+    """Add the products of all parts that are not negligible, in another order than the processor."""
     count = len(parts)
     left, right = np.empty((2, 32, 32), np.float32)
     total = np.zeros((32, 32), np.float32)
@@ -136,54 +136,54 @@ def matrix(address):
 
 @njit
 def exponentials(to, scores, blocks, shifts, totals, factor):
-    """In double precision, then rounded."""
-    room = np.empty((32, 32), np.float32)
-    address = room.ctypes.data
+    """Compute in double precision, then round."""
+    values = np.empty((32, 32), np.float32)
+    address = values.ctypes.data
     shift, total = floats(shifts, 32), floats(totals, 32)
     for block in range(blocks):
-        room[:] = matrix(scores + block * 4096)
+        values[:] = matrix(scores + block * 4096)
         for i in range(32):
             for j in range(32):
-                room[i, j] = np.exp2(np.float64(room[i, j]) * factor + shift[j])
-                total[j] += room[i, j]
+                values[i, j] = np.exp2(np.float64(values[i, j]) * factor + shift[j])
+                total[j] += values[i, j]
         for half in range(2):
             pack_b_across(to + (2 * block + half) * intrinsics.TILE, address + half * 64, 128, (0,))
 
 
 @njit
 def score_gradients(probabilities, gradients, across, scores, dscores, shifts, deltas, factor, scale):
-    room, other = np.empty((32, 32), np.float32), np.empty((32, 32), np.float32)
+    values, dscore_values = np.empty((32, 32), np.float32), np.empty((32, 32), np.float32)
     shift, delta = floats(shifts, 32), floats(deltas, 32)
     for i in range(32):
         for j in range(32):
-            room[i, j] = np.exp2(np.float64(matrix(scores)[i, j]) * factor + shift[j])
-            other[i, j] = room[i, j] * (matrix(dscores)[i, j] - delta[j]) * scale
+            values[i, j] = np.exp2(np.float64(matrix(scores)[i, j]) * factor + shift[j])
+            dscore_values[i, j] = values[i, j] * (matrix(dscores)[i, j] - delta[j]) * scale
     for half in range(2):
         tile = half * intrinsics.TILE
-        pack_a_along(probabilities + tile, room.ctypes.data + half * 2048, 128, (0,))
-        pack_a_along(gradients + tile, other.ctypes.data + half * 2048, 128, (0,))
-        pack_b_across(across + tile, other.ctypes.data + half * 64, 128, (0,))
+        pack_a_along(probabilities + tile, values.ctypes.data + half * 2048, 128, (0,))
+        pack_a_along(gradients + tile, dscore_values.ctypes.data + half * 2048, 128, (0,))
+        pack_b_across(across + tile, dscore_values.ctypes.data + half * 64, 128, (0,))
 
 
-INSTEAD = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, transpose_block,
+EMULATED = (pack_a_along, pack_a_across, pack_b_along, pack_b_across, multiply_block, put_block, transpose_block,
            configure, release)  # fmt: skip
 MODULES = ("panels", "matmul", "attention")
 
 
 def emulated():
-    """The modules of ``MODULES`` once more, by name, on emulated tiles. The real ones and their cache know nothing of
-    these."""
+    """Return second copies of the modules ``MODULES``, by name, on emulated tiles. They are not cached on disk, and
+    ``sys.modules`` keeps the real ones."""
     loading.load(loading.KERNELS)  # first, so that only emulated kernels are registered below
     tiles = types.ModuleType("emulated_amx")
     vars(tiles).update(vars(intrinsics))
-    vars(tiles).update({function.__name__: function for function in INSTEAD}, available=lambda: True)
+    vars(tiles).update({function.__name__: function for function in EMULATED}, available=lambda: True)
     softmax = types.ModuleType("emulated_softmax")
     softmax.exponentials, softmax.score_gradients = exponentials, score_gradients
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amx, "intrinsics", tiles)
         patch.setattr(amx, "softmax", softmax, raising=False)
         for name in MODULES:
-            patch.setitem(sys.modules, f"{amx.__name__}.{name}", None)  # put back or removed at the end
+            patch.setitem(sys.modules, f"{amx.__name__}.{name}", None)  # restored or removed at the end
             patch.setattr(amx, name, None, raising=False)
             del sys.modules[f"{amx.__name__}.{name}"]
         modules = {name: importlib.import_module(f"{amx.__name__}.{name}") for name in MODULES}

@@ -110,7 +110,6 @@ class CpuKernels:
         pass
 
     def workspace_bytes(self, B: int, T: int, channels: int, num_heads: int, padded_vocab_size: int) -> int:
-        """Bytes of scratch memory that training steps of this size come to."""
         attention: int = self.threads * self.attention.work_floats(T, channels // num_heads)
         C, N, rows = channels, B * T, min(self.matmul.head_rows, B * T)
         logits = rows * padded_vocab_size

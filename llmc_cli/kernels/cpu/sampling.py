@@ -45,8 +45,8 @@ SamplingWeight: TypeAlias = Any
 
 
 class SamplingKernels(CpuKernels):
-    """``precision`` of the weights: fp32, bf16 or int8. ``int8_rows`` is the kernel for int8 weights; ``byte_products``
-    says whether it multiplies bytes, else float32."""
+    """``precision``: that of the weights, fp32, bf16 or int8. ``int8_rows``: the kernel for int8 weights.
+    ``byte_products``: whether that kernel multiplies bytes, not float32."""
 
     def __init__(
         self,

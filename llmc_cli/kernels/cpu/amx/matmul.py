@@ -74,7 +74,6 @@ class Fused(NamedTuple):
     bias: int  # address
     dbias: int  # address
     gelu: int  # NO_GELU, GELU: write act, or GELU_BACKWARD: read pre
-    activation: Matrix  # act or pre
     stream: bool  # write whole blocks past the caches
 
 
@@ -174,11 +173,11 @@ def add_lines(to, source, stride, count, size, acc, scratch):
 
 
 @specialized
-def product(c, a, b, size, fused, scratch, blocking, parts):
+def product(c, a, b, activation, size, fused, scratch, blocking, parts):
     """c (M,N) = a (M,K) · b (K,N), with the options ``fused``.
 
-    c is a ``Matrix``, a and b are ``Operand``, ``size`` is (M, N, K), and ``parts`` a tuple as long as the number of
-    parts. dbias is computed only if a is divided and k runs across its rows.
+    c and ``activation`` (act or pre) are ``Matrix``, a and b ``Operand``, ``size`` is (M, N, K), and ``parts`` a tuple
+    as long as the number of parts. dbias is computed only if a is divided and k runs across its rows.
     """
     M, N, K = size
     divide_a, depth, workers = blocking.divide_a, blocking.depth, scratch.workers
@@ -233,7 +232,6 @@ def product(c, a, b, size, fused, scratch, blocking, parts):
                             start = edge_bias
                     b_panels, b_panel = (part, all_steps * step_bytes) if divide_a else (own, steps * step_bytes)
                     a_panels, a_panel = (own, steps * step_bytes) if divide_a else (part, all_steps * step_bytes)
-                    activation = fused.activation
                     activation_place = activation.address + m * activation.stride + (n + j) * 4
                     multiply_panels(
                         Matrix(place, c.stride), rows, width, Matrix(start, start_stride),
@@ -249,11 +247,11 @@ def register_product(parts: int) -> None:
     """Register ``product`` for numbers in this many parts."""
     matrix = types.NamedUniTuple(int64, 2, Matrix)
     operand = types.NamedTuple((int64, int64, boolean), Operand)
-    fused = types.NamedTuple((boolean, int64, int64, int64, matrix, boolean), Fused)
+    fused = types.NamedTuple((boolean, int64, int64, int64, boolean), Fused)
     scratch = types.NamedUniTuple(int64, 3, Scratch)
     blocking = types.NamedTuple((boolean, *[int64] * 6), Blocking)
     size, parts_type = types.UniTuple(int64, 3), types.UniTuple(int64, parts)
-    register(product, matrix, operand, operand, size, fused, scratch, blocking, parts_type)
+    register(product, matrix, operand, operand, matrix, size, fused, scratch, blocking, parts_type)
 
 
 class TileMatmul:
@@ -305,8 +303,9 @@ class TileMatmul:
             Matrix(c.ctypes.data, c.strides[0]),
             Operand(a.ctypes.data, a.strides[0], not transpose_a),
             Operand(b.ctypes.data, b.strides[0], transpose_b),
+            activation,
             (M, N, K),
-            Fused(acc, _address(bias), _address(dbias), gelu, activation, stream),
+            Fused(acc, _address(bias), _address(dbias), gelu, stream),
             Scratch(_aligned(self._shared), _aligned(self._private), workers),
             blocking,
             self.parts,

@@ -1,4 +1,4 @@
-"""Attention on emulated tiles, which a machine without AMX can run; test_kernels.py has that on real ones."""
+"""Attention on emulated AMX tiles; test_kernels.py tests it on real ones."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from llmc_cli.verification.comparison import compare
 
 @pytest.fixture(scope="module")
 def kernels():
-    """All on the CPU but attention, which is on emulated tiles."""
+    """CPU kernels with attention on emulated tiles."""
     return loading.load(loading.KERNELS).CpuKernels(2, attention=emulated()["attention"])
 
 
@@ -26,8 +26,7 @@ def test_against_reference(kernels, operation):
             assert check.ok, (case.label, check)
 
 
-def test_scratch_need_not_be_clean(kernels):
-    """What a longer call leaves there does not reach the results of the next."""
+def test_results_do_not_depend_on_scratch_contents(kernels):
     case = next(case for case in cases("attention_backward") if "T=65" in case.label)
     clean = run(kernels, case)["dqkv"]
     kernels.scratch("attention", (2, kernels.attention.work_floats(65, 64)))[:] = np.nan

@@ -1,4 +1,4 @@
-"""Products on tiles, real ones where there are any, and emulated ones, against float64."""
+"""Products on AMX tiles, real ones if the processor has them, and emulated ones, against float64."""
 
 import importlib
 import itertools
@@ -17,9 +17,9 @@ from llmc_cli.kernels.cpu.matmul import BlasMatmul
 from llmc_cli.kernels.reference.kernels import gelu, gelu_derivative
 
 BOUNDS = {1: 2.0**-7, 2: 2.0**-14, 3: 1e-6}
-"""On the error relative to |a|·|b|, by parts; float32's own sums are in it."""
+"""Bounds on the error relative to |a|·|b|, by the number of parts; they include the rounding of float32 sums."""
 
-# around tiles, blocks, pieces of k, and the number of rows from which on these are divided
+# sizes around those of tiles, blocks, pieces of k, and the number of rows above which a is divided
 SIZES = [
     (1, 1, 1), (2, 3, 5), (16, 32, 32), (31, 33, 100), (33, 31, 31), (257, 100, 33), (100, 257, 1030), (513, 40, 65),
     (64, 700, 800),
@@ -30,7 +30,7 @@ EMULATED_SIZES = [(1, 1, 1), (33, 31, 100), (34, 97, 40), (97, 34, 1030)]
 @pytest.fixture(scope="module", params=(1, 2, 3))
 def tiles(request):
     if not intrinsics.available():
-        pytest.skip("needs AMX tiles; the emulated ones are tested everywhere")
+        pytest.skip("needs AMX tiles; emulated ones are tested everywhere")
     return loading.load(loading.tile_matmul(request.param)).TileMatmul(request.param)
 
 
@@ -40,7 +40,7 @@ def emulation():
 
 
 def matrix(rng, rows, columns, extra, offset):
-    """Random numbers in rows that are ``extra`` further apart, from an address that is no multiple of 64."""
+    """Return a random matrix with ``extra`` numbers after each row, ``offset`` numbers after an allocation's start."""
     flat = rng.standard_normal(offset + rows * (columns + extra), np.float32)
     return flat[offset:].reshape(rows, columns + extra)[:, :columns]
 
@@ -53,7 +53,7 @@ def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
     )
     surrounding = matrix(rng, M, N + 5, 0, 0)
     c, bias = surrounding[:, :N], rng.standard_normal(N, np.float32) if mode == "bias" else None
-    kept, before = surrounding[:, N:].copy(), c.astype(np.float64)
+    padding, before = surrounding[:, N:].copy(), c.astype(np.float64)
     if mode != "acc":
         c[...] = np.nan
     act = matrix(rng, M, N, 2, 1) if mode == "gelu" else None
@@ -67,10 +67,10 @@ def check(multiply, M, N, K, transpose_a, transpose_b, mode, bound):
         assert np.abs(act - gelu(c.astype(np.float64))).max() <= 1e-6 * np.abs(c).max()
     if pre is not None:
         derivative = gelu_derivative(pre.astype(np.float64))
-        # the derivative's own error counts where it is nearly 0
+        # near its zeros the error of the derivative itself dominates
         expected, scale = expected * derivative, scale * (np.abs(derivative) + 1e-6 / bound)
     assert (np.abs(c - expected) / scale).max() <= bound
-    assert np.array_equal(surrounding[:, N:], kept)
+    assert np.array_equal(surrounding[:, N:], padding)
     return c
 
 
@@ -88,14 +88,14 @@ def test_against_float64(tiles, M, N, K, mode):
 def test_emulated(emulation, parts):
     multiply = emulated_matmul(emulation, parts)
     modes = itertools.cycle(MODES)
-    for (M, N, K), turns in itertools.product(EMULATED_SIZES, itertools.product((False, True), repeat=2)):
-        check(multiply, M, N, K, *turns, next(modes), BOUNDS[parts])
+    for (M, N, K), transposes in itertools.product(EMULATED_SIZES, itertools.product((False, True), repeat=2)):
+        check(multiply, M, N, K, *transposes, next(modes), BOUNDS[parts])
 
 
-def test_emulation_does_what_tiles_do(tiles, emulation):
-    """The same parts of the same numbers: only the order of sums differs."""
+def test_emulation_agrees_with_tiles(tiles, emulation):
+    """Only the order of sums differs."""
     if len(tiles.parts) == 2:
-        return  # compiles for seconds and shows nothing new
+        return  # takes seconds to compile and tests nothing new
     a, b = (matrix(np.random.default_rng(seed), 40, 40, 0, 0) for seed in (1, 2))
     found, expected = np.empty((40, 40), np.float32), np.empty((40, 40), np.float32)
     tiles(found, a, b, transpose_b=True)
@@ -103,8 +103,7 @@ def test_emulation_does_what_tiles_do(tiles, emulation):
     assert (np.abs(found - expected) <= 1e-6 * (np.abs(a) @ np.abs(b).T)).all()
 
 
-def test_large_results_go_past_the_caches(tiles):
-    """Whole lines of memory only: the bytes around them stay."""
+def test_streamed_results_leave_surrounding_bytes(tiles):
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((300, 40), np.float32), rng.standard_normal((4100, 40), np.float32)
     raw = np.full(301 * 4112 * 4 + 64, 7, np.uint8)
@@ -112,11 +111,11 @@ def test_large_results_go_past_the_caches(tiles):
     c = whole[:, :4100]
     assert c.ctypes.data % 64 == c.strides[0] % 64 == 0
     assert 4 * c.size >= sys.modules[type(tiles).__module__].STREAMED
-    kept = whole[:, 4100:].copy()
+    padding = whole[:, 4100:].copy()
     tiles(c, a, b, transpose_b=True)
     error = np.abs(c - a.astype(np.float64) @ b.T.astype(np.float64))
     assert (error <= BOUNDS[len(tiles.parts)] * (np.abs(a) @ np.abs(b).T)).all()
-    assert np.array_equal(whole[:, 4100:], kept)
+    assert np.array_equal(whole[:, 4100:], padding)
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(600, 200, 1100), (100, 300, 900)])
@@ -128,7 +127,7 @@ def test_same_bits_with_any_number_of_threads(tiles, M, N, K):
     assert len(results) == 1
 
 
-def test_six_products_are_as_good_as_blas(tiles):
+def test_six_products_are_as_accurate_as_blas(tiles):
     if len(tiles.parts) < 3:
         return
     rng = np.random.default_rng(4)
@@ -142,7 +141,7 @@ def test_six_products_are_as_good_as_blas(tiles):
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_scratch_is_planned(tiles):
+def test_workspace_bytes_bound_scratch_memory(tiles):
     fresh = type(tiles)(len(tiles.parts))
     threads = numba.get_num_threads()
     sizes = [(300, 100, 200), (100, 600, 64)]
@@ -152,12 +151,12 @@ def test_scratch_is_planned(tiles):
     assert scratch_bytes(fresh) == fresh.workspace_bytes(sizes, threads)
 
 
-def test_emulation_stays_apart(emulation):
+def test_emulation_does_not_replace_real_modules(emulation):
     assert sys.modules.get("llmc_cli.kernels.cpu.amx.matmul") is not emulation
     assert importlib.import_module("llmc_cli.kernels.cpu.amx.panels").intrinsics is intrinsics
 
 
-def test_no_tiles(monkeypatch, emulation):
+def test_missing_tiles_raise(monkeypatch, emulation):
     monkeypatch.setattr(emulation.intrinsics, "available", lambda: False)
     with pytest.raises(MissingError, match="no AMX tiles"):
         emulation.TileMatmul(1)

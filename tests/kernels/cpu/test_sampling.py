@@ -260,7 +260,7 @@ def test_open_sampling_precisions(no_cupy):
     assert (backend.precision, backend.threads, backend.kernels.precision) == ("fp32", 1, "fp32")
     assert "fp32: the default" in backend.reason
     assert "int8 weights" in open_sampling("cpu", "int8", 1).description
-    with pytest.raises(UsageError, match="--precision int8: for llmc sample and"):
+    with pytest.raises(UsageError, match="--precision int8: supported by llmc sample and llmc bench sample only"):
         open_kernels("cpu", "int8", 1)
     with pytest.raises(UsageError, match="--precision bf16x3: expected one of auto, fp32, bf16, int8"):
         open_sampling("cpu", "bf16x3", 1)

@@ -19,18 +19,18 @@ from llmc_cli.kernels.reference.kernels import REFERENCE
 
 pytestmark = pytest.mark.usefixtures("requires_gxx")
 
-# B, T, NH, HS; two heads at least where there is a choice: one alone would not show whose rows are taken
+# B, T, NH, HS; mostly two heads or more, since a single head would not reveal rows of the wrong head
 MMA = [(1, T, 2, HS) for T, HS in itertools.product((1, 17, 64, 65, 129, 150, 257), (64, 128))] + [(2, 33, 3, 64)]
 TILES = [
     *((2, 1, 2, 8), (1, 2, 2, 8), (2, 31, 3, 1), (1, 33, 2, 16), (1, 70, 2, 80), (2, 100, 1, 64), (1, 129, 2, 8)),
     (1, 66, 1, 256),
 ]
 LONGER = ({"S": 2, "T": 1, "NH": 2, "HS": 64, "Tmax": 301}, {"S": 2, "T": 1, "NH": 1, "HS": 256, "Tmax": 90})
-"""Cached, beside the cases that all backends run: enough keys for several turns of all warps, and the largest head."""
+"""Cached sizes in addition to those of all backends: several iterations of all warps, and the largest head."""
 
 BF16 = 1e-2
-"""The bound on what is rounded to bf16, and comes of probabilities that are: the root mean square of the errors to that
-of the numbers. One rounding gives 1.7e-3; dq and dk, which are small beside it, come of out as rounded, too."""
+"""Bound on the relative RMS error of bf16 outputs computed from bf16 probabilities. One rounding gives 1.7e-3; dq and
+dk, which are smaller, also depend on the rounded out."""
 
 
 class AttentionDevice(EmulatedDevice):

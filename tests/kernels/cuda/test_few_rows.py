@@ -86,8 +86,7 @@ def test_row_does_not_depend_on_other_rows(bf16):
 
 
 def test_each_weight_is_read_once():
-    """No block reads what another does, and each reads it once for all rows: the loads of w counted, in a w of its own
-    registration, by the emulator's checks of each access."""
+    """Every element of w is read once for all rows, counted by the emulator's checked accesses."""
     with EmulatedDevice(False) as device:
         rng = np.random.default_rng(0)
         counts = []

@@ -180,7 +180,7 @@ def test_batches_of_samples(opened, monkeypatch):
 
 
 def test_deleted_decoder_frees_its_memory(opened):
-    """At once, not when Python looks for cycles: a cache may be a gigabyte."""
+    """Memory is freed immediately, not by the garbage collector, since a cache may take a gigabyte."""
     model = load_model(MODEL, opened())
     logits_of(new_decoder(model))
     pool = cupy.get_default_memory_pool()
@@ -195,7 +195,7 @@ def test_deleted_decoder_frees_its_memory(opened):
 
 
 class NormGradient:
-    """An operation that uses scratch memory and no product, recorded; its gradients beside the reference's."""
+    """An operation with scratch memory and no matrix product, whose gradients are compared with the reference."""
 
     def __init__(self, kernels, N=5, C=16):
         rng, self.kernels = np.random.default_rng(0), kernels
@@ -282,7 +282,7 @@ def capture_is_not_allowed(monkeypatch):
 
 
 def capture_is_spoiled(monkeypatch):
-    """By something that does not say so: the next kernel does, by an error of the driver's."""
+    """Invalidate the capture silently; the next kernel launch raises a driver error."""
     original = cupy.cuda.Stream.begin_capture
 
     def spoil(stream):
@@ -321,7 +321,7 @@ def check_tokens(kernels):
 
 
 def lengths_of_the_capture(monkeypatch):
-    """Known to the host, which gives each an array of its own."""
+    """Known to the host, which passes a new array each time."""
     original, arrays = attention.attention_cached, []
 
     def baked(device, out, keys, values, qkv, lengths, num_heads):

@@ -47,7 +47,7 @@ def check_norm_forward(device, rng, N, C, delta=True, bias=True, in_place=False)
 
 
 def check_norm_backward(device, rng, N, C, acc=False, dres=True, into=None):
-    """``into``: the input whose memory dx takes."""
+    """``into`` names the input that dx overwrites."""
     res, dy = device.reals(rng.standard_normal((N, C)) * 3 + 2), device.reals(rng.standard_normal((N, C)))
     past = device.reals(rng.standard_normal((N, C))) if dres else None
     w = device.floats(rng.standard_normal(C))

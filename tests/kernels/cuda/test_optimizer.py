@@ -24,7 +24,7 @@ def check_sum_squares(device, rng, P):
 
 
 def check_adamw(device, rng, P, max_norm=0.3, cuts=None):
-    """``cuts``: where segments end; then every fifth is left out, a gap."""
+    """``cuts`` are the segment ends; every fifth segment is left out as a gap."""
     ends = [*(cuts or sorted({P // 3, P // 2} - {0, P})), P]
     rows = [(a, b - a, k % 2) for k, (a, b) in enumerate(itertools.pairwise([0, *ends])) if cuts is None or k % 5 != 3]
     segments = np.array(rows, np.int64)

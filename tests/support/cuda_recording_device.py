@@ -31,7 +31,7 @@ class RecordingDevice:
     """A replacement for ``Device`` that records launches, products and copies."""
 
     def __init__(self, bf16, capability):
-        self.name, self.bf16, self.capability = "notebook", bf16, capability
+        self.name, self.bf16, self.capability = "recording", bf16, capability
         self.real = np.uint16 if bf16 else np.float32
         self.tensor_cores = capability >= TENSOR_CORES
         self.stream = MagicMock()

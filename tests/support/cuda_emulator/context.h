@@ -1,4 +1,4 @@
-// Where a fiber stands, and how one leaves off and another goes on. For launch.cpp alone.
+// Saved contexts of fibers, and switching between them. Used only by launch.cpp.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ struct Context {
     void* stack_pointer;
 };
 
-// Saves the registers that a function must preserve, and takes up those of `to`.
+// Save the callee-saved registers and the stack pointer, and restore those of `to`.
 extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -39,7 +39,7 @@ emulator_switch:
 inline void begin_context(Context& context, unsigned char* bottom, unsigned char* top, void (*run)()) {
     (void)bottom;
     auto slot = reinterpret_cast<void**>(top);
-    *--slot = nullptr;  // `run` finds the stack aligned as after a call
+    *--slot = nullptr;  // align the stack for `run` as after a call
     *--slot = reinterpret_cast<void*>(run);
     for (int i = 0; i < 6; i++) *--slot = nullptr;
     context.stack_pointer = slot;
@@ -47,7 +47,7 @@ inline void begin_context(Context& context, unsigned char* bottom, unsigned char
 
 inline void switch_context(Context& from, Context& to) { emulator_switch(&from.stack_pointer, to.stack_pointer); }
 
-#else  // the C library's, for other processors: about ten times as slow
+#else  // other processors use the C library, which is about ten times slower
 
 }  // namespace emulator
 #include <ucontext.h>

@@ -1,4 +1,4 @@
-// Addresses in shared memory as numbers of 32 bits, and copies to there that end where their thread waits for them.
+// 32-bit shared memory addresses, and asynchronous copies to shared memory, performed when their thread waits for them.
 #include <cstring>
 #include <vector>
 
@@ -8,9 +8,9 @@ namespace emulator {
 
 // ---- Shared addresses -----------------------------------------------------------------------------------------------
 
-// An address is an offset into dynamic shared memory, or from here on, into static shared memory.
+// Addresses below STATIC_ADDRESS are offsets into dynamic shared memory, the others into static shared memory.
 constexpr unsigned STATIC_ADDRESS = 1u << 24;
-constexpr uintptr_t BANKS = 128;  // bytes that all banks are wide
+constexpr uintptr_t BANKS = 128;  // bytes in one row of all banks
 
 static uintptr_t static_base() { return reinterpret_cast<uintptr_t>(launch.static_shared) & ~(BANKS - 1); }
 
@@ -35,7 +35,7 @@ extern "C" void* emulator_shared_pointer(unsigned address) { return shared_point
 
 extern "C" unsigned emulator_shared_address(const void* shared) {
     auto p = static_cast<const unsigned char*>(shared);
-    // one past the end is an address too, as it is a pointer
+    // one past the end is a valid address, like a pointer
     if (p >= emulator_dynamic_shared && p <= emulator_dynamic_shared + launch.dynamic_shared)
         return static_cast<unsigned>(p - emulator_dynamic_shared);
     if (!is_shared(shared, 1)) fail("out of bounds", current, CALLED_FROM, "the address is not in shared memory");
@@ -52,8 +52,8 @@ struct Copy {
     Site site;
 };
 
-static std::vector<Copy> copies[MAX_THREADS];  // begun, and not waited for
-static int committed[MAX_THREADS];             // groups
+static std::vector<Copy> copies[MAX_THREADS];  // started, not yet performed
+static int committed[MAX_THREADS];             // number of groups
 
 void copies_begin_block() {
     for (int i = 0; i < thread_count; i++) {
@@ -79,11 +79,11 @@ extern "C" void emulator_cp_async(void* shared, const void* global, int bytes) {
 extern "C" void emulator_cp_commit() { committed[current]++; }
 
 extern "C" void emulator_cp_wait(int keep) {
-    std::vector<Copy>& mine = copies[current];
-    size_t kept = 0;
-    for (const Copy& copy : mine) {
+    std::vector<Copy>& pending = copies[current];
+    size_t remaining = 0;
+    for (const Copy& copy : pending) {
         if (copy.group >= committed[current] - keep) {
-            mine[kept++] = copy;
+            pending[remaining++] = copy;
             continue;
         }
         if (copy.from)
@@ -92,7 +92,7 @@ extern "C" void emulator_cp_wait(int keep) {
             memset(copy.to, 0, copy.bytes);
         if (launch.check) memory_end_copy(copy.to, copy.bytes, copy.site);
     }
-    mine.resize(kept);
+    pending.resize(remaining);
 }
 
 }  // namespace emulator

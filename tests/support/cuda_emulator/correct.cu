@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-// out (10, 32)
+// out (10, 32): one operation per row
 extern "C" __global__ void warps(int* out, int width) {
     int lane = threadIdx.x;
     out[lane] = __shfl_sync(ALL, lane, 5, width);
@@ -36,7 +36,7 @@ extern "C" __global__ void warps(int* out, int width) {
     out[192 + lane] = __all_sync(ALL, lane < 32) + 2 * __all_sync(ALL, lane < 31);
     double both = __shfl_down_sync(ALL, lane + 0.25, 1);
     out[224 + lane] = (int)(both * 4);
-    // halves of the warp, each on its own
+    // the halves of the warp vote separately
     unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
     for (int i = 0; i <= lane / 16; i++) out[256 + lane] = __ballot_sync(half, lane % 2);
     out[288 + lane] = (int)(__shfl_sync(ALL, (long long)lane << 40, 31 - lane) >> 40);
@@ -67,7 +67,7 @@ extern "C" __global__ void vectors(float4* out, const float4* x, const int2* ind
     __stcs(out + i, make_float4(v.w, sum, __uint_as_float(words[i].z), (float)index[i].y));
 }
 
-// some threads leave before a barrier, and a whole warp before another's operations
+// some threads exit before a barrier, and for n <= 64 a whole warp exits before warp operations of others
 extern "C" __global__ void leaving(float* out, int n) {
     __shared__ float s[96];
     int i = threadIdx.x;
@@ -88,7 +88,7 @@ extern "C" __global__ void types(double* out, float f, long long l, int i) {
     out[6] = __popc(0xf0f0u) + __clz(1) + __ffs(8) + isnan(__int_as_float(0x7fc00000));
 }
 
-// lanes hand on what they wrote by __syncwarp alone
+// lanes exchange values through shared memory, synchronized only by __syncwarp
 extern "C" __global__ void within_warps(int* out) {
     __shared__ int s[64];
     int i = threadIdx.x;
@@ -100,7 +100,7 @@ extern "C" __global__ void within_warps(int* out) {
     }
 }
 
-// reads nothing that is not due: a compiler could do so unseen where nothing but the value depends on a condition
+// conditional reads, which the compiler must not perform speculatively: some would be uninitialized or out of bounds
 extern "C" __global__ void where_due(float* out, const float* x, int n) {
     __shared__ float s[64];
     int i = threadIdx.x;
@@ -117,7 +117,7 @@ struct Pair {
     unsigned short low, high;
 };
 
-// neighbours write the halves of 4 bytes, and read structures whole
+// adjacent threads write the two halves of a 4-byte structure, which is then read in one access
 extern "C" __global__ void halves(Pair* out, const unsigned short* x) {
     __shared__ Pair pairs[32];
     int i = threadIdx.x;
@@ -131,7 +131,7 @@ extern "C" __global__ void halves(Pair* out, const unsigned short* x) {
 
 __device__ __forceinline__ void begin_copy(float* to, const float* from) { emulator_cp_async(to, from, 16); }
 
-// tiles (tiles, 128) pass through two buffers; out[i] = the sum over tiles of four numbers of another thread
+// x (tiles, 128) is double-buffered; out[i] = the sum over tiles of the four elements that thread 31 - i copied
 extern "C" __global__ void pipeline(float* out, const float* x, int tiles) {
     __shared__ __align__(16) float s[2][128];
     int i = threadIdx.x;
@@ -157,7 +157,7 @@ extern "C" __global__ void zeros(float* out) {
     for (int k = 0; k < 4; k++) out[4 * threadIdx.x + k] = s[4 * threadIdx.x + k];
 }
 
-// c (16, 8) = c + a (16, 16) b (16, 8), bf16 operands; b lies transposed (8, 16)
+// c (16, 8) += a (16, 16) b (16, 8), bf16 operands; b is stored transposed, (8, 16)
 extern "C" __global__ void product(float* c, const unsigned* a, const unsigned* b) {
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
     unsigned A[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
@@ -168,7 +168,7 @@ extern "C" __global__ void product(float* c, const unsigned* a, const unsigned* 
     for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = D[i];
 }
 
-// x (4, 8, 8) of 16 bits in rows of 8 + padding; out (32, 4): of each lane
+// x (4, 8, 8) of 16-bit elements, in shared memory with rows of 8 + padding; out (32, 4): the registers of each lane
 extern "C" __global__ void matrices(unsigned* out, const unsigned short* x, int padding, int transposed) {
     extern __shared__ __align__(128) unsigned short s[];
     int lane = threadIdx.x;

@@ -1,7 +1,8 @@
-// CUDA's names for kernels that run on the CPU: included by force before a kernel's source, in the place of what NVRTC
-// knows without an #include. Nothing of the standard library is included, so that no name of it can be used by mistake.
+// CUDA's built-in names for kernels that run on the CPU. The compiler includes this file before a kernel's source, to
+// declare what NVRTC provides without an #include. No standard header is included, so kernels cannot use standard names
+// by mistake.
 //
-// __global__, __launch_bounds__ and __shared__ are no macros: emulator.py finds them in the preprocessed text.
+// __global__, __launch_bounds__ and __shared__ are not macros: emulator.py finds them in the preprocessed text.
 #pragma once
 
 #define CUDA_EMULATOR 1
@@ -27,9 +28,9 @@ EMULATOR_VECTORS(unsigned, uint)
 struct uint3 { unsigned x, y, z; };
 struct dim3 { unsigned x, y, z; };
 
-// ---- The thread's place -----------------------------------------------------------------------------------------
-// Constant during a thread's life, hence const: kernels may keep them in registers across barriers. The runtime defines
-// them as variables, and sets them before it runs or resumes a thread.
+// ---- Thread and block indices -----------------------------------------------------------------------------------
+// They are const because they do not change while a thread runs, so kernels may keep them in registers across barriers.
+// The runtime defines them as variables, which it sets before it starts or resumes a thread.
 
 extern "C" {
 extern const uint3 threadIdx, blockIdx;
@@ -38,11 +39,12 @@ extern unsigned char emulator_dynamic_shared[];
 }
 constexpr int warpSize = 32;
 
-// ---- Hooks for the twins of PTX instructions --------------------------------------------------------------------
-// emulator_cp_async: 4, 8 or 16 bytes, copied when the thread waits for their group; a null source gives zeros.
-// emulator_cp_wait: returns when at most `keep` of the thread's latest committed groups are under way.
-// emulator_mma_bf16: mma.m16n8k16, bf16 operands, d += a b in float. emulator_ldmatrix: four 8 x 8 matrices of 16-bit
-// numbers, lane i giving the address of row i % 8 of matrix i / 8. Shared addresses are 32 bits, as on the device.
+// ---- Replacements of PTX instructions ---------------------------------------------------------------------------
+// emulator_cp_async: copy 4, 8 or 16 bytes when the thread waits for their group; a null source writes zeros.
+// emulator_cp_wait: wait until at most the thread's latest `keep` committed groups are pending.
+// emulator_mma_bf16: mma.m16n8k16 with bf16 operands, d += a b in float.
+// emulator_ldmatrix: load four 8 x 8 matrices of 16-bit elements; lane i passes the address of row i % 8, matrix i / 8.
+// Shared addresses have 32 bits, as on the device.
 
 extern "C" {
 void emulator_cp_async(void* shared, const void* global, int bytes);
@@ -56,7 +58,7 @@ void* emulator_shared_pointer(unsigned address);
 
 // ---- Barriers ---------------------------------------------------------------------------------------------------
 
-// A barrier is known by its place in the source. All is inlined into kernels, so that debug information knows who calls.
+// A barrier is identified by file and line. These functions are inlined, so debug information names the kernel's line.
 #define EMULATOR_PLACE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 
 extern "C" int emulator_barrier(int predicate, int* any, int* count, const char* file, int line);
@@ -94,7 +96,7 @@ __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) { return em
 __forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator_ballot(mask, predicate) != 0; }
 __forceinline__ int __all_sync(unsigned mask, int predicate) { return emulator_ballot(mask, !predicate) == 0; }
 
-// Lanes form segments of `width`; a lane whose source lies outside of its segment gets its own value.
+// Lanes form segments of `width`; a lane whose source lies outside its segment gets its own value.
 #define EMULATOR_SHUFFLES(Type)                                                                             \
     __forceinline__ Type emulator_shuffled(unsigned mask, Type value, int source) {                         \
         Type result;                                                                                        \
@@ -217,7 +219,7 @@ EMULATOR_BITS(__uint_as_float, float, unsigned)
 EMULATOR_BITS(__double_as_longlong, long long, double)
 EMULATOR_BITS(__longlong_as_double, double, long long)
 
-// ---- What emulator.py appends: the table of the program's kernels ------------------------------------------------
+// ---- Table of the program's kernels, whose entries emulator.py appends to the source -----------------------------
 
 namespace emulator {
 
@@ -234,7 +236,7 @@ template <class... Arguments> constexpr const char* const* kinds(void (*)(Argume
     return Signature<Arguments...>::kinds;
 }
 
-// A constructor, because braces evaluate arguments from left to right. Slots are of 8 bytes.
+// A constructor called with braces, because these evaluate the arguments from left to right. A slot has 8 bytes.
 template <class... Arguments> struct Call {
     Call(void (*kernel)(Arguments...), Arguments... arguments) { kernel(arguments...); }
 };
@@ -249,7 +251,7 @@ constexpr int launch_bounds(int threads = 1024, int = 0, int = 0) { return threa
 struct Kernel {
     const char* name;
     const char* const* kinds;
-    int bound;  // threads of a block
+    int bound;  // maximum number of threads per block
     void (*call)(const unsigned long long* slots);
 };
 template <auto kernel> constexpr Kernel entry(const char* name, int bound) {
@@ -260,7 +262,7 @@ template <auto kernel> constexpr Kernel entry(const char* name, int bound) {
 
 extern "C" const emulator::Kernel emulator_kernels[];
 
-// The program in memory. What is zero at first, and last in it, are the variables that kernels share.
+// The addresses of the program's image: its start, its zero-initialized data (static shared memory), and its end.
 extern "C" __attribute__((visibility("hidden"))) unsigned char __ehdr_start[], __bss_start[], _end[];
 extern "C" __attribute__((no_sanitize("thread"))) void emulator_image(unsigned char** places) {
     places[0] = __ehdr_start;

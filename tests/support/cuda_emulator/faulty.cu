@@ -1,4 +1,4 @@
-// Each kernel has one fault, which test_emulator_faults.py expects to be reported at the line marked HERE.
+// Each kernel has one fault; test_emulator_faults.py expects an error that names the line marked HERE.
 
 #define ALL 0xffffffffu
 __device__ __forceinline__ float warp_sum(float x) {
@@ -31,7 +31,7 @@ extern "C" __global__ void race_after_reading(float* out) {
     out[threadIdx.x] = other;
 }
 
-extern "C" __global__ void race_of_warps(float* out) { // __syncwarp orders a warp's own accesses, and no other's
+extern "C" __global__ void race_of_warps(float* out) { // __syncwarp does not order the accesses of different warps
     __shared__ float cells[64];
     cells[threadIdx.x] = 0.0f;
     __syncthreads();
@@ -40,7 +40,7 @@ extern "C" __global__ void race_of_warps(float* out) { // __syncwarp orders a wa
     out[threadIdx.x] = cells[threadIdx.x ^ 32]; // HERE
 }
 
-extern "C" __global__ void race_of_halves(float* out) { // lanes of the upper half do not wait for the lower half
+extern "C" __global__ void race_of_halves(float* out) { // the halves of the warp do not wait for each other
     __shared__ float cells[32];
     cells[threadIdx.x] = 0.0f;
     __syncwarp();
@@ -49,7 +49,7 @@ extern "C" __global__ void race_of_halves(float* out) { // lanes of the upper ha
     out[threadIdx.x] = cells[threadIdx.x ^ 16]; // HERE
 }
 
-extern "C" __global__ void race_past_a_shuffle(float* out) { // which orders no memory
+extern "C" __global__ void race_past_a_shuffle(float* out) { // a shuffle does not order memory accesses
     __shared__ float cells[32];
     cells[threadIdx.x] = __shfl_xor_sync(ALL, 1.0f, 1);
     warp_sum(1.0f);
@@ -171,7 +171,7 @@ extern "C" __global__ void mixed(float* out) {
 extern "C" __global__ void not_waited_for(float* out, const float* x) {
     __shared__ __align__(16) float cells[256];
     emulator_cp_async(cells + 4 * threadIdx.x, x + 4 * threadIdx.x, 16); // THERE
-    emulator_cp_wait(0); // for committed groups, of which this is none
+    emulator_cp_wait(0); // waits only for committed groups; the copy is not committed
     __syncthreads();
     out[threadIdx.x] = cells[threadIdx.x]; // HERE
 }

@@ -1,5 +1,5 @@
-// Runs the blocks of a grid one after the other. Each thread of a block is a fiber: it runs until it waits at a barrier
-// or in an operation of its warp, then the next thread that can run does. All on one thread of the system.
+// Runs the blocks of a grid one after another on one system thread. Each CUDA thread is a fiber: it runs until it waits
+// at a barrier or in a warp operation; then the next runnable fiber continues.
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -23,22 +23,22 @@ Thread threads[MAX_THREADS];
 int thread_count;
 int current;
 
-static Context contexts[MAX_THREADS];  // of threads that wait: where they go on
-static Context launching, discarded;
-static char error[2048];  // empty: none
-static int alive;
+static Context contexts[MAX_THREADS];  // saved contexts of waiting threads
+static Context launcher, discarded;
+static char error[2048];   // empty if there is no error
+static int alive;          // number of threads of the block that have not exited
 
 Index block_index() { return blockIdx; }
 
 // ---- Stacks ---------------------------------------------------------------------------------------------------------
 
-// Below each lie pages that no one may touch. They begin at different offsets, or they would share few lines of cache.
+// Guard pages below each stack detect overflow. Stacks start at different offsets to avoid conflicts in the CPU cache.
 constexpr size_t STACK = 256 * 1024;
 constexpr size_t GUARD = 64 * 1024;
 static unsigned char* stacks;
 static std::vector<int> free_stacks;
 
-static bool have_stacks() {
+static bool allocate_stacks() {
     if (stacks) return true;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* memory = mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -69,9 +69,9 @@ template <class T> static void shuffle(T* items, unsigned count) {
     for (unsigned i = count; i > 1; i--) std::swap(items[i - 1], items[random_below(i)]);
 }
 
-static int order[MAX_THREADS];  // in which threads begin, and go on after a barrier
+static int order[MAX_THREADS];  // order in which threads start, and continue after a barrier
 
-// The threads that can run, first in, first out.
+// FIFO queue of runnable threads.
 static int queue[MAX_THREADS];
 static int queue_head, queue_length;
 
@@ -93,45 +93,45 @@ static void activate(int thread) {
     threadIdx = threads[thread].index;
 }
 
-static void give_stack(int thread) {
+static void assign_stack(int thread) {
     int stack = threads[thread].stack = free_stacks.back();
     free_stacks.pop_back();
     unsigned char* top = stacks + (stack + 1) * STACK - stack % 61 * 192;
     begin_context(contexts[thread], stacks + stack * STACK + GUARD, top, run_threads);
 }
 
-[[noreturn]] static void leave() {
-    switch_context(discarded, launching);
+[[noreturn]] static void end_launch() {
+    switch_context(discarded, launcher);
     __builtin_unreachable();
 }
 
 [[noreturn]] static void deadlock() {
     char text[1024];
     size_t used = 0;
-    int shown = 0, one = current;
-    bool told[MAX_THREADS] = {};
-    for (int i = 0; i < thread_count && shown < 4; i++) {  // those that wait at one place together
+    int shown = 0, example = current;
+    bool listed[MAX_THREADS] = {};
+    for (int i = 0; i < thread_count && shown < 4; i++) {  // group threads that wait at the same place
         Thread& first = threads[i];
-        if (told[i] || (first.state != State::at_barrier && first.state != State::in_warp)) continue;
-        if (!shown) one = i;
-        int together = 0;
+        if (listed[i] || (first.state != State::at_barrier && first.state != State::in_warp)) continue;
+        if (!shown) example = i;
+        int waiting = 0;
         for (int k = i; k < thread_count; k++) {
             if (threads[k].state != first.state || threads[k].site != first.site) continue;
-            told[k] = true;
-            together++;
+            listed[k] = true;
+            waiting++;
         }
         const char* what = first.state == State::at_barrier ? "a barrier" : OPERATION_NAMES[int(first.call.operation)];
         used += static_cast<size_t>(snprintf(text + used, sizeof text - used, "%s%d from (%u,%u,%u) on in %s, @c:%u@",
-                                             shown++ ? "; " : "", together, first.index.x, first.index.y, first.index.z,
+                                             shown++ ? "; " : "", waiting, first.index.x, first.index.y, first.index.z,
                                              what, first.site));
     }
-    fail("deadlock", one, threads[one].site, "no thread can go on; these wait: %s", text);
+    fail("deadlock", example, threads[example].site, "no thread can go on; these wait: %s", text);
 }
 
-static void go_on(Context& from) {
+static void run_next(Context& from) {
     if (!queue_length) deadlock();
     int next = dequeue();
-    if (threads[next].state == State::fresh) give_stack(next);
+    if (threads[next].state == State::fresh) assign_stack(next);
     counters.switches++;
     activate(next);
     switch_context(from, contexts[next]);
@@ -140,7 +140,7 @@ static void go_on(Context& from) {
 void wait_as(State state, Site site) {
     threads[current].state = state;
     threads[current].site = site;
-    go_on(contexts[current]);
+    run_next(contexts[current]);
 }
 
 void make_ready(int thread) {
@@ -156,13 +156,13 @@ void fail(const char* kind, int thread, Site site, const char* format, ...) {
     va_start(values, format);
     vsnprintf(error + used, sizeof error - static_cast<size_t>(used), format, values);
     va_end(values);
-    leave();
+    end_launch();
 }
 
 // ---- Barriers -------------------------------------------------------------------------------------------------------
 
 static struct {
-    int arrived, holding;  // how many threads, and for how many of them the predicate holds
+    int arrived, holding;  // number of threads, and of those whose predicate holds
     int first;             // the thread that arrived first
     int all, any, count;   // results of the last barrier
 } barrier;
@@ -201,7 +201,7 @@ extern "C" int emulator_barrier(int predicate, int* any, int* count, const char*
 
 // ---- Blocks ---------------------------------------------------------------------------------------------------------
 
-// What a fiber runs: a thread, and if the next one has not begun yet, that one too, on the same stack.
+// The function that a fiber runs: one thread, then, on the same stack, following threads that have not started.
 static void run_threads() {
     for (;;) {
         Thread& thread = threads[current];
@@ -218,8 +218,8 @@ static void run_threads() {
             continue;
         }
         free_stacks.push_back(thread.stack);
-        if (!alive) leave();
-        go_on(discarded);
+        if (!alive) end_launch();
+        run_next(discarded);
     }
 }
 
@@ -233,19 +233,19 @@ static bool run_block() {
     warps_begin_block();
     copies_begin_block();
     memory_begin_block();
-    go_on(launching);
+    run_next(launcher);
     return !error[0];
 }
 
-extern "C" const char* emulator_run(const Launch* wanted) {
-    launch = *wanted;
+extern "C" const char* emulator_run(const Launch* parameters) {
+    launch = *parameters;
     blockDim = {launch.block[0], launch.block[1], launch.block[2]};
     gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
     thread_count = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
     error[0] = 0;
-    free_stacks.clear();  // those of a launch that failed lie where it left them
+    free_stacks.clear();  // a failed launch does not return its stacks
     for (int i = MAX_THREADS - 1; i >= 0; i--) free_stacks.push_back(i);
-    if (!have_stacks()) return "launch: no memory for the threads' stacks";
+    if (!allocate_stacks()) return "launch: no memory for the threads' stacks";
     for (unsigned i = 0; i < static_cast<unsigned>(thread_count); i++) {
         threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         order[i] = static_cast<int>(i);
@@ -265,8 +265,8 @@ extern "C" const char* emulator_run(const Launch* wanted) {
     return nullptr;
 }
 
-extern "C" void emulator_schedule(int wanted, uint64_t seed) {
-    shuffled = wanted != 0;
+extern "C" void emulator_schedule(int enabled, uint64_t seed) {
+    shuffled = enabled != 0;
     random_state = seed * 0x9e3779b97f4a7c15ull + 88172645463325252ull;
 }
 

@@ -1,8 +1,8 @@
-// The memory that kernels see, and the checks of their accesses.
+// The memory that kernels can access, and the checks of their accesses.
 //
-// A checked program is compiled with -fsanitize=thread, which puts a call before each access, and linked with the
-// functions called here. Each two bytes of shared and of registered memory have a cell: who wrote them last, and two of
-// those who read them since. An access conflicts with one that no barrier (or __syncwarp) puts before it.
+// A checked program is compiled with -fsanitize=thread, which inserts a function call before each access, and linked to
+// the functions defined here. Every two bytes of shared and registered memory have a cell with the last writer and two
+// readers since. Two accesses, at least one of them a write, conflict unless a barrier or __syncwarp orders them.
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -22,7 +22,7 @@ namespace emulator {
 struct Access {
     uint32_t interval;  // 0: none
     uint16_t thread;
-    uint16_t time;  // the thread's, as __syncwarp counts it
+    uint16_t time;  // the thread's clock, which __syncwarp advances
     Site site;
 };
 
@@ -30,28 +30,28 @@ struct Cell {
     Access writer, readers[2];
 };
 
-constexpr uint16_t IN_FLIGHT = 0x8000;  // in a writer's thread: cp.async, not waited for
+constexpr uint16_t IN_FLIGHT = 0x8000;  // flag in a writer's `thread`: a cp.async that has not been waited for
 
 struct Region {
     uintptr_t from, to;
     bool shared;
     std::vector<Cell> cells;
 
-    bool holds(uintptr_t address) const { return address >= from && address < to; }
+    bool contains(uintptr_t address) const { return address >= from && address < to; }
 };
 
 static Region dynamic_region, static_region;
-static std::map<uintptr_t, Region> registered;  // by where they begin
-static Region* latest;                          // the registered one used last
+static std::map<uintptr_t, Region> registered;  // by start address
+static Region* latest;                          // the registered region used last
 
 static Region* find(uintptr_t address) {
-    if (dynamic_region.holds(address)) return &dynamic_region;
-    if (static_region.holds(address)) return &static_region;
-    if (latest && latest->holds(address)) return latest;
+    if (dynamic_region.contains(address)) return &dynamic_region;
+    if (static_region.contains(address)) return &static_region;
+    if (latest && latest->contains(address)) return latest;
     auto after = registered.upper_bound(address);
     if (after == registered.begin()) return nullptr;
     Region& region = std::prev(after)->second;
-    if (!region.holds(address)) return nullptr;
+    if (!region.contains(address)) return nullptr;
     return latest = &region;
 }
 
@@ -68,19 +68,19 @@ extern "C" int emulator_unregister(uintptr_t from) {
     return registered.erase(from) == 1;
 }
 
-// ---- Order in time --------------------------------------------------------------------------------------------------
+// ---- Order of accesses ----------------------------------------------------------------------------------------------
 
-// Barriers, and where blocks and launches begin, divide time into intervals.
+// Time is divided into intervals: each launch, block and barrier begins a new one.
 static uint32_t interval, launch_begin, block_begin;
 
 struct BlockBegin {
     uint32_t interval;
     Index block;
 };
-static std::vector<BlockBegin> block_begins;  // of this launch
+static std::vector<BlockBegin> block_begins;  // blocks of this launch
 
-// Within an interval: a thread's time counts the calls of __syncwarp that it took part in, and it has seen another
-// lane's accesses before the time that stands here.
+// Within an interval, time_of counts a thread's calls of __syncwarp. seen[thread][lane] is a time of another lane of
+// the warp: that lane's accesses before this time are ordered before the thread's next access.
 static uint16_t time_of[MAX_THREADS];
 static uint16_t seen[MAX_THREADS][WARP];
 static bool warp_synchronized;
@@ -108,11 +108,11 @@ void memory_begin_interval() {
 }
 
 static bool comes_before(const Access& other, int thread, bool shared) {
-    if (other.interval < (shared ? block_begin : launch_begin)) return true;  // other blocks have other shared memory
+    if (other.interval < (shared ? block_begin : launch_begin)) return true;  // each block has its own shared memory
     if (other.interval < block_begin) return false;
     if (other.interval < interval) return true;
-    int by = other.thread & ~IN_FLIGHT;
-    return by == thread || (by / WARP == thread / WARP && seen[thread][by % WARP] > other.time);
+    int owner = other.thread & ~IN_FLIGHT;
+    return owner == thread || (owner / WARP == thread / WARP && seen[thread][owner % WARP] > other.time);
 }
 
 // ---- Checks ---------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ struct Text {
     char text[160];
 };
 
-static Text place(const Region& region, uintptr_t address) {
+static Text describe_address(const Region& region, uintptr_t address) {
     Text t;
     size_t offset = address - region.from;
     if (&region == &dynamic_region)
@@ -133,7 +133,7 @@ static Text place(const Region& region, uintptr_t address) {
     return t;
 }
 
-static Text who(const Access& other) {
+static Text describe_thread(const Access& other) {
     Text t;
     Index i = threads[other.thread & ~IN_FLIGHT].index;
     int used = snprintf(t.text, sizeof t.text, "thread (%u,%u,%u)", i.x, i.y, i.z);
@@ -148,9 +148,10 @@ static Text who(const Access& other) {
 
 [[noreturn]] static void fail_race(const Region& region, uintptr_t address, bool write, const Access& other, bool wrote,
                                    int thread, Site site) {
-    const char* lacking = other.interval < block_begin ? "" : ", and no barrier lies between";
+    const char* reason = other.interval < block_begin ? "" : ", and no barrier lies between";
     fail("race", thread, site, "%s of %s, which %s %s in @c:%u@%s", write ? "write" : "read",
-         place(region, address).text, who(other).text, wrote ? "wrote" : "read", other.site, lacking);
+         describe_address(region, address).text, describe_thread(other).text, wrote ? "wrote" : "read", other.site,
+         reason);
 }
 
 [[noreturn]] static void fail_bounds(uintptr_t address, size_t bytes, bool write, int thread, Site site) {
@@ -180,25 +181,27 @@ static Region& region_of(uintptr_t address, size_t bytes, bool write, int thread
     return *region;
 }
 
-// Checks an access of these bytes, and notes it.
-static void touch(Region& region, uintptr_t address, size_t bytes, bool write, int thread, Site site, bool flying) {
+// Check an access and record it in the cells.
+static void check_and_record(Region& region, uintptr_t address, size_t bytes, bool write, int thread, Site site,
+                             bool in_flight) {
     size_t first = (address - region.from) / 2, last = (address - region.from + bytes - 1) / 2;
-    Access access{interval, static_cast<uint16_t>(thread | (flying ? IN_FLIGHT : 0)), time_of[thread], site};
+    Access access{interval, static_cast<uint16_t>(thread | (in_flight ? IN_FLIGHT : 0)), time_of[thread], site};
     for (size_t i = first; i <= last; i++) {
         Cell& cell = region.cells[i];
         uintptr_t here = region.from + 2 * i;
         bool written = cell.writer.interval >= block_begin;
         if (region.shared && written && (cell.writer.thread & IN_FLIGHT))
             fail("in flight", thread, site, "%s of %s, whose copy %s began in @c:%u@ and has not waited for",
-                 write ? "write" : "read", place(region, here).text, who(cell.writer).text, cell.writer.site);
+                 write ? "write" : "read", describe_address(region, here).text, describe_thread(cell.writer).text,
+                 cell.writer.site);
         if (region.shared && !write && !written)
             fail("uninitialised", thread, site, "read of %s, which no thread of the block has written",
-                 place(region, here).text);
+                 describe_address(region, here).text);
         if (!comes_before(cell.writer, thread, region.shared))
             fail_race(region, here, write, cell.writer, true, thread, site);
         bool first_before = comes_before(cell.readers[0], thread, region.shared);
         if (!write) {
-            cell.readers[first_before ? 0 : 1] = access;  // one that conflicts with this thread's later writes stays
+            cell.readers[first_before ? 0 : 1] = access;  // keep a reader that this thread's later writes race with
             continue;
         }
         if (!first_before) fail_race(region, here, true, cell.readers[0], false, thread, site);
@@ -211,8 +214,8 @@ static void touch(Region& region, uintptr_t address, size_t bytes, bool write, i
 static void access(const void* pointer, size_t bytes, bool write, int thread, Site site) {
     auto address = reinterpret_cast<uintptr_t>(pointer);
     counters.accesses++;
-    if (pointer >= launch.image && pointer < launch.static_shared) return;  // constants of the program
-    touch(region_of(address, bytes, write, thread, site), address, bytes, write, thread, site, false);
+    if (pointer >= launch.image && pointer < launch.static_shared) return;  // the program's constants
+    check_and_record(region_of(address, bytes, write, thread, site), address, bytes, write, thread, site, false);
 }
 
 void memory_read(const void* pointer, size_t bytes, int thread, Site site) {
@@ -221,7 +224,7 @@ void memory_read(const void* pointer, size_t bytes, int thread, Site site) {
 
 void memory_begin_copy(const void* shared, size_t bytes, Site site) {
     auto address = reinterpret_cast<uintptr_t>(shared);
-    touch(region_of(address, bytes, true, current, site), address, bytes, true, current, site, true);
+    check_and_record(region_of(address, bytes, true, current, site), address, bytes, true, current, site, true);
 }
 
 void memory_end_copy(const void* shared, size_t bytes, Site site) {
@@ -249,7 +252,7 @@ void memory_begin_launch() {
     block_begins.clear();
 }
 
-// Shared memory begins as NaNs.
+// Fill shared memory with NaNs.
 void memory_begin_block() {
     memset(emulator_dynamic_shared, 0xff, launch.dynamic_shared);
     memset(launch.static_shared, 0xff, static_cast<size_t>(launch.image_end - launch.static_shared));
@@ -259,7 +262,7 @@ void memory_begin_block() {
     block_begins.push_back({interval, block_index()});
 }
 
-// ---- What compilers call --------------------------------------------------------------------------------------------
+// ---- Functions that instrumented code calls -------------------------------------------------------------------------
 
 struct SourceLocation {
     const char* file;

@@ -1,5 +1,5 @@
-// What the lanes of a warp do together. A lane leaves its part on its stack and waits; the lane that arrives last does
-// the operation for all, and all go on.
+// Warp operations. Each lane leaves its operands on its stack and waits; the lane that arrives last performs the
+// operation for all lanes and makes them runnable.
 #include <bit>
 #include <cstring>
 
@@ -7,7 +7,7 @@
 
 namespace emulator {
 
-// Lanes that wait for one another: those that called with one mask.
+// The lanes that wait for one another: they have called an operation with the same mask.
 struct Group {
     unsigned mask, arrived;
 };
@@ -60,9 +60,9 @@ struct Operands {
 static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 static float high(unsigned pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 
-// D (16, 8) += A (16, 16) B (16, 8). Of lane 4 g + t, PTX ISA, "Matrix fragments for mma.m16n8k16":
-//   a[0], a[1], a[2], a[3]: A at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and the column after
-//   b[0], b[1]: B at (2t, g), (2t + 8, g), and the row after
+// D (16, 8) += A (16, 16) B (16, 8). Fragments of lane 4 g + t (PTX ISA, "Matrix fragments for mma.m16n8k16"):
+//   a[0], a[1], a[2], a[3]: A at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and at the next column
+//   b[0], b[1]: B at (2t, g), (2t + 8, g), and at the next row
 //   d[0], d[1], d[2], d[3]: D at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 static void mma(const Warp& warp) {
     float A[16][16], B[16][8], D[16][8];
@@ -91,7 +91,7 @@ static void mma(const Warp& warp) {
     counters.mma++;
 }
 
-// Of each matrix, lane l receives row l / 4, columns 2 (l % 4) and the next; transposed: column l / 4, these rows.
+// Lane l receives row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1 of each matrix; transposed, column l / 4, these rows.
 static void ldmatrix(const Warp& warp) {
     const unsigned char* rows[WARP];
     for (int lane = 0; lane < WARP; lane++) {
@@ -104,7 +104,7 @@ static void ldmatrix(const Warp& warp) {
         if (launch.check) memory_read(rows[lane], 16, thread, threads[thread].site);
     }
     for (int matrix = 0; matrix < 4; matrix++) {
-        unsigned taken[8] = {};  // by 16 bytes of the 128 that the banks are wide: the address there, plus one
+        unsigned taken[8] = {};  // for each 16 of the banks' 128 bytes: 1 + the address that uses them, 0 if unused
         bool conflict = false;
         for (int row = 0; row < 8; row++) {
             unsigned address = *static_cast<const unsigned*>(threads[warp.first + matrix * 8 + row].call.input);
@@ -129,9 +129,9 @@ static void ldmatrix(const Warp& warp) {
     }
 }
 
-// ---- Meeting --------------------------------------------------------------------------------------------------------
+// ---- Waiting for the lanes of a mask ------------------------------------------------------------------------------------
 
-static void meet(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes,
+static void join(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes,
                  Site site) {
     Warp& warp = warps[current / WARP];
     int lane = current % WARP;
@@ -196,25 +196,25 @@ extern "C" {
 
 int emulator_lane() { return current % WARP; }
 
-void emulator_warp_sync(unsigned mask) { meet(Operation::sync, mask, nullptr, nullptr, 0, 0, CALLED_FROM); }
+void emulator_warp_sync(unsigned mask) { join(Operation::sync, mask, nullptr, nullptr, 0, 0, CALLED_FROM); }
 
 void emulator_shuffle(unsigned mask, const void* input, void* output, int bytes, int source) {
-    meet(Operation::shuffle, mask, input, output, source, bytes, CALLED_FROM);
+    join(Operation::shuffle, mask, input, output, source, bytes, CALLED_FROM);
 }
 
 unsigned emulator_ballot(unsigned mask, int predicate) {
     unsigned bits;
-    meet(Operation::ballot, mask, nullptr, &bits, predicate, 0, CALLED_FROM);
+    join(Operation::ballot, mask, nullptr, &bits, predicate, 0, CALLED_FROM);
     return bits;
 }
 
 void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     Operands operands{a, b};
-    meet(Operation::mma, ~0u, &operands, d, 0, 0, CALLED_FROM);
+    join(Operation::mma, ~0u, &operands, d, 0, 0, CALLED_FROM);
 }
 
 void emulator_ldmatrix(unsigned* r, unsigned address, bool transposed) {
-    meet(Operation::ldmatrix, ~0u, &address, r, transposed, 0, CALLED_FROM);
+    join(Operation::ldmatrix, ~0u, &address, r, transposed, 0, CALLED_FROM);
 }
 
 }  // extern "C"

@@ -21,10 +21,10 @@ def compiled(source, check=True):
 def memory():
     """Yield register(array), which registers an array as device memory and returns it."""
     with contextlib.ExitStack() as stack:
-        kept = []
+        arrays = []
 
         def register(array):
-            kept.append(array)  # its memory must not be reused before it is unregistered
+            arrays.append(array)  # its memory must not be reused before it is unregistered
             emulator.register(array.ctypes.data, array.nbytes)
             stack.callback(emulator.unregister, array.ctypes.data)
             return array
@@ -34,7 +34,7 @@ def memory():
 
 @contextlib.contextmanager
 def ordered(seed):
-    """Blocks and threads in an order of the seed."""
+    """Set the order of blocks and threads by a seed."""
     emulator.schedule(seed)
     yield
     emulator.schedule(None)

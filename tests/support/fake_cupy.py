@@ -1,4 +1,4 @@
-"""The fake CuPy, loaded, and helpers to put data on its devices."""
+"""The loaded fake CuPy and helpers that put data on its devices."""
 
 import ctypes
 
@@ -29,7 +29,7 @@ class Compiled:
 def doubling_kernel(monkeypatch):
     """Return the kernel ``double``, which multiplies the elements of x by 2 and needs no compiler."""
     monkeypatch.setattr(raw.emulator, "Program", Compiled)
-    monkeypatch.setattr(raw.memory, "tell_kernels", lambda: None)
+    monkeypatch.setattr(raw.memory, "register_with_emulator", lambda: None)
     return cupy.RawModule(code="", options=("-std=c++17",)).get_function("double")
 
 

@@ -8,7 +8,7 @@ def clear_streams():
     from support.fake_cupy import cupy
 
     yield
-    cupy.cuda.stream.abandon()
+    cupy.cuda.stream.discard_pending()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ class Architecture(NamedTuple):
     shared_reserved: int  # bytes per block reserved by the system
     threads_per_multiprocessor: int
     blocks_per_multiprocessor: int
-    multiprocessors: int  # of a well-known GPU
+    multiprocessors: int  # of the GPU named in the table
 
 
 KB = 1024
@@ -29,11 +29,11 @@ ARCHITECTURES = {
     100: Architecture(227 * KB, 228 * KB, KB, 2048, 32, 148),  # B200
     120: Architecture(99 * KB, 100 * KB, KB, 1536, 24, 170),  # RTX 5090
 }
-KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: known but not supported
+KNOWN = {70: Architecture(96 * KB, 96 * KB, 0, 2048, 32, 80), **ARCHITECTURES}  # V100: not supported by llmc
 
 
 def blocks_at_once(capability: int, registers: int, threads: int, shared: int) -> int:
-    """Return how many blocks of a kernel fit on one multiprocessor, possibly 0.
+    """Return the number of blocks of a kernel that fit on one multiprocessor, possibly 0.
 
     ``registers`` is per thread and ``shared`` in bytes per block. Registers are allocated per warp in units of 256, and
     warps in groups of four.

@@ -10,14 +10,14 @@ FOLDER = Path(__file__).parent
 def load():
     """Return the fake CuPy module without changing what ``import cupy`` finds."""
 
-    def taken():
+    def remove_cupy():
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "cupy"}
 
-    before = taken()
+    before = remove_cupy()
     sys.path.insert(0, str(FOLDER))
     try:
         return importlib.import_module("cupy")
     finally:
         sys.path.remove(str(FOLDER))
-        taken()
+        remove_cupy()
         sys.modules.update(before)

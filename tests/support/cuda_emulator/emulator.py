@@ -178,7 +178,7 @@ def _runtime() -> ctypes.CDLL:
     return runtime
 
 
-_one_at_a_time = threading.Lock()
+_lock = threading.Lock()
 
 
 class Program:
@@ -249,7 +249,7 @@ class Program:
             raise EmulatorError(f"launch: {name}: {shared} bytes of shared memory, where {MAX_SHARED} are allowed")
         slots = (ctypes.c_uint64 * max(1, len(args)))(*self._slots(name, args))
         launch.slots = ctypes.addressof(slots)
-        with _one_at_a_time:
+        with _lock:
             error = _runtime().emulator_run(ctypes.byref(launch))
         if error is not None:
             raise EmulatorError(self._explain(error.decode()))
@@ -301,10 +301,10 @@ def _places(source: str) -> dict[tuple[str, int], str]:
     return places
 
 
-def _sizes(kernel: str, what: str, sizes: Sequence[int], most: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
+def _sizes(kernel: str, what: str, sizes: Sequence[int], limits: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
     full = (*sizes, 1, 1)[:3]
-    if not 1 <= len(sizes) <= 3 or not all(1 <= size <= bound for size, bound in zip(full, most, strict=True)):
-        raise EmulatorError(f"launch: {kernel}: no {what} is {tuple(sizes)}; the largest is {most}")
+    if not 1 <= len(sizes) <= 3 or not all(1 <= size <= bound for size, bound in zip(full, limits, strict=True)):
+        raise EmulatorError(f"launch: {kernel}: no {what} is {tuple(sizes)}; the largest is {limits}")
     return (ctypes.c_uint * 3)(*full)
 
 
@@ -313,14 +313,14 @@ def _sizes(kernel: str, what: str, sizes: Sequence[int], most: Sequence[int]) ->
 
 def register(address: int, nbytes: int) -> None:
     """Register device memory. Checked programs may not access any other memory."""
-    with _one_at_a_time:
+    with _lock:
         if not _runtime().emulator_register(address, nbytes):
             what = f"{nbytes} bytes at {address:#x}"
             raise EmulatorError(f"{what} overlap registered memory; unregister memory when it is freed")
 
 
 def unregister(address: int) -> None:
-    with _one_at_a_time:
+    with _lock:
         if not _runtime().emulator_unregister(address):
             raise EmulatorError(f"no memory is registered at {address:#x}")
 

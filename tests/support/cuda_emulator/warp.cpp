@@ -30,7 +30,7 @@ void warps_begin_block() {
 
 static unsigned existing(const Warp& warp) { return warp.lanes == WARP ? ~0u : (1u << warp.lanes) - 1; }
 
-// ---- The operations -------------------------------------------------------------------------------------------------
+// ---- The operations ------------------------------------------------------------------------------------------------
 
 static void shuffle_lanes(const Warp& warp, unsigned mask) {
     for (int lane = 0; lane < warp.lanes; lane++) {
@@ -129,7 +129,7 @@ static void ldmatrix(const Warp& warp) {
     }
 }
 
-// ---- Waiting for the lanes of a mask ------------------------------------------------------------------------------------
+// ---- Waiting for the lanes of a mask -------------------------------------------------------------------------------
 
 static void join(Operation operation, unsigned mask, const void* input, void* output, int argument, int bytes,
                  Site site) {

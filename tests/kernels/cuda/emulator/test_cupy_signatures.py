@@ -1,8 +1,7 @@
-"""Every call of CuPy that llmc makes, against the real wheel; no device and no driver are needed.
+"""The functions of CuPy that llmc calls have the expected signatures in the real package. No GPU or driver is needed.
 
-CuPy is compiled from Cython, whose functions tell their signatures in the first line of their docstrings. Its binding
-of cuBLAS is linked to libcublas, hundreds of megabytes that this needs nothing of: an empty library of that name is
-enough to load it.
+Functions compiled by Cython give their signatures in the first line of their docstrings. CuPy's cuBLAS binding links to
+libcublas, which has hundreds of megabytes; an empty library of the same name is enough to load the binding.
 """
 
 import ctypes
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.cupy
 
 @pytest.fixture(scope="module")
 def cupy(tmp_path_factory):
-    """The real CuPy with its cuBLAS, while these tests run: others may have put the fake CuPy in its place."""
+    """Import the real CuPy and its cuBLAS binding for these tests, even if another test has imported the fake CuPy."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
             patch.delitem(sys.modules, name)
@@ -41,7 +40,7 @@ def cupy(tmp_path_factory):
 
 
 def cublas(folder, version):
-    """CuPy's binding, linked to an empty library for CUDA ``version``."""
+    """Load CuPy's cuBLAS binding with an empty library for CUDA ``version``."""
     name = f"libcublas.so.{version}"
     (folder / "empty.cpp").write_text("")
     (folder / "versions").write_text(f"{name} {{ *; }};")
@@ -49,7 +48,7 @@ def cublas(folder, version):
     subprocess.run([*command, "empty.cpp", "-o", name], cwd=folder, check=True)
     ctypes.CDLL(str(folder / name))
     flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY)  # functions that are not there are missed only when they are called
+    sys.setdlopenflags(os.RTLD_LAZY)  # resolve functions only when they are called
     try:
         return importlib.import_module("cupy_backends.cuda.libs.cublas")
     finally:
@@ -57,19 +56,19 @@ def cublas(folder, version):
 
 
 def split(text):
-    """The parameters between brackets, at the commas that separate them."""
+    """Split parameters at the commas outside brackets."""
     parts, depth, start = [], 0, 0
-    for at, letter in enumerate(text):
-        depth += letter in "([{"
-        depth -= letter in ")]}"
-        if letter == "," and depth == 0:
-            parts.append(text[start:at])
-            start = at + 1
+    for index, character in enumerate(text):
+        depth += character in "([{"
+        depth -= character in ")]}"
+        if character == "," and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
     return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
 def signature(function):
-    """Names of parameters in order, without self; ``*`` stands where what follows is passed by name only."""
+    """Return the parameter names in order, without self; ``*`` precedes keyword-only parameters."""
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -94,23 +93,23 @@ def test_call_exists_with_its_parameters(cupy, name):
         assert set(by_name) <= set(found)
 
 
-@pytest.mark.parametrize("keyword, answer", [("stream", "its pointer is read"), ("bogus", "unexpected keyword")])
-def test_kernel_accepts_launch_keywords(cupy, keyword, answer):
-    """RawKernel hands ``**kwargs`` to Function, which has no signature to read: it takes ``stream``, and reads ``ptr``
-    of it, before it would touch a device."""
+@pytest.mark.parametrize("keyword, message", [("stream", "pointer was read"), ("bogus", "unexpected keyword")])
+def test_kernel_accepts_launch_keywords(cupy, keyword, message):
+    """RawKernel passes ``**kwargs`` to Function, whose signature is not available. A call shows that it accepts
+    ``stream``: it reads ``stream.ptr`` before it accesses a device."""
 
     class Pointer:
         @property
         def ptr(self):
-            raise TypeError("its pointer is read")
+            raise TypeError("pointer was read")
 
     function = cupy.cuda.Function.__new__(cupy.cuda.Function)
-    with pytest.raises(TypeError, match=answer):
+    with pytest.raises(TypeError, match=message):
         function((1,), (1,), (), shared_mem=0, **{keyword: Pointer()})
 
 
 def test_bindings_link_to_the_library_called_directly(cupy):
-    """By its name on Linux; of the functions CuPy calls all but the one for the workspace itself."""
+    """CuPy uses the same library name and the same functions, except the one that sets the workspace."""
     binding = Path(cupy.cuda.cublas.__file__).read_bytes()
     assert f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}".encode() in binding
     for name in sorted(INTERFACE.keys() - {"cublasSetWorkspace_v2"}):
@@ -126,8 +125,8 @@ def test_arrays_and_pinned_memory_have_pointers(cupy):
     assert hasattr(cupy.ndarray, "data")
     assert hasattr(cupy.cuda.MemoryPointer, "ptr")
     assert hasattr(cupy.cuda.PinnedMemoryPointer, "ptr")
-    memoryview_of = cupy.cuda.PinnedMemoryPointer(type("Memory", (), {"ptr": 0, "size": 0})(), 0)
-    assert memoryview_of.ptr == 0
+    pointer = cupy.cuda.PinnedMemoryPointer(type("Memory", (), {"ptr": 0, "size": 0})(), 0)
+    assert pointer.ptr == 0
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -147,7 +146,7 @@ def test_device_attribute_exists(cupy, name):
 
 def test_missing_driver_is_reported(cupy):
     if shutil.which("nvidia-smi") is not None:
-        pytest.skip("there is a driver here")
+        pytest.skip("a driver is installed")
     assert cupy.cuda.runtime.driverGetVersion() == 0
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="cudaErrorInsufficientDriver") as error:
         cupy.cuda.runtime.getDeviceCount()
@@ -155,7 +154,7 @@ def test_missing_driver_is_reported(cupy):
 
 
 def test_compiler_options_match_cupy(cupy, monkeypatch, tmp_path):
-    """test_cuda_compile.py compiles with what ends up at NVRTC here."""
+    """The compilation tests pass the same options to NVRTC as CuPy does."""
     compiler = importlib.import_module("cupy.cuda.compiler")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     seen = []
@@ -168,7 +167,7 @@ def test_compiler_options_match_cupy(cupy, monkeypatch, tmp_path):
             pass
 
         def compile(self, options, log_stream=None):
-            seen.append(tuple(each for each in options if not each.startswith("-I")))  # nothing is included
+            seen.append(tuple(each for each in options if not each.startswith("-I")))  # kernels include nothing
             raise Stop
 
     monkeypatch.setattr(compiler, "_NVRTCProgram", Program)

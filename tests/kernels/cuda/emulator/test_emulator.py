@@ -29,7 +29,7 @@ def device():
 
 
 def rounded(x):
-    """float32 to the bits of bf16, to nearest even."""
+    """Round float32 to nearest even and return the bits of bf16."""
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
@@ -80,8 +80,8 @@ def test_vectors(features, device, order):
     index = device(np.random.default_rng(0).integers(0, 50, (50, 2), np.int32))
     words = device(random(50, 4))
     launch(features, "vectors", (4,), (16,), out, x, index, words, 50)
-    of = x[index[:, 0]]
-    assert np.allclose(out, np.stack([of[:, 3], of.sum(1), words[:, 2], index[:, 1]], 1), atol=1e-6)
+    rows = x[index[:, 0]]
+    assert np.allclose(out, np.stack([rows[:, 3], rows.sum(1), words[:, 2], index[:, 1]], 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [64, 70, 96])
@@ -154,7 +154,7 @@ def test_ldmatrix(features, device, order):
     x, out = device(np.arange(256, dtype=np.uint16).reshape(4, 8, 8)), device(np.empty((32, 4), np.uint32))
     for transposed in (0, 1):
         launch(features, "matrices", (1,), (32,), out, x, 0, transposed, shared=512)
-        # of a matrix, row l // 4 and two neighbours of it go to lane l
+        # lane l receives two adjacent elements of row l // 4 of each matrix
         pairs = np.ascontiguousarray(x.transpose(0, 2, 1) if transposed else x).view(np.uint32)
         assert np.array_equal(out, pairs.reshape(4, 32).T)
 
@@ -252,7 +252,7 @@ def test_overlapping_registration_is_an_error(device):
 
 
 def test_order_depends_on_seed(features, device):
-    """Which of several threads comes last shows in what none of them may share: here it may, as nothing is checked."""
+    """An unchecked race of writes shows which thread runs last."""
     program, last = compiled(FAULTY, check=False), set()
     out = device(np.zeros(64, np.float32))
     for seed in (None, 1, 2, 3, 1):

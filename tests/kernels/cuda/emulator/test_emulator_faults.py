@@ -1,4 +1,4 @@
-"""Faulty kernels are reported by the CUDA emulator with the line of the fault."""
+"""The CUDA emulator reports faulty kernels with the source line of the fault."""
 
 import re
 
@@ -28,15 +28,15 @@ def device():
 
 
 def line(source, name, mark="HERE"):
-    """The words by which an error names the line of a kernel that bears a mark."""
+    """Return the marked line of a kernel as it appears in error messages."""
     lines = source.splitlines()
     start = next(i for i, text in enumerate(lines) if f"void {name}(" in text)
     number = next(i for i in range(start, len(lines)) if f"// {mark}" in lines[i])
     return f"program.cu:{number + 1} `{lines[number].strip()}`"
 
 
-def found(program, source, name, *args, grid=1, block=64, shared=0):
-    """The error of a launch, which names kernel and line."""
+def launch_error(program, source, name, *args, grid=1, block=64, shared=0):
+    """Launch a faulty kernel, check that the error names the kernel and line, and return its kind and message."""
     with pytest.raises(EmulatorError) as caught:
         launch(program, name, (grid,), (block,), *args, shared=shared)
     message = str(caught.value)
@@ -53,7 +53,7 @@ RACES += ["race_in_global"]
 @pytest.mark.parametrize("name", RACES)
 def test_races_within_a_block(faults, device, order, name):
     block = 32 if name in ("race_of_halves", "race_past_a_shuffle") else 64
-    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), block=block)
+    kind, message = launch_error(faults, FAULTY, name, device(np.zeros(64, np.float32)), block=block)
     assert kind == "race"
     assert "no barrier lies between" in message
     assert ("byte 4 of a buffer of 256" if name == "race_in_global" else "shared cell") in message
@@ -61,7 +61,7 @@ def test_races_within_a_block(faults, device, order, name):
 
 @pytest.mark.parametrize("name", ["race_of_blocks", "race_of_a_reading_block"])
 def test_races_between_blocks(faults, device, order, name):
-    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), grid=3)
+    kind, message = launch_error(faults, FAULTY, name, device(np.zeros(64, np.float32)), grid=3)
     assert kind == "race"
     assert re.search(r"which thread \(\d+,0,0\) of block \(\d,0,0\) (wrote|read) in ", message)
 
@@ -78,14 +78,14 @@ def test_races_between_blocks(faults, device, order, name):
     ],
 )
 def test_out_of_bounds_accesses(faults, device, order, name, args, words):
-    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, shared=128)
+    kind, message = launch_error(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, shared=128)
     assert kind == "out of bounds"
     assert re.search(words, message)
 
 
 def test_out_of_bounds_copy(faults, device):
     x = device(np.zeros(64, np.float32))
-    kind, message = found(faults, FAULTY, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
+    kind, message = launch_error(faults, FAULTY, "copy_past_a_buffer", device(np.zeros(64, np.float32)), x, 64)
     assert kind == "out of bounds"
     assert "read of 16 bytes at byte 256 of a buffer of 256" in message
 
@@ -94,26 +94,26 @@ def test_out_of_bounds_copy(faults, device):
 def test_misaligned_addresses(faults, device, order, name):
     out = device(np.zeros((64, 4), np.float32))
     args = () if name == "row_misaligned" else (device(np.zeros(512, np.float32)),)
-    kind, _ = found(faults, FAULTY, name, out, *args, block=32, shared=512)
+    kind, _ = launch_error(faults, FAULTY, name, out, *args, block=32, shared=512)
     assert kind == "misaligned"
 
 
 @pytest.mark.parametrize("name", ["uninitialised", "uninitialised_since_another_block", "row_uninitialised"])
 def test_uninitialized_shared_memory(faults, device, order, name):
     out = device(np.zeros(128, np.float32))
-    kind, message = found(faults, FAULTY, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
+    kind, message = launch_error(faults, FAULTY, name, out, grid=2, block=32 if name[0] == "r" else 64, shared=1024)
     assert kind == "uninitialised"
     assert ("shared cells + 160" if name == "uninitialised" else "dynamic shared memory + ") in message
 
 
 def test_divergent_barriers(faults, device, order):
-    kind, message = found(faults, FAULTY, "divergent", device(np.zeros(64, np.float32)))
+    kind, message = launch_error(faults, FAULTY, "divergent", device(np.zeros(64, np.float32)))
     assert kind == "divergent barrier"
     assert line(FAULTY, "divergent", "THERE") in message
 
 
 def test_deadlocks(faults, device, order):
-    kind, message = found(faults, FAULTY, "deadlock", device(np.zeros(64, np.float32)), block=32)
+    kind, message = launch_error(faults, FAULTY, "deadlock", device(np.zeros(64, np.float32)), block=32)
     assert kind == "deadlock"
     assert "16 from (0,0,0) on in a shuffle, " in message
     assert "16 from (16,0,0) on in a barrier, " in message
@@ -131,14 +131,14 @@ def test_deadlocks(faults, device, order):
     ],
 )
 def test_invalid_warp_operations(faults, device, order, name, block, args, words):
-    kind, message = found(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, block=block)
+    kind, message = launch_error(faults, FAULTY, name, device(np.zeros(64, np.float32)), *args, block=block)
     assert kind == "warp"
     assert words in message
 
 
 def test_uncommitted_copy(faults, device, order):
     x = device(np.zeros(256, np.float32))
-    kind, message = found(faults, FAULTY, "not_waited_for", device(np.zeros(64, np.float32)), x)
+    kind, message = launch_error(faults, FAULTY, "not_waited_for", device(np.zeros(64, np.float32)), x)
     assert kind == "in flight"
     assert line(FAULTY, "not_waited_for", "THERE") in message
 
@@ -161,7 +161,7 @@ def test_faulty_pipelines(device, order, right, wrong, kind):
 
 @pytest.mark.parametrize(("name", "n"), [("shifted", 33), ("overflown", 65536), ("divided", 64)])
 def test_arithmetic_errors(faults, device, name, n):
-    kind, _ = found(faults, FAULTY, name, device(np.zeros(64, np.int32)), n)
+    kind, _ = launch_error(faults, FAULTY, name, device(np.zeros(64, np.int32)), n)
     assert kind == "arithmetic"
 
 

@@ -1,4 +1,4 @@
-"""The fake cuBLAS: results, and products that are rejected."""
+"""The fake cuBLAS: results of products, and invalid calls that it rejects."""
 
 import ctypes
 import gc
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
 def bits(values):
-    """bf16, to nearest even."""
-    whole = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)
+    """Round to nearest even and return the bits of bf16."""
+    encoded = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((encoded + 0x7FFF + ((encoded >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def floats(values):
@@ -33,14 +33,14 @@ ONE, ZERO = scalar(1), scalar(0)
 
 @pytest.fixture
 def handle():
-    """That rounds no parts of a sum."""
-    made = cublas.create()
-    cublas.set_math_mode(made, 16)
-    return made
+    """Return a cuBLAS handle that does not round partial sums."""
+    handle = cublas.create()
+    cublas.set_math_mode(handle, 16)
+    return handle
 
 
 def product(handle, out, a, b, transpose_a=False, transpose_b=False, alpha=ONE, beta=ZERO, compute=68):
-    """Row-major out = a · b, by its transpose."""
+    """Compute row-major out = a · b as the column-major product of the transposes."""
     kind = {np.dtype(np.float32): 0, np.dtype(np.uint16): 14}
     k = a.shape[0] if transpose_a else a.shape[1]
     cublas.gemm(
@@ -57,7 +57,7 @@ def test_product(handle, transpose_a, transpose_b):
     a = generator.standard_normal((5, 3) if transpose_a else (3, 5), np.float32)
     b = generator.standard_normal((4, 5) if transpose_b else (5, 4), np.float32)
     expected = (a.T if transpose_a else a) @ (b.T if transpose_b else b)
-    out = cupy.empty((3, 4), np.float32)  # NaN, which beta 0 does not read
+    out = cupy.empty((3, 4), np.float32)  # NaN, which is not read if beta is 0
     product(handle, out, on_device(a), on_device(b), transpose_a, transpose_b)
     np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-6)
     product(handle, out, on_device(a), on_device(b), transpose_a, transpose_b, scalar(2), scalar(0.5), 69)
@@ -95,7 +95,7 @@ def test_product_runs_on_the_stream_of_its_handle(handle):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"lda": 2}, "lda 2"),
         ({"ldc": 2}, "ldc 2"),
@@ -110,14 +110,14 @@ def test_product_runs_on_the_stream_of_its_handle(handle):
         ({"transa": 2}, "transa"),
     ],
 )
-def test_invalid_products(handle, change, said):
+def test_invalid_products(handle, change, message):
     a, c = cupy.zeros((3, 3), np.float32), cupy.zeros((3, 3), np.float32)
     names = inspect.signature(cublas.gemm).parameters
     good = (handle, 0, 0, 3, 3, 3, ONE.ctypes.data, a.data.ptr, 0, 3, a.data.ptr, 0, 3, ZERO.ctypes.data)
     call = dict(zip(names, (*good, c.data.ptr, 0, 3, 68, -1), strict=True))
     for name, value in change.items():
         call[name] = a.data.ptr if value is None else call[name] + value if name in ("A", "C") else value
-    with pytest.raises((cublas.CUBLASError, runtime.CUDARuntimeError), match=said):
+    with pytest.raises((cublas.CUBLASError, runtime.CUDARuntimeError), match=message):
         cublas.gemm(**call)
 
 

@@ -1,4 +1,4 @@
-"""The fake CuPy: its interface, which is the part of CuPy in use, its memory and the simulated devices."""
+"""The fake CuPy: its interface, memory and simulated devices."""
 
 import ast
 import gc
@@ -21,28 +21,29 @@ from llmc_cli.kernels.cuda import blas, device
 pytestmark = pytest.mark.usefixtures("clear_streams")
 
 
-# the table
+# Interface, as listed in support/cupy_calls.py
 
 
-def found(name):
+def resolve_name(name):
+    """Resolve a name of support/cupy_calls.py, in which RawKernel is not an attribute of cupy."""
     return raw.RawKernel if name == "RawKernel" else resolve(cupy, name)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_call_signature(name):
     first, _, rest = name.partition(".")
-    called = resolve(found(first), rest) if rest else found(first)
-    mine = [each for each in inspect.signature(called).parameters.values() if each.name != "self"]
+    called = resolve(resolve_name(first), rest) if rest else resolve_name(first)
+    actual = [each for each in inspect.signature(called).parameters.values() if each.name != "self"]
     by_position, by_name = parameters(CALLS[name])
-    names = [("*" if each.kind is each.VAR_POSITIONAL else "") + each.name for each in mine]
+    names = [("*" if each.kind is each.VAR_POSITIONAL else "") + each.name for each in actual]
     assert names == by_position + by_name
-    assert all(each.kind is each.KEYWORD_ONLY for each in mine if each.name in by_name)
+    assert all(each.kind is each.KEYWORD_ONLY for each in actual if each.name in by_name)
 
 
 @pytest.mark.parametrize("name", (*ATTRIBUTES, *ERRORS))
 def test_attribute_exists(name):
     first, _, rest = name.partition(".")
-    assert resolve(found(first), rest) is not None
+    assert resolve(resolve_name(first), rest) is not None
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
@@ -51,7 +52,7 @@ def test_constant_has_its_value(name):
 
 
 def test_backend_uses_no_other_calls():
-    """Every name that hangs on cupy, runtime or cublas in the modules that call CuPy is in the table."""
+    """support/cupy_calls.py lists every attribute of cupy, runtime and cublas that the backend uses."""
     known = {
         ".".join(name.split(".")[:depth])
         for name in (*CALLS, *ATTRIBUTES, *ERRORS, *CONSTANTS)
@@ -68,11 +69,11 @@ def test_backend_uses_no_other_calls():
     assert used - set(blas.COMPUTE.values()) - known == set()
 
 
-def test_device_attributes_match_the_table():
+def test_device_attributes():
     assert tuple(cupy.cuda.Device(0).attributes) == DEVICE_ATTRIBUTES
 
 
-# memory and arrays
+# Memory and arrays
 
 
 def test_fresh_memory_is_nan():
@@ -159,7 +160,7 @@ def test_memory_pool_counters(monkeypatch):
     pool.set_limit()
 
 
-# machines
+# Devices
 
 
 def test_several_devices(monkeypatch, double):
@@ -193,12 +194,12 @@ def test_capability(monkeypatch):
     [
         (80, 32, 256, 0, 8),  # threads
         (80, 64, 256, 0, 4),  # registers
-        (80, 33, 256, 0, 6),  # 40 registers are given out
+        (80, 33, 256, 0, 6),  # rounded up to 40 registers per thread
         (90, 255, 256, 0, 1),
         (90, 65, 1024, 0, 0),
         (80, 16, 32, 0, 32),  # blocks
         (75, 16, 32, 0, 16),
-        (80, 32, 128, 40 << 10, 4),  # 164 KB by 41
+        (80, 32, 128, 40 << 10, 4),  # 164 KB / 41 KB
         (86, 32, 128, 99 << 10, 1),
         (86, 32, 128, 100 << 10, 0),
         (75, 32, 128, 32 << 10, 2),
@@ -209,14 +210,14 @@ def test_blocks_at_once(capability, registers, threads, shared, blocks):
 
 
 @pytest.mark.parametrize(
-    "variable, value, said",
+    "variable, value, message",
     [
         ("DRIVER", "0", "cudaErrorInsufficientDriver"),
         ("DRIVER", "11040", "cudaErrorInsufficientDriver"),
         ("DEVICES", "0", "cudaErrorNoDevice"),
     ],
 )
-def test_missing_driver_or_device_is_reported(monkeypatch, variable, value, said):
+def test_missing_driver_or_device_is_reported(monkeypatch, variable, value, message):
     monkeypatch.setenv(f"LLMC_EMULATOR_{variable}", value)
     for attempt in (
         runtime.getDeviceCount,
@@ -231,16 +232,16 @@ def test_missing_driver_or_device_is_reported(monkeypatch, variable, value, said
         lambda: cupy.RawModule(code="").get_function("f"),
         cublas.create,
     ):
-        with pytest.raises(runtime.CUDARuntimeError, match=said):
+        with pytest.raises(runtime.CUDARuntimeError, match=message):
             attempt()
     assert runtime.driverGetVersion() == (int(value) if variable == "DRIVER" else 13000)
-    assert cupy.cuda.Device(0).id == 0  # as in CuPy, a name only
+    assert cupy.cuda.Device(0).id == 0  # as in CuPy, creating a Device does not access it
 
 
 def test_import_in_a_subprocess():
     path = str(Path(cupy_loader.__file__).parent)
     code = "import cupy, numpy; print(cupy.__version__, cupy.zeros(3, numpy.int32).get().tolist())"
-    answer = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
     )
-    assert answer.stdout == f"{cupy.__version__} [0, 0, 0]\n"
+    assert result.stdout == f"{cupy.__version__} [0, 0, 0]\n"

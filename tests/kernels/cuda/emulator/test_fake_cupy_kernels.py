@@ -1,4 +1,4 @@
-"""Launches on the fake CuPy: arguments, dimensions and shared memory that a device would reject."""
+"""Kernel launches on the fake CuPy: invalid arguments, dimensions and shared memory sizes are rejected."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def arguments(x):
 
 
 @pytest.mark.parametrize(
-    "number, value, said",
+    "number, value, message",
     [
         (1, 1, "an int64"),
         (3, 1.0, "a float64"),
@@ -31,10 +31,10 @@ def arguments(x):
         (0, np.zeros(1, np.float32), "no array of a device"),
     ],
 )
-def test_argument_types_are_exact(kernel, number, value, said):
+def test_argument_types_are_exact(kernel, number, value, message):
     args = arguments(cupy.zeros(1, np.float32))
     args[number] = value
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         kernel((1,), (1,), tuple(args))
 
 

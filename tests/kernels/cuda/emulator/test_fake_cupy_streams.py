@@ -13,7 +13,7 @@ def test_copy_from_pinned_memory_is_deferred():
     host, device = pinned(4), cupy.empty(4, np.float32)
     host[:] = 1
     device.set(host)
-    host[:] = 2  # too early
+    host[:] = 2  # before the copy has run
     assert (device.get() == 2).all()
 
 
@@ -65,7 +65,7 @@ def test_used_stream_is_current(double):
 
 
 def test_seed_randomizes_deferral(monkeypatch, double):
-    """With a seed, some copies from pinned memory are early and some late."""
+    """With a seed, some copies from pinned memory run immediately and some are deferred."""
     monkeypatch.setenv("LLMC_EMULATOR_SEED", "1")
     monkeypatch.setattr(raw.emulator, "schedule", lambda seed: None)
     host, seen = pinned(1), set()
@@ -120,19 +120,19 @@ def test_operations_rejected_during_capture():
     """Operations that cannot be captured raise an error and invalidate the capture."""
     stream = cupy.cuda.Stream()
     x, host = cupy.zeros(4, np.float32), np.zeros(4, np.float32)
-    attempts = {
+    rejected = {
         "cudaErrorStreamCaptureUnsupported": (
             *(stream.synchronize, cupy.cuda.Device().synchronize, x.get, lambda: x.set(host)),
             *(lambda: cupy.empty(1, np.float32), lambda: pinned(1), lambda: cupy.RawModule(code="").get_function("x")),
         ),
         "cudaErrorStreamCaptureImplicit": (lambda: runtime.memsetAsync(x.data.ptr, 0, 16, 0),),
     }
-    for error, refused in attempts.items():
-        for attempt in refused:
+    for error, operations in rejected.items():
+        for operation in operations:
             with stream:
                 stream.begin_capture()
                 with pytest.raises(runtime.CUDARuntimeError, match=error):
-                    attempt()
+                    operation()
                 for later in (lambda: x.fill(0), stream.end_capture):
                     with pytest.raises(runtime.CUDARuntimeError, match="cudaErrorStreamCaptureInvalidated"):
                         later()

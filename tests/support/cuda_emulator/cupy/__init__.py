@@ -1,9 +1,10 @@
-"""A fake of the part of CuPy that llmc uses: kernels on the emulator, cuBLAS on NumPy, memory of the host.
+"""A fake of the part of CuPy that llmc uses: kernels run on the emulator, cuBLAS uses NumPy, and device
+memory is host memory.
 
-It is stricter than CuPy. It has nothing that the backend does not use; it refuses what CuPy would quietly do wrong, as
-passing a Python int to a kernel; its memory is poisoned, its streams are as late as they may be (cuda/stream.py), and
-every address must lie in memory that is alive. _status.py lists the environment variables that choose what machine
-it plays.
+It is stricter than CuPy. It provides only what the backend uses and rejects what CuPy silently does wrong, such as
+passing a Python int to a kernel. New memory is poisoned, streams defer their work as long as CUDA permits
+(cuda/stream.py), and every address must lie in allocated memory. _status.py lists the environment variables that select
+the simulated machine.
 """
 
 from cupy import cuda

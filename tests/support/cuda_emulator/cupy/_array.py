@@ -1,4 +1,4 @@
-"""Arrays on a device: shapes, views and copies, and nothing else."""
+"""Device arrays: shapes, views and copies only."""
 
 import math
 
@@ -13,14 +13,14 @@ class MemoryPointer:
 
 
 class ndarray:
-    """C-contiguous memory of a device. No arithmetic: that is what kernels are for."""
+    """A C-contiguous device array without arithmetic."""
 
-    __array_ufunc__ = None  # NumPy must not try either
+    __array_ufunc__ = None  # NumPy's functions and operators raise TypeError
     __hash__ = None
 
     def __init__(self, owner, view):
         self._owner = owner  # the Allocation
-        self._view = view  # the same bytes to NumPy
+        self._view = view  # a NumPy array of the same memory
         self.data = MemoryPointer(view.ctypes.data if view.size else 0)
 
     shape = property(lambda self: self._view.shape)
@@ -59,7 +59,7 @@ class ndarray:
             out = np.empty(self.shape, self.dtype)
         if not isinstance(out, np.ndarray) or not out.flags.c_contiguous or not out.flags.writeable:
             raise TypeError("out must be a writable C-contiguous numpy.ndarray")
-        self._same(out)
+        self._require_same_shape_and_dtype(out)
         queue = _queue(stream)
         queue.forbid_while_capturing()
         runtime._copy(out.ctypes.data, self.data.ptr, self.nbytes, runtime.memcpyDeviceToHost, queue)
@@ -69,7 +69,7 @@ class ndarray:
     def set(self, arr, stream=None):
         if not isinstance(arr, np.ndarray):
             raise TypeError(f"only a numpy.ndarray can be set, not {type(arr).__name__}")
-        self._same(arr)
+        self._require_same_shape_and_dtype(arr)
         values = np.ascontiguousarray(arr)
         runtime._copy(self.data.ptr, values.ctypes.data, self.nbytes, runtime.memcpyHostToDevice, _queue(stream))
 
@@ -78,14 +78,14 @@ class ndarray:
             raise ValueError(f"fill({value!r}): only 0, which is a memset; the rest would be a kernel of CuPy's")
         runtime._set(self.data.ptr, 0, self.nbytes, _queue(None))
 
-    def _same(self, other):
+    def _require_same_shape_and_dtype(self, other):
         if other.dtype != self.dtype:
             raise TypeError(f"{other.dtype} on the host, {self.dtype} on the device")
         if other.shape != self.shape:
             raise ValueError(f"{list(other.shape)} on the host, {list(self.shape)} on the device")
 
 
-def _refuse(name):
+def _unsupported(name):
     def refuse(self, *operands):
         raise TypeError(f"{name} on an array of a device: write a kernel, or copy it to the host with get()")
 
@@ -110,9 +110,9 @@ ARITHMETIC = (
 for _name in (
     *("array", "bool", "contains", "float", "index", "int", "setitem", "abs", "neg", "invert"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
-    *(way + name for name in ARITHMETIC for way in ("", "r", "i")),
+    *(prefix + name for name in ARITHMETIC for prefix in ("", "r", "i")),
 ):
-    setattr(ndarray, f"__{_name}__", _refuse(f"__{_name}__"))
+    setattr(ndarray, f"__{_name}__", _unsupported(f"__{_name}__"))
 
 
 def _queue(given):
@@ -120,7 +120,7 @@ def _queue(given):
 
 
 def empty(shape, dtype=float):
-    """Poisoned memory."""
+    """Return an array whose memory is filled with ``memory.POISON``."""
     shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
     dtype = np.dtype(dtype)
     owner = memory.Allocation(math.prod(shape) * dtype.itemsize)
@@ -128,7 +128,7 @@ def empty(shape, dtype=float):
 
 
 def zeros(shape, dtype=float):
-    """Zeroed in the order of the current stream, as CuPy does."""
+    """Return an array that is zeroed on the current stream, as in CuPy."""
     array = empty(shape, dtype)
     array.fill(0)
     return array

@@ -1,4 +1,4 @@
-"""CUDA C on the emulator."""
+"""Modules and kernels, run by the emulator."""
 
 import emulator
 import numpy as np
@@ -25,7 +25,7 @@ def _schedule():
 
 
 class RawModule:
-    """Compiled when the first function is asked for."""
+    """A module, compiled when its first function is requested."""
 
     def __init__(self, *, code, options=(), backend="nvrtc"):
         if not isinstance(code, str) or not isinstance(options, tuple) or backend != "nvrtc":
@@ -37,7 +37,7 @@ class RawModule:
         require_device(current.device)
         streams.forbid_while_capturing()
         if self._program is None:
-            memory.tell_kernels()
+            memory.register_with_emulator()
             self._program = emulator.Program(self._code, self._options, check=setting("CHECK", 0) == 1)
         if name not in self._program.names:
             raise CUDADriverError(f"CUDA_ERROR_NOT_FOUND: named symbol not found ({name})")
@@ -103,7 +103,7 @@ class RawKernel:
         return (*(int(size) for size in given), 1, 1)[:3]
 
     def _value(self, number, kind, argument, owners):
-        """What the emulator gets for an argument; who owns its memory joins ``owners``."""
+        """Check an argument and return its value for the emulator; append the owner of its memory to ``owners``."""
         where = f"argument {number} of {self.name}"
         if kind == "P":
             if argument is None:

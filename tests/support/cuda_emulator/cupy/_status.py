@@ -1,13 +1,13 @@
-"""Which machine is fake_cupy, and the errors that it answers with.
+"""The simulated machine, errors, and the current device and streams.
 
-The environment is read anew at every use, so that a test may change it:
+Environment variables describe the machine. They are read at every use, so that a test can change them:
 
-    LLMC_EMULATOR_DRIVER      version of the driver, as 12040; 0: none (default 13000)
+    LLMC_EMULATOR_DRIVER      driver version, such as 12040, or 0 for no driver (default 13000)
     LLMC_EMULATOR_DEVICES     number of devices (default 1)
-    LLMC_EMULATOR_CAPABILITY  compute capability of all devices, as 75 (default 90)
-    LLMC_EMULATOR_MEMORY      bytes of memory on each device (default 8 GiB)
-    LLMC_EMULATOR_CHECK       1: kernels run with the emulator's checks
-    LLMC_EMULATOR_SEED        shuffles blocks, threads, and what runs when on different streams
+    LLMC_EMULATOR_CAPABILITY  compute capability of all devices, such as 75 (default 90)
+    LLMC_EMULATOR_MEMORY      bytes of memory per device (default 8 GiB)
+    LLMC_EMULATOR_CHECK       1: run kernels with the emulator's checks (default 0)
+    LLMC_EMULATOR_SEED        seed that shuffles blocks, threads and the order of work on different streams
 """
 
 import os
@@ -15,7 +15,7 @@ import threading
 
 from architectures import KNOWN
 
-RUNTIME_VERSION = 12090  # of the wheels for CUDA 12; any driver from 12.0 on will do for it
+RUNTIME_VERSION = 12090  # version in the wheels for CUDA 12, which need driver 12.0 or later
 OLDEST_DRIVER = 12000
 
 STATUSES = {
@@ -39,15 +39,15 @@ STATUSES = {
 
 
 class CUDARuntimeError(RuntimeError):
-    """As the real one: "name: description"; ``why`` is what only a fake can tell."""
+    """An error with CUDA's text, "name: description", and the reason, which only the fake knows."""
 
-    def __init__(self, status, why=""):
+    def __init__(self, status, reason=""):
         self.status = status
-        super().__init__(": ".join(STATUSES[status]) + (f" ({why})" if why else ""))
+        super().__init__(": ".join(STATUSES[status]) + (f" ({reason})" if reason else ""))
 
 
 class CUDADriverError(RuntimeError):
-    """What launches and function attributes answer with."""
+    """An error of a kernel launch, a function lookup or a function attribute."""
 
 
 def setting(name, default):
@@ -62,7 +62,7 @@ def capability():
 
 
 def device_count():
-    """How many devices there are; raises as the runtime does where there is no driver or no device."""
+    """Return the number of devices. Without a driver or device, raise the CUDA runtime's error."""
     if setting("DRIVER", 13000) < OLDEST_DRIVER:
         raise CUDARuntimeError(35)
     count = setting("DEVICES", 1)
@@ -77,12 +77,12 @@ def require_device(number):
 
 
 class _Current(threading.local):
-    """Device and streams in use are a thread's own, as in CuPy."""
+    """The current device and streams of a thread, as in CuPy."""
 
     def __init__(self):
         self.device = 0
-        self.streams = []  # (device, stream pointer) of `with` blocks, innermost last
-        self.used = {}  # device: pointer of the stream that use() named
+        self.streams = []  # (device, stream pointer) of active `with` blocks, innermost last
+        self.used = {}  # device: pointer of the stream set by Stream.use()
 
 
 current = _Current()

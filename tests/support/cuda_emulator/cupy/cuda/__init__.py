@@ -1,4 +1,4 @@
-"""By the names that CuPy has for them."""
+"""The public names of ``cupy.cuda`` that llmc uses."""
 
 from cupy.cuda import cublas, driver, memory, runtime, stream
 from cupy.cuda.device import Device

@@ -1,7 +1,8 @@
-"""Matrix products of cuBLAS on NumPy. Column-major, as cuBLAS is; operands by address.
+"""Column-major matrix products of cuBLAS, computed by NumPy; operands are given by address.
 
-CuPy makes handles. The rest is asked of cuBLAS's own C interface, which ctypes finds under the name of the library that
-CuPy would have loaded: CuPy's functions refuse to be captured, and take the workspace away that captured ones need.
+The backend creates handles with CuPy and calls the other functions through cuBLAS's C interface, because CuPy's own
+functions cannot be captured and reset the workspace that captured products need. ``ctypes.CDLL`` finds this module's
+functions under the name of the library that CuPy loads.
 """
 
 import ctypes
@@ -33,9 +34,9 @@ class CUBLASError(RuntimeError):
 class _Handle:
     def __init__(self):
         self.device = current.device
-        self.stream = 0  # the null stream, until it is set
+        self.stream = 0  # the null stream
         self.workspace = None  # an Allocation
-        self.float32_reduction = False  # whether the parts of a product divided along K are added in float32
+        self.float32_reduction = False  # whether partial sums over K are added in float32
 
 
 _handles = {}
@@ -56,7 +57,7 @@ def _find(handle):
 
 
 def set_stream(handle, pointer):
-    """Takes the workspace away, as cuBLAS does."""
+    """Set the stream and reset the workspace, as cuBLAS does."""
     found = _find(handle)
     found.stream, found.workspace = pointer or 0, None
 
@@ -74,7 +75,7 @@ def set_workspace(handle, address, nbytes):
 
 
 def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
-    """C (m,n) = alpha · op(A) (m,k) · op(B) (k,n) + beta · C; alpha and beta by the address of a float32."""
+    """Compute C (m,n) = alpha · op(A) (m,k) · op(B) (k,n) + beta · C; alpha and beta are addresses of float32."""
     found = _find(handle)
     if transa not in (CUBLAS_OP_N, CUBLAS_OP_T) or transb not in (CUBLAS_OP_N, CUBLAS_OP_T):
         raise CUBLASError(f"transa {transa}, transb {transb}")
@@ -88,14 +89,15 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
     b = _Operand("B", B, Btype, (k, n) if transb == CUBLAS_OP_N else (n, k), ldb)
     c = _Operand("C", C, Ctype, (m, n), ldc)
     tf32 = computeType == CUBLAS_COMPUTE_32F_FAST_TF32
-    whole = found.float32_reduction
+    float32_reduction = found.float32_reduction
 
     def run():
         left, right = a.values(tf32), b.values(tf32)
         left, right = left.T if transa else left, right.T if transb else right
-        product = np.matmul(left, right) if whole or c.dtype == np.float32 else _in_parts(left, right)
+        exact = float32_reduction or c.dtype == np.float32
+        product = np.matmul(left, right) if exact else _split_k(left, right)
         product *= factors[0]
-        if factors[1] != 0:  # cuBLAS does not read C otherwise: NaN there stays without effect
+        if factors[1] != 0:  # like cuBLAS, do not read C otherwise: it may contain NaN
             product += factors[1] * c.values()
         c.store(product)
 
@@ -108,14 +110,14 @@ def gemm(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, b
     queue.add(run, owners)
 
 
-def _in_parts(left, right):
-    """The product divided along K, as cuBLAS may divide it, each part rounded to bfloat16 before they are added."""
+def _split_k(left, right):
+    """Return the product split along K, as cuBLAS may do, with the parts rounded to bfloat16 before they are added."""
     middle = left.shape[1] // 2
     return _round(left[:, :middle] @ right[:middle], 16) + _round(left[:, middle:] @ right[middle:], 16)
 
 
 def _check_types(a, b, c, compute):
-    """The combinations of cublasGemmEx's table that are in use."""
+    """Raise an error unless the types are a supported combination of cublasGemmEx that the backend uses."""
     known = {CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC}
     if (a, b, c) == (CUDA_R_32F, CUDA_R_32F, CUDA_R_32F):
         known.add(CUBLAS_COMPUTE_32F_FAST_TF32)
@@ -132,7 +134,7 @@ def _scalar(address):
 
 
 class _Operand:
-    """A column-major matrix, checked to lie in memory that is alive."""
+    """A column-major matrix, checked to lie in allocated device memory."""
 
     def __init__(self, name, address, kind, shape, leading):
         rows, columns = shape
@@ -152,7 +154,7 @@ class _Operand:
         return np.lib.stride_tricks.as_strided(flat, self.shape, self.strides)
 
     def values(self, tf32=False):
-        """float32 (rows, columns)."""
+        """Return the elements as float32 (rows, columns), rounded to TF32 if ``tf32``."""
         found = self._array()
         if self.dtype == np.uint16:
             return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -165,16 +167,17 @@ class _Operand:
 
 
 def _round(values, bits):
-    """float32 with the last ``bits`` bits of the mantissa rounded off, to nearest, ties to even; NaN stays NaN."""
-    whole = np.ascontiguousarray(values).view(np.uint32)
+    """Round float32 values to nearest even, clearing the last ``bits`` bits of the mantissa. NaN remains NaN."""
+    encoded = np.ascontiguousarray(values).view(np.uint32)
     half = np.uint32((1 << (bits - 1)) - 1)
-    last = (whole >> np.uint32(bits)) & np.uint32(1)
-    rounded = (whole + half + last) & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)
+    last = (encoded >> np.uint32(bits)) & np.uint32(1)
+    rounded = (encoded + half + last) & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)
     return np.where(np.isnan(values), np.uint32(0x7FC00000), rounded).view(np.float32)
 
 
 def _exported(types, function):
-    """A C function of these arguments, which answers with a status. An error cannot go through it: it is printed."""
+    """Return a C function that calls ``function`` and returns a status. Exceptions cannot pass through C: they are
+    printed."""
 
     def call(*arguments):
         try:
@@ -198,7 +201,7 @@ library = SimpleNamespace(
 
 
 class CDLL(ctypes.CDLL):
-    """What ctypes loads, but that one name is known to it as if the library were loaded."""
+    """``ctypes.CDLL`` that returns ``library`` for the name of the cuBLAS library."""
 
     def __new__(cls, name=None, *args, **kwargs):
         return library if name == f"libcublas.so.{RUNTIME_VERSION // 1000}" else super().__new__(cls)

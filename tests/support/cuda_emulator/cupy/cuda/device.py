@@ -1,4 +1,4 @@
-"""A device: what it is, what it can run_case, and how much of that is taken."""
+"""Devices: their attributes and free memory."""
 
 from architectures import KNOWN, REGISTERS, SHARED_WITHOUT_OPT_IN, THREADS_PER_BLOCK
 
@@ -7,26 +7,26 @@ from cupy.cuda import memory, stream
 
 
 class Device:
-    """A device by its number; by default the one in use."""
+    """A device, given by its number; by default the current device."""
 
     def __init__(self, device=None):
         if device is None:
             require_device(current.device)
         self.id = current.device if device is None else int(device)
-        self._outer = []
+        self._previous = []
 
     def use(self):
         require_device(self.id)
         current.device = self.id
 
     def __enter__(self):
-        outer = current.device
+        previous = current.device
         self.use()
-        self._outer.append(outer)
+        self._previous.append(previous)
         return self
 
     def __exit__(self, *details):
-        current.device = self._outer.pop()
+        current.device = self._previous.pop()
 
     def synchronize(self):
         with self:
@@ -44,7 +44,7 @@ class Device:
 
     @property
     def attributes(self):
-        """By the names of cudaDeviceAttr, without ``cudaDevAttr``."""
+        """Device attributes by their names in cudaDeviceAttr, without the prefix ``cudaDevAttr``."""
         require_device(self.id)
         limits = KNOWN[capability()]
         return {

@@ -1,4 +1,4 @@
-"""Only the error."""
+"""The driver's error."""
 
 from cupy._status import CUDADriverError
 

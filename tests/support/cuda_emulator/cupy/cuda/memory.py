@@ -1,4 +1,4 @@
-"""Memory of the devices and pinned memory of the host: NumPy arrays that are known by their addresses."""
+"""Device memory and pinned host memory. Both are ordinary host memory, found by address."""
 
 import ctypes
 import weakref
@@ -10,8 +10,8 @@ import numpy as np
 from cupy._status import current, require_device, setting
 from cupy.cuda import stream
 
-UNIT = 512  # CuPy's pool rounds sizes up to it, and aligns to it
-POISON = 0xFF  # fresh memory: NaN to float and to bf16, -1 to int
+UNIT = 512  # CuPy's pool rounds sizes up to multiples of it and aligns addresses to it
+POISON = 0xFF  # content of new memory: NaN as float32 and bf16, -1 as int
 
 
 class OutOfMemoryError(MemoryError):
@@ -19,7 +19,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class _Addresses:
-    """Finds who owns an address."""
+    """Owners of memory, found by address."""
 
     def __init__(self):
         self._starts = []
@@ -37,9 +37,9 @@ class _Addresses:
         return iter(list(self._owners.values()))
 
     def find(self, address, nbytes):
-        """Who owns all ``nbytes`` bytes from ``address`` on; None where nobody does."""
-        at = bisect_right(self._starts, address) - 1
-        owner = self._owners.get(self._starts[at]) if at >= 0 else None
+        """Return the owner of the ``nbytes`` bytes at ``address``, or None if no owner has all of them."""
+        index = bisect_right(self._starts, address) - 1
+        owner = self._owners.get(self._starts[index]) if index >= 0 else None
         return owner if owner is not None and address + nbytes <= owner.address + owner.nbytes else None
 
 
@@ -48,7 +48,7 @@ pinned = _Addresses()
 
 
 class Allocation:
-    """Bytes on a device. They live as long as somebody holds this object."""
+    """Device memory, freed when this object is deleted."""
 
     def __init__(self, nbytes):
         require_device(current.device)
@@ -66,7 +66,7 @@ class Allocation:
         if nbytes:
             self.address = self.bytes.ctypes.data
             on_device.add(self, self.address)
-            if _kernels_know:
+            if _registered:
                 emulator.register(self.address, nbytes)
         weakref.finalize(self, _free, pool, rounded, self.address)
 
@@ -75,24 +75,24 @@ def _free(pool, rounded, address):
     pool.used -= rounded
     if address:
         on_device.remove(address)
-        if _kernels_know:
+        if _registered:
             emulator.unregister(address)
 
 
-_kernels_know = False
+_registered = False
 
 
-def tell_kernels():
-    """From now on the emulator knows what memory there is; before, nothing needs it, nor a compiler."""
-    global _kernels_know
-    if not _kernels_know:
+def register_with_emulator():
+    """Register all device memory with the emulator, now and in future. This needs a compiler; only kernels need it."""
+    global _registered
+    if not _registered:
         for owner in on_device:
             emulator.register(owner.address, owner.nbytes)
-        _kernels_know = True
+        _registered = True
 
 
 class _Pool:
-    """What one device's memory is used for; freed blocks stay with the pool until they are given back."""
+    """Memory usage of a device. Like CuPy's pool, it holds freed blocks until ``free_all_blocks``."""
 
     def __init__(self):
         self.used = self.total = self.limit = 0
@@ -116,7 +116,7 @@ def _pool_of(device):
 
 
 class MemoryPool:
-    """The pool of the device in use."""
+    """The memory pool of the current device."""
 
     def used_bytes(self):
         return _pool_of(current.device).used
@@ -134,13 +134,13 @@ class MemoryPool:
 
 
 def mem_info():
-    """(free, total) bytes of the device in use: what the pool holds is not free, whether it is used or not."""
+    """Return (free, total) bytes of the current device. Memory held by the pool is not free, even if it is unused."""
     total = setting("MEMORY", 8 << 30)
     return total - _pool_of(current.device).total, total
 
 
 def alloc_pinned_memory(size):
-    """A buffer of at least ``size`` bytes for ``numpy.frombuffer``, with its address as ``ptr``."""
+    """Return a buffer of at least ``size`` bytes for ``numpy.frombuffer``, with its address as ``ptr``."""
     require_device(current.device)
     stream.forbid_while_capturing()
     nbytes = max(1, -(-size // UNIT)) * UNIT

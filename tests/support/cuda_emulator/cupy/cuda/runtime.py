@@ -1,4 +1,4 @@
-"""The part of the CUDA runtime that the backend calls by address."""
+"""Functions of the CUDA runtime that the backend calls."""
 
 import ctypes
 
@@ -28,7 +28,7 @@ def getDeviceProperties(device):
 
 
 def owner_of(address, nbytes, what):
-    """The allocation on the device in use that holds these bytes."""
+    """Return the allocation on the current device that contains these bytes."""
     owner = memory.on_device.find(address, nbytes)
     if owner is None:
         raise CUDARuntimeError(700, f"{what}: {nbytes} bytes at {address:#x} are in no allocation on a device")
@@ -50,8 +50,8 @@ def _queue(pointer):
 
 
 def _copy(dst, src, size, kind, queue):
-    """From pinned memory the bytes are read when the copy runs, from other memory of the host at once; a copy to
-    memory that is not pinned waits until it has run. Both as the CUDA runtime says of synchronization."""
+    """Copy memory with the synchronization that the CUDA runtime documents: pinned memory is read or written when the
+    copy runs. Pageable memory is read immediately, and a copy to pageable memory waits for its completion."""
     if size == 0:
         return
     owners = []
@@ -66,10 +66,10 @@ def _copy(dst, src, size, kind, queue):
             raise CUDARuntimeError(1, "source and destination overlap")
         queue.add(lambda: ctypes.memmove(dst, src, size), owners)
         return
-    outside = src if kind == memcpyHostToDevice else dst
-    if memory.on_device.find(outside, 1) is not None:
-        raise CUDARuntimeError(1, f"{outside:#x} is said to be the host's, and is a device's")
-    buffer = memory.pinned.find(outside, size)
+    host = src if kind == memcpyHostToDevice else dst
+    if memory.on_device.find(host, 1) is not None:
+        raise CUDARuntimeError(1, f"{host:#x} is said to be the host's, and is a device's")
+    buffer = memory.pinned.find(host, size)
     if buffer is not None:
         queue.add(lambda: ctypes.memmove(dst, src, size), [*owners, buffer])
         return

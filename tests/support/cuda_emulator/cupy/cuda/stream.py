@@ -1,9 +1,9 @@
-"""Streams that put off their work for as long as CUDA may.
+"""Streams that defer their work as long as CUDA permits, which reveals missing synchronization.
 
-Whatever is asked of a stream waits in its queue until somebody waits for it: ``synchronize``, an event, a copy into
-memory that is not pinned. So a result that is read too early is poison still, a buffer of the host that is overwritten
-too early is copied as overwritten, and a stream that should have waited for another one did not. With
-LLMC_EMULATOR_SEED, work also starts at random moments, which shows the opposite: something done before its turn.
+Work stays in a stream's queue until the host waits for it, by ``synchronize``, an event, or a copy to pageable memory.
+A result that is read too early is still poisoned, a host buffer that is overwritten too early is copied with its new
+content, and work that another stream should have waited for has not run. With LLMC_EMULATOR_SEED, work also runs at
+random times, which reveals work that is submitted too early.
 """
 
 import random
@@ -18,22 +18,22 @@ from typing import Any, NamedTuple
 from cupy._status import CUDARuntimeError, current, require_device, setting
 
 FOLDER = str(Path(__file__).parent.parent)
-LONGEST = 256  # pieces of work that wait in one queue; a card would not wait forever either
+MAX_PENDING = 256  # deferred tasks per queue
 lock = threading.RLock()
 
 
-class Work(NamedTuple):
-    run: Any  # knows addresses only
-    memory: tuple  # who owns them: kept until it has run
-    after: tuple  # (queue, position): work elsewhere that goes first
-    origin: str  # file:line of who asked for it
+class Task(NamedTuple):
+    run: Any  # a function that accesses memory by address
+    memory: tuple  # the owners of that memory, referenced until the task has run
+    after: tuple  # (queue, position) pairs that must be reached first
+    origin: str  # file:line of the caller
 
 
 class Node(NamedTuple):
-    """Work in a graph, which keeps no memory alive."""
+    """A task in a graph, which does not keep its memory allocated."""
 
     run: Any
-    memory: tuple  # of weak references
+    memory: tuple  # weak references to the owners
     origin: str
 
 
@@ -45,37 +45,37 @@ def _origin():
 
 
 class Queue:
-    """The work of one stream, in order. ``blocking``: takes its turn with the null stream, as CUDA's default is."""
+    """The tasks of one stream. A ``blocking`` stream, CUDA's default, synchronizes with the null stream."""
 
     def __init__(self, device, blocking, null=False):
         self.device, self.blocking, self.null = device, blocking, null
         self.pending = deque()
         self.finished = 0
         self.nodes = None  # a list while capturing
-        self.invalid = False  # whether something forbidden was asked for since the capture began
+        self.invalid = False  # whether the capture has been invalidated by an unsupported operation
 
     def tail(self):
-        """The position that is reached when all that waits now has run."""
+        """Return the position reached when all pending tasks have run."""
         return self.finished + len(self.pending)
 
     def add(self, run, memory=(), after=()):
         with lock:
             if self.null:
-                for queue in self._rivals():
+                for queue in self._synchronized():
                     queue.forbid_while_capturing(906)
             if self.nodes is not None:
                 if self.invalid:
                     raise CUDARuntimeError(901)
                 self.nodes.append(Node(run, tuple(weakref.ref(owner) for owner in memory), _origin()))
                 return
-            turns = tuple((queue, queue.tail()) for queue in self._rivals() if queue.pending)
-            self.pending.append(Work(run, tuple(memory), (*after, *turns), _origin()))
-            if len(self.pending) > LONGEST:
+            earlier = tuple((queue, queue.tail()) for queue in self._synchronized() if queue.pending)
+            self.pending.append(Task(run, tuple(memory), (*after, *earlier), _origin()))
+            if len(self.pending) > MAX_PENDING:
                 self.advance(self.finished + 1)
             _run_at_random()
 
-    def _rivals(self):
-        """Queues whose work is in order with this one's, though they are others."""
+    def _synchronized(self):
+        """Return the other queues that this one synchronizes with implicitly."""
         if not self.blocking:
             return []
         return [
@@ -85,17 +85,17 @@ class Queue:
         ]
 
     def advance(self, position):
-        """Run what waits, up to ``position``."""
+        """Run pending tasks up to ``position``."""
         while self.finished < position and self.pending:
-            work = self.pending.popleft()
+            task = self.pending.popleft()
             self.finished += 1
-            for queue, until in work.after:
+            for queue, until in task.after:
                 queue.advance(until)
             try:
-                work.run()
+                task.run()
             except Exception as error:
-                error.add_note(f"asked for at {work.origin}")
-                abandon()
+                error.add_note(f"asked for at {task.origin}")
+                discard_pending()
                 raise
 
     def synchronize(self):
@@ -104,7 +104,7 @@ class Queue:
             self.advance(self.tail())
 
     def forbid_while_capturing(self, status=900):
-        """What is asked for cannot be captured: an error, and the end of the capture."""
+        """Raise an error and invalidate the capture if one is active."""
         if self.nodes is not None:
             self.invalid = True
             raise CUDARuntimeError(status)
@@ -114,7 +114,7 @@ _queues = {}  # (device, pointer): Queue
 
 
 def queue_of(pointer):
-    """The queue of the stream with this pointer, on the device in use."""
+    """Return the queue of the stream with this pointer on the current device."""
     require_device(current.device)
     if pointer == 0:
         return _queues.setdefault((current.device, 0), Queue(current.device, blocking=True, null=True))
@@ -124,32 +124,35 @@ def queue_of(pointer):
 
 
 def queue_for(stream):
-    """The queue of ``stream``, or of the current one where it is None."""
+    """Return the queue of ``stream``, or of the current stream if it is None."""
     if stream is not None:
         return queue_of(stream.ptr)
-    here = [pointer for device, pointer in current.streams if device == current.device]
-    return queue_of(here[-1] if here else current.used.get(current.device, 0))
+    active = [pointer for device, pointer in current.streams if device == current.device]
+    return queue_of(active[-1] if active else current.used.get(current.device, 0))
 
 
 def synchronize_device():
     with lock:
-        mine = [queue for queue in _queues.values() if queue.device == current.device]
-        for queue in mine:
+        queues = [queue for queue in _queues.values() if queue.device == current.device]
+        for queue in queues:
             queue.forbid_while_capturing()
-        for queue in mine:
+        for queue in queues:
             queue.advance(queue.tail())
 
 
 def forbid_while_capturing():
-    """Allocating and loading are not captured: on a card they may wait for the device, and where they do not, a graph
-    would use memory that others have by the time it is launched."""
+    """Raise an error if a stream of the current device is capturing.
+
+    Allocations and module loads call this: on a GPU they may wait for the device, and a graph could use memory that has
+    been reused when it is launched.
+    """
     for queue in _queues.values():
         if queue.device == current.device:
             queue.forbid_while_capturing()
 
 
-def abandon():
-    """Forget all that waits: after an error on the device nothing more can be expected of it."""
+def discard_pending():
+    """Discard all pending tasks, as after an error of the device."""
     for queue in _queues.values():
         queue.finished = queue.tail()
         queue.pending.clear()
@@ -186,19 +189,19 @@ class Stream:
         _queues[current.device, self.ptr] = Queue(current.device, blocking=not non_blocking)
 
     def use(self):
-        self._require_its_device()
+        self._require_current_device()
         current.used[current.device] = self.ptr
         return self
 
     def __enter__(self):
-        self._require_its_device()
+        self._require_current_device()
         current.streams.append((current.device, self.ptr))
         return self
 
     def __exit__(self, *details):
         current.streams.pop()
 
-    def _require_its_device(self):
+    def _require_current_device(self):
         if self.device_id not in (-1, current.device):
             raise RuntimeError(f"the stream is of device {self.device_id}, in use is device {current.device}")
 
@@ -238,7 +241,7 @@ Stream.null = Stream(null=True)
 
 
 class Graph:
-    """Captured work, with the addresses and the scalars that it was captured with."""
+    """Captured tasks, with the addresses and scalars of the capture."""
 
     def __init__(self, nodes):
         self._nodes = nodes
@@ -252,8 +255,8 @@ class Graph:
             queue.add(node.run, memory)
 
 
-class _Mark:
-    time = None  # seconds, once the stream has come to it
+class _Timestamp:
+    time = None  # seconds; None until the stream reaches the event
 
 
 class Event:
@@ -262,23 +265,23 @@ class Event:
         self.timed = not disable_timing
         self.queue = None
         self.position = 0
-        self.mark = _Mark()
+        self.timestamp = _Timestamp()
 
     def record(self, stream=None):
         queue = queue_for(stream)
         queue.forbid_while_capturing()
-        mark = _Mark()
+        timestamp = _Timestamp()
 
-        def arrive():
-            mark.time = time.perf_counter()
+        def set_time():
+            timestamp.time = time.perf_counter()
 
         with lock:
-            self.mark, self.queue, self.position = mark, queue, queue.tail() + 1
-            queue.add(arrive)
+            self.timestamp, self.queue, self.position = timestamp, queue, queue.tail() + 1
+            queue.add(set_time)
 
     @property
     def done(self):
-        return self.queue is None or self.mark.time is not None
+        return self.queue is None or self.timestamp.time is not None
 
     def synchronize(self):
         if self.queue is not None:
@@ -287,10 +290,10 @@ class Event:
 
 
 def get_elapsed_time(start_event, end_event):
-    """Milliseconds between two events, which must have been reached."""
+    """Return the milliseconds between two events, which must have completed."""
     for event in (start_event, end_event):
         if event.queue is None or not event.timed:
             raise CUDARuntimeError(400)
         if not event.done:
             raise CUDARuntimeError(600)
-    return (end_event.mark.time - start_event.mark.time) * 1e3
+    return (end_event.timestamp.time - start_event.timestamp.time) * 1e3

@@ -41,7 +41,7 @@ CALLS = {
     "cuda.runtime.memsetAsync": "ptr, value, size, stream",
     "cuda.cublas.create": "",
 }
-"""Name behind ``cupy.``: the parameters, in order; those behind ``*`` are passed by name."""
+"""Parameters of functions, by name without ``cupy.``. Parameters after ``*`` are passed by keyword."""
 
 ATTRIBUTES = (
     "RawKernel.max_dynamic_shared_size_bytes",
@@ -59,7 +59,7 @@ ATTRIBUTES = (
     "cuda.Stream.null",
     "cuda.Event.done",
 )
-"""Properties and the like: that they exist is all that can be seen without a device."""
+"""Attributes whose values need a device; the tests only check that they exist."""
 
 ERRORS = {
     "cuda.runtime.CUDARuntimeError": RuntimeError,
@@ -95,11 +95,11 @@ DEVICE_ATTRIBUTES = (
     "ReservedSharedMemoryPerBlock",
     "WarpSize",
 )
-"""Keys of ``Device.attributes``: cudaDeviceAttr, without cudaDevAttr."""
+"""Keys of ``Device.attributes``: members of cudaDeviceAttr without the prefix ``cudaDevAttr``."""
 
 
 def resolve(cupy, name):
-    """What ``cupy.name`` is; AttributeError where there is no such thing."""
+    """Return ``cupy.name``, where ``name`` may contain dots."""
     found = cupy
     for part in name.split("."):
         found = getattr(found, part)
@@ -107,7 +107,7 @@ def resolve(cupy, name):
 
 
 def parameters(text):
-    """(passed by position, passed by name) of an entry of ``CALLS``."""
+    """Split an entry of ``CALLS`` into names of positional and of keyword arguments."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if "*" not in names:
         return names, []

@@ -41,7 +41,7 @@ constexpr int warpSize = 32;
 
 // ---- Replacements of PTX instructions ---------------------------------------------------------------------------
 // emulator_cp_async: copy 4, 8 or 16 bytes when the thread waits for their group; a null source writes zeros.
-// emulator_cp_wait: perform the thread's copies, except those of its latest `keep` committed groups.
+// emulator_cp_wait: perform the thread's committed copies, except those of its latest `keep` groups.
 // emulator_mma_bf16: mma.m16n8k16 with bf16 operands, d += a b in float.
 // emulator_ldmatrix: load four 8 x 8 matrices of 16-bit elements; lane i passes the address of row i % 8, matrix i / 8.
 // Shared addresses have 32 bits, as on the device.

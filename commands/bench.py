@@ -7,6 +7,7 @@ import typer
 
 from llmc_cli.commands import options, render
 from llmc_cli.errors import CheckError, UsageError
+from llmc_cli.models.preset_shapes import PRESETS_HELP
 
 if TYPE_CHECKING:
     from llmc_cli.benchmark.benchmark import Benchmark
@@ -16,22 +17,32 @@ if TYPE_CHECKING:
 def bench(
     section: Annotated[
         Literal["kernels", "train", "sample", "prepro", "start"] | None,
-        typer.Argument(metavar="[kernels|train|sample|prepro|start]", help="Section to measure; all by default."),
+        typer.Argument(
+            metavar="SECTION", help="Section to measure: kernels, train, sample, prepro or start. Without it, all."
+        ),
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", help="d6 … d84, gpt2:dN, gpt3:cN, or a model file (only its configuration is used)."),
+        typer.Option(
+            "--model",
+            help="Model file or Hugging Face config.json (only the configuration is used), or a preset: "
+            f"{PRESETS_HELP}.",
+        ),
     ] = "d12",
     batch: Annotated[
-        int | None, typer.Option("--batch", "-b", min=1, show_default="4; sample: 1", help="Batch size.")
+        int | None, typer.Option("--batch", "-b", metavar="N", min=1, show_default="4; sample: 1", help="Batch size.")
     ] = None,
     seq_len: Annotated[
-        int, typer.Option("--seq-len", "-t", min=1, help="Sequence length; in sample, tokens already in the cache.")
+        int,
+        typer.Option(
+            "--seq-len", "-t", metavar="N", min=1, help="Sequence length; in sample, tokens already in the cache."
+        ),
     ] = 64,
     steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
+            metavar="N",
             min=1,
             show_default="kernels 20, train 10, sample 10, prepro and start 3; fewer if a row would take over 2 min",
             help="Number of timed runs per row.",
@@ -39,7 +50,9 @@ def bench(
     ] = None,
     recompute: Annotated[
         int,
-        typer.Option("--recompute", "-r", min=0, max=2, help="Recomputation level of training, as in llmc train -r."),
+        typer.Option(
+            "--recompute", "-r", metavar="N", min=0, max=2, help="Recomputation level, as in `llmc train --recompute`."
+        ),
     ] = 2,
     peak_tflops: Annotated[
         float | None,
@@ -52,7 +65,9 @@ def bench(
     against: Annotated[
         Literal["torch"] | None,
         typer.Option(
-            "--against", metavar="torch", help="Run PyTorch on the same tasks, interleaved, and print the ratios."
+            "--against",
+            metavar="torch",
+            help="Also run PyTorch on the same work, alternating with llmc, and print the ratios.",
         ),
     ] = None,
     save: Annotated[
@@ -61,7 +76,7 @@ def bench(
     baseline: Annotated[
         Path | None,
         typer.Option(
-            "--baseline", metavar="FILE", help="Compare with saved results (- is stdin); exit with status 1 if slower."
+            "--baseline", metavar="FILE", help="Compare with saved results (- for stdin); exit with status 1 if slower."
         ),
     ] = None,
     tolerance: Annotated[
@@ -76,7 +91,8 @@ def bench(
         typer.Option(
             "--precision",
             metavar="auto|fp32|bf16|bf16x3|tf32|int8",
-            help="Precision of the matrix multiplications; int8 in sample only.",
+            help="Precision of the matrix multiplications. auto: as in `llmc train`; for sample, all in turn. "
+            f"{options.PRECISION_HELP} int8: sample only.",
         ),
     ] = "auto",
     threads: options.Threads = None,
@@ -85,17 +101,17 @@ def bench(
 ) -> None:
     """Measure the speed of llmc relative to what this machine can do.
 
-    The ceilings are measured first: matrix products and memory traffic. Each row shows the median and the best time and
-    the share of the ceiling that limits it; over 100% of memory means that the data was cached. For a training step the
-    share is the MFU, relative to the fastest product or to --peak-tflops; for prepro it is the tokenizer's share of the
-    time.
+    The ceilings are measured first: the peak FLOP/s of matrix products and the memory bandwidth. Each row shows the
+    median and best time, and the percentage of the limiting ceiling that was reached. More than 100% of the memory
+    bandwidth means that the data was in the cache. For a training step the percentage is the MFU, relative to the
+    fastest matrix product or to --peak-tflops; for prepro it is the tokenizer's share of the time.
 
     With --against torch, each implementation runs in its own process, one at a time. The ratio is PyTorch's time
     divided by llmc's: above 1 llmc is faster. With --precision bf16 PyTorch trains under autocast.
 
     The start section measures the time until llmc train has finished its first step, with cached kernels and with an
-    empty cache. --baseline compares whole rows, not the operations of a training step. On a GPU, memory is GPU memory,
-    and the launches of a step are counted.
+    empty cache. --baseline compares the times of whole rows, not of the operations within a training step. On a GPU,
+    memory is that of the GPU, and the kernel launches per step are counted.
     """
     from llmc_cli.benchmark import chart
     from llmc_cli.benchmark.baseline import file_name

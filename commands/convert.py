@@ -21,7 +21,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A model file (.bin), a Hugging Face model folder, or a model id on the hub."
+            metavar="SOURCE",
+            help="A model file (.bin), a Hugging Face model folder, or a model id on the Hugging Face Hub.",
         ),
     ],
     dest: Annotated[
@@ -45,7 +46,8 @@ def convert(
         typer.Option(
             "--order",
             show_default="detected",
-            help="Tensor order of a version 2 SOURCE file: layernorms within the layers, or at the end.",
+            help="Tensor order of SOURCE if it is a .bin of version 2. layers: layernorms stored with their layers. "
+            "norms-last: all layernorms stored at the end.",
         ),
     ] = None,
     debug_state: Annotated[
@@ -88,14 +90,19 @@ def convert(
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Write the model's tokenizer table.")
+        Path | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE",
+            help="Write the model's tokenizer table (.bin), which llm.c and `llmc decode --tokenizer` read.",
+        ),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a model to another format, and write its debug state or tokenizer table.
+    """Convert a model to another format; optionally write a debug state or a tokenizer table.
 
-    `llmc convert gpt2` downloads GPT-2 from the Hugging Face hub and writes gpt2_124M.bin, gpt2_124M_bf16.bin,
+    `llmc convert gpt2` downloads GPT-2 from the Hugging Face Hub and writes gpt2_124M.bin, gpt2_124M_bf16.bin,
     gpt2_124M_debug_state.bin and gpt2_tokenizer.bin. Other models and local folders need a DEST:
     `llmc convert openai-community/gpt2-xl gpt2_1558M.bin`. To convert back to a Hugging Face folder:
     `llmc convert gpt2_1558M.bin my-gpt2`.

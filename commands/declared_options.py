@@ -42,7 +42,7 @@ def parameter(field: "dataclasses.Field[Any]") -> inspect.Parameter:
     option: Option = field.metadata["option"]
     kind: Any = field.type
     default: Any = field.default
-    minimum, maximum, metavar = option.min, option.max, "|".join(option.choices) or None
+    minimum, maximum, metavar = option.min, option.max, "|".join(option.choices) or ("N" if kind is int else None)
     if option.zero_one:
         kind = int if isinstance(default, bool) else int | None
         default = None if default is None else int(default)

@@ -33,7 +33,7 @@ def decode(
         list[str] | None,
         typer.Argument(
             metavar="IDS|FILE.bin",
-            help="Token ids, or token shards. Without arguments, or with -, ids are read from stdin.",
+            help="Token ids, or token shards. Without arguments, read ids from stdin, as with -.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -59,9 +59,9 @@ def decode(
 ) -> None:
     """Decode token ids to text.
 
-    Ids on stdin are separated by white space and decoded as they arrive. A line of several ids is a separate text;
-    consecutive lines of one id each form one text. Each text is followed by a newline. Bytes that are not UTF-8 are
-    replaced by U+FFFD.
+    Ids on stdin are separated by whitespace and decoded as they arrive. A line with several ids is decoded as a
+    separate text. Consecutive lines with a single id are joined into one text. Each text is followed by a newline.
+    Bytes that are not UTF-8 are replaced by U+FFFD.
     """
     from llmc_cli.tokenizer.text_stream import TextStream
     from llmc_cli.tokenizer.tokenizer import load_tokenizer
@@ -110,10 +110,10 @@ def parse_ids(words: list[str], position: int) -> list[int]:
 
 
 def read_stream(file: BinaryIO) -> Ids:
-    """Yield the ids in ``file``, each as soon as white space or the end of the file follows it.
+    """Yield the ids in ``file``, each as soon as whitespace or the end of the file follows it.
 
     A newline after a line of several ids ends a text, so that `llmc sample --num 2 --ids` gives two texts. After a
-    line with one id it is ordinary white space.
+    line with one id it is ordinary whitespace.
     """
     position = 0
     in_line = 0  # ids on the current line so far

@@ -7,7 +7,7 @@ import typer
 
 from llmc_cli.commands import options, render
 from llmc_cli.errors import UsageError
-from llmc_cli.sampling.options import DEFAULT_SEED, SamplingOptions
+from llmc_cli.sampling.options import DEFAULT_MAX_TOKENS, DEFAULT_SEED, SamplingOptions
 
 if TYPE_CHECKING:
     from llmc_cli.sampling.output import SampleFormatter
@@ -17,29 +17,41 @@ def sample(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model file.")],
     prompt: Annotated[
         str | None,
-        typer.Argument(
-            metavar="PROMPT", help="Text to continue; - reads it from stdin. If not given, start from end-of-text."
-        ),
+        typer.Argument(metavar="PROMPT", help="Text to continue (- for stdin). If not given, start from end-of-text."),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", help="Number of tokens to generate. If not given, what fits the context, at most 256."
+            "--max-tokens",
+            metavar="N",
+            show_default=f"{DEFAULT_MAX_TOKENS}, or what the context has room for",
+            help="Maximum number of tokens to generate.",
         ),
     ] = None,
     temperature: Annotated[
         float,
         typer.Option("--temperature", help="Divisor of the logits: lower is less random, 0 is greedy decoding."),
     ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample from the K most likely tokens; 0 disables it.")] = 0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", help="Sample from the K most likely tokens; 0 disables it.")
+    ] = 0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Sample from the most likely tokens with this total probability.")
+        float,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Sample from the smallest set of most likely tokens whose total probability is at least P; 1 disables "
+            "it.",
+        ),
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Exclude tokens less likely than this fraction of the most likely one.")
+        float,
+        typer.Option(
+            "--min-p", metavar="P", help="Exclude tokens less likely than P times the most likely one; 0 disables it."
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = DEFAULT_SEED,
-    num: Annotated[int, typer.Option("--num", min=1, help="Number of samples.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")] = DEFAULT_SEED,
+    num: Annotated[int, typer.Option("--num", metavar="N", min=1, help="Number of samples.")] = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before this string; can be given several times."),
@@ -53,7 +65,8 @@ def sample(
         typer.Option(
             "--tokenizer",
             metavar="gpt2|FILE",
-            help="Tokenizer of the model. If not given, gpt2 if the vocabulary has its size.",
+            show_default="gpt2 if the vocabulary size matches",
+            help="Tokenizer: gpt2, a tokenizer.json (or a folder that contains one), or a tokenizer table (.bin).",
         ),
     ] = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
@@ -67,15 +80,16 @@ def sample(
         ),
     ] = "auto",
     threads: options.Threads = None,
-    json: options.Json = False,
+    json: options.JsonLines = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Generate text with a model.
 
-    Prints the prompt and streams its continuation until an end-of-text token, a --stop string or --max-tokens. With
-    --num, prints one line of ids, one text, or one line of JSON per sample. A sample does not depend on --num, except
-    for rounding. With --ids, if a stop string starts inside a token, that token is replaced by tokens for the text
-    before the stop string, so that `llmc decode` prints the same text.
+    Print the prompt and stream its continuation until an end-of-text token, a --stop string or --max-tokens. With
+    --num N, print N samples: one line of ids, one text, or one line of JSON each, depending on --ids and --json. With
+    the same --seed, the samples are the same for every --num, up to rounding. With --ids, if a --stop string begins
+    inside a token, the part of the token before it is encoded again, so that `llmc decode` prints the same text as
+    without --ids.
     """
     import sys
     import time

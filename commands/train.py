@@ -7,7 +7,7 @@ import typer
 
 from llmc_cli.commands import options, render
 from llmc_cli.commands.declared_options import with_options
-from llmc_cli.training.options import EVALUATION, CompatibilityOptions, TrainOptions
+from llmc_cli.training.options import MODEL, CompatibilityOptions, TrainOptions
 
 if TYPE_CHECKING:
     from llmc_cli.kernels.backend import Backend
@@ -20,13 +20,11 @@ if TYPE_CHECKING:
 def train(
     train_options: TrainOptions,
     compatibility: CompatibilityOptions,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", rich_help_panel=EVALUATION, help="Print the plan of the run, and exit.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", rich_help_panel=MODEL, help="Print the plan and exit.")] = False,
     device: options.Device = "auto",
-    precision: options.Precision = "auto",
+    precision: options.TrainPrecision = "auto",
     threads: options.Threads = None,
-    json: options.Json = False,
+    json: options.JsonLines = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a model from scratch or from a model file, with checkpoints that llm.c can resume from.

@@ -32,18 +32,24 @@ def verify(
         typer.Option(
             "--state",
             metavar="DEBUG_STATE",
-            help="Debug state with the logits, loss and gradients expected from the model.",
+            help="Debug state: a batch with the logits, loss and gradients expected from the model.",
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option("--steps", min=0, help="With --state: number of AdamW steps to check, on its batch.")
+        int,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=0,
+            help="With --state: number of AdamW steps to check, all on the debug state's batch.",
+        ),
     ] = 10,
     losses: Annotated[
         str | None,
         typer.Option(
             "--losses",
             metavar="FILE",
-            help="Expected losses of the AdamW steps, one per line (- reads stdin).",
+            help="Expected losses of the AdamW steps, one per line (- for stdin).",
             show_default="computed by the float64 reference",
         ),
     ] = None,
@@ -53,11 +59,12 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check the kernels, files, or a model against a debug state.
+    """Check the compute kernels, check files, or compare a model with recorded results.
 
     Without FILE, check every kernel against a float64 reference, and train a tiny model. With files, identify each
     file and check that it is complete and valid; if one of them is a model, check the token ids and sizes of the others
-    against it. With --state, check a model's logits, loss, gradients and training losses.
+    against it. With --state, compare a model with a debug state, which is a batch with reference logits, loss and
+    gradients, and check the losses of training steps on this batch.
 
     The exit status is 1 if a check failed and 3 if a file is invalid.
     """

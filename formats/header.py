@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc_cli.formats.errors import MagicError, RangeError, SizeError, VersionError
-from llmc_cli.formats.registry import BIG_ENDIAN_REMEDY, FORMATS, Kind, describe_start
+from llmc_cli.formats.registry import BIG_ENDIAN_REMEDY, FORMATS, Kind, describe_kind, describe_start
 
 HEADER_SLOTS = 256
 HEADER_BYTES = 4 * HEADER_SLOTS
@@ -28,7 +28,7 @@ def read_slots(path: str | Path, kind: Kind) -> Slots:
         start = file.read(HEADER_BYTES)
     if len(start) >= 4 and int.from_bytes(start[:4], "little") != entry.magic:
         remedy = "" if int.from_bytes(start[:4], "big") != entry.magic else BIG_ENDIAN_REMEDY
-        raise MagicError(path, describe_start(start), f"magic number {entry.magic} ({kind.value})", remedy)
+        raise MagicError(path, describe_start(start), describe_kind(kind, entry.magic), remedy)
     if len(start) < HEADER_BYTES:
         raise SizeError(
             path,

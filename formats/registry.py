@@ -25,6 +25,11 @@ class Kind(Enum):
     SAFETENSORS = "safetensors file"
     TORCH_ZIP = "PyTorch checkpoint"
 
+    @property
+    def phrase(self) -> str:
+        """The name with its indefinite article."""
+        return f"{'an' if self is Kind.EVALSET else 'a'} {self.value}"
+
 
 class Version(NamedTuple):
     """One version of a format."""
@@ -70,6 +75,8 @@ KIND_OF_MAGIC = {entry.magic: kind for kind, entry in FORMATS.items()}
 TORCH_LEGACY = bytes.fromhex("80028a0a6cfc9c46f920")
 """The first bytes of a file saved before PyTorch 1.6: a pickle of PyTorch's magic number."""
 
+HEADERLESS_TOKEN_BYTES = 4
+
 BIG_ENDIAN_REMEDY = "its bytes are in reverse order: write it again on a little-endian machine"
 
 
@@ -94,7 +101,7 @@ def identify(path: str | Path) -> Kind:
         )
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
         return Kind.SAFETENSORS
-    raise MagicError(path, describe_start(start), "a supported file format", _unknown_remedy(start))
+    raise MagicError(path, describe_start(start), "a supported file format", _unknown_remedy(path, start))
 
 
 def describe_start(start: bytes) -> str:
@@ -102,24 +109,29 @@ def describe_start(start: bytes) -> str:
     if len(start) < 4:
         return f"a file size of {len(start)} bytes"
     magic = int.from_bytes(start[:4], "little")
-    known = KIND_OF_MAGIC.get(magic)
-    return f"magic number {magic} ({known.value if known else 'unknown'})"
+    return describe_kind(KIND_OF_MAGIC.get(magic), magic)
+
+
+def describe_kind(kind: Kind | None, magic: int) -> str:
+    return f"{kind.phrase if kind else 'an unknown file format'} (magic number {magic})"
 
 
 def check_readable(path: str | Path, kind: Kind) -> None:
     """Raise RefusedError if ``kind`` has no reader."""
     if kind in FORMATS and not FORMATS[kind].readable:
-        raise RefusedError(path, f"a {kind.value}", "a supported file format", "this format is not supported yet")
+        raise RefusedError(path, kind.phrase, "a supported file format", "this format is not supported yet")
 
 
-def _unknown_remedy(start: bytes) -> str:
+def _unknown_remedy(path: Path, start: bytes) -> str:
     if len(start) < 4:
         return "the file is empty or truncated"
     if int.from_bytes(start[:4], "big") in KIND_OF_MAGIC:
         return BIG_ENDIAN_REMEDY
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
-    return "a headerless token file cannot be identified; write the tokens as shards (llmc prepro --format shard)"
+    if path.suffix == ".bin" and path.stat().st_size % HEADERLESS_TOKEN_BYTES == 0:
+        return "a headerless token file cannot be identified; write the tokens as shards (llmc prepro --format shard)"
+    return ""
 
 
 def _is_torch_zip(path: Path) -> bool:

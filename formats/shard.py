@@ -96,7 +96,7 @@ class ShardWriter:
         for block in blocks(ids):
             if int(block.min()) < 0 or int(block.max()) > highest:
                 found = int(block.min()) if int(block.min()) < 0 else int(block.max())
-                raise RangeError(self.path, f"token id {found}", f"0 to {highest} for a {self.kind.value}")
+                raise RangeError(self.path, f"token id {found}", f"0 to {highest} for {self.kind.phrase}")
             self._file.write(block.astype(self._dtype).data)
         self.count += ids.size
 

@@ -78,13 +78,16 @@ def print_version(requested: bool) -> None:
 app = typer.Typer(name="llmc", pretty_exceptions_enable=False)
 
 
-@app.callback()
 def llmc(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train, sample, convert and verify GPT-2 language models."""
+    """Train, sample, convert and verify GPT-2 language models.
+
+    Exit status: 0 success, 1 a check failed, 2 wrong usage, 3 invalid data, 4 missing package, device, memory or
+    network, 130 or 143 interrupted.
+    """
 
 
 def unwrap(docstring: str) -> str:
@@ -92,8 +95,15 @@ def unwrap(docstring: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
 
 
+app.callback(help=unwrap(llmc.__doc__ or ""))(llmc)
 for _command in COMMANDS:
     app.command(help=unwrap(_command.__doc__ or ""))(handle_errors(_command))
+
+
+def plain_message(message: str) -> str:
+    """Return a message of typer without the phrases of pydantic, which checks the values."""
+    message = message.replace("Value error, ", "").replace("Input should be a valid", "expected a valid")
+    return message.replace("Input should be", "expected a value")
 
 
 def exit_on_sigterm(signum: int, frame: Any) -> NoReturn:
@@ -129,7 +139,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", "llmc")
-        print_error(f"{error.format_message()}\nsee {path} --help")
+        print_error(f"{plain_message(error.format_message())}\nsee `{path} --help`")
         status = 2
     sys.exit(status)
 

@@ -96,7 +96,22 @@ def test_usage_error_is_two_lines(arguments):
     assert (run.returncode, run.stdout) == (2, "")
     first, second = run.stderr.splitlines()
     assert first.startswith("llmc: ")
-    assert re.fullmatch(r"see llmc( \w+)? --help", second)
+    assert re.fullmatch(r"see `llmc( \w+)? --help`", second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "-b", "x"], "expected a valid integer"),
+        (["train", "-b", "0"], "expected a value greater than or equal to 1"),
+        (["bench", "nothing"], ": 'nothing' is not one of 'kernels'"),
+    ],
+)
+def test_invalid_value_is_explained_in_plain_words(arguments, expected):
+    error = llmc(*arguments).stderr
+    assert expected in error
+    assert "Value error" not in error
+    assert "Input should be" not in error
 
 
 def test_no_arguments_prints_help():

@@ -74,7 +74,7 @@ def plan(
         max_seq_len = source.config.max_seq_len
         seq_len = min(DEFAULT_SEQ_LEN, max_seq_len) if request.seq_len is None else request.seq_len
         if seq_len > max_seq_len:
-            raise UsageError(f"--seq-len {seq_len}: the model has only {max_seq_len} positions")
+            raise UsageError(f"--seq-len {seq_len}: the model has a context of {max_seq_len} tokens")
         batch_size = request.batch or DEFAULT_BATCH
         batch = debug_state.load_batch(request.data, source.config, batch_size, seq_len, on_warning)
     if targets.tokenizer:

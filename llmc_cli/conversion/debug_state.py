@@ -87,7 +87,7 @@ def choose_reference(requested: Reference | None) -> Reference:
     installed = importlib.util.find_spec("torch") is not None
     if requested == "torch" and not installed:
         raise MissingError(
-            "--reference torch: PyTorch is not installed; install it with `pip install torch`, or use --reference numpy"
+            "--reference torch: PyTorch is not installed; run pip install torch, or use --reference numpy"
         )
     return requested or ("torch" if installed else "numpy")
 

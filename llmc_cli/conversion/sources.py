@@ -1,4 +1,4 @@
-"""Sources of a conversion: a model file, a Hugging Face model folder, or a model on the Hugging Face hub."""
+"""Sources of a conversion: a model file, a Hugging Face model folder, or a model on the Hugging Face Hub."""
 
 import json
 import re
@@ -12,6 +12,7 @@ import numpy as np
 from llmc_cli.downloads import hub
 from llmc_cli.errors import DataError, MissingError, UsageError
 from llmc_cli.formats import weights
+from llmc_cli.formats.errors import MagicError
 from llmc_cli.formats.registry import Kind, identify
 from llmc_cli.formats.safetensors import open_checkpoint
 from llmc_cli.models import huggingface_config, huggingface_weights
@@ -121,15 +122,19 @@ def open_source(name: str, order: weights.Order | None, with_tokenizer: bool, on
 
 
 def _open_file(path: Path, order: weights.Order | None) -> Source:
-    kind = identify(path)
+    try:
+        kind = identify(path)
+    except MagicError as error:
+        expected = "a GPT-2 model file (.bin) or a Hugging Face model folder"
+        raise MagicError(path, error.found, expected, error.remedy) from None
     if kind in UNSUPPORTED_KINDS:
-        raise MissingError(f"{path}: found a {kind.value}, which is not supported yet; expected a GPT-2 model")
+        raise MissingError(f"{path}: found {kind.phrase}, which is not supported yet; expected a GPT-2 model")
     if kind in (Kind.SAFETENSORS, Kind.TORCH_ZIP):
         raise DataError(
-            f"{path}: found a {kind.value}, expected a model file or folder; give the folder with its config.json"
+            f"{path}: found {kind.phrase}, expected a model file or folder; give the folder with its config.json"
         )
     if kind is not Kind.GPT2_MODEL:
-        raise DataError(f"{path}: found a {kind.value}, expected a {Kind.GPT2_MODEL.value}")
+        raise DataError(f"{path}: found {kind.phrase}, expected {Kind.GPT2_MODEL.phrase}")
     header = weights.read_header(path)
     if order is not None and header.version != 2:
         raise UsageError(f"{path}: --order applies only to model files of version 2, found version {header.version}")

@@ -43,14 +43,17 @@ class Batches:
 
     A sample is B·T+1 tokens; a shard holds (tokens - 1) // (B·T) of them, at multiples of B·T. With a ``shuffle_seed``
     the order of the shards is permuted at the start of each epoch, and that of the samples at the start of each shard.
-    Raises DataError if there is no shard, or one is smaller than a sample.
+    Raises DataError if there is no shard, or one is smaller than a sample; ``option`` is the option that ``pattern``
+    comes from, for the message.
     """
 
-    def __init__(self, pattern: str, B: int, T: int, vocab_size: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self, pattern: str, B: int, T: int, vocab_size: int, shuffle_seed: int | None = None, option: str = ""
+    ) -> None:
         # a file with exactly this name, even if it contains special characters of a glob
         self.paths = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
         if not self.paths:
-            raise DataError(f"{pattern}: no such file; `llmc prepro` writes token shards")
+            raise DataError(f"{option} {pattern}: no file matches; run `llmc prepro` first".lstrip())
         self.pattern, self.B, self.T, self.vocab_size = pattern, B, T, vocab_size
         self.sizes = [read_shard(path).tokens.size for path in self.paths]  # tokens by shard
         for path, size in zip(self.paths, self.sizes, strict=True):

@@ -99,7 +99,7 @@ class _Reader:
 def _read_text(file: _Reader, name: str) -> Iterator[Piece]:
     """Yield the documents of a text file, which are separated by lines that contain only ``<|endoftext|>``.
 
-    The separator lines, a byte order mark at the start, and documents of only white space are dropped. All other text
+    The separator lines, a byte order mark at the start, and documents of only whitespace are dropped. All other text
     is unchanged.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")()

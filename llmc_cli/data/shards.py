@@ -80,7 +80,7 @@ def _split(arrays: Iterator[Tokens], val_tokens: int | None) -> tuple[Tokens, It
         head.append(array)
         length += array.size
     if length == 0:
-        raise DataError("there is no text to encode: the input is empty or contains only white space")
+        raise DataError("there is no text to encode: the input is empty or contains only whitespace")
     if val_tokens is None:
         val_tokens = min(VAL_TOKENS, length // VAL_FRACTION)
     if length <= val_tokens:

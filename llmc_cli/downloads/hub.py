@@ -163,8 +163,8 @@ def _converted_errors(repository: str) -> Iterator[None]:
             raise
         cause = error.__cause__ or error
         raise MissingError(
-            f"{repository}: download from the Hugging Face Hub failed ({_first_line(cause)}); "
-            "try again, or give a folder"
+            f"{repository}: no such file or folder, and the download from the Hugging Face Hub failed "
+            f"({_first_line(cause)}); check the name and the network, or give a local folder"
         ) from None
 
 

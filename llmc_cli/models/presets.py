@@ -2,18 +2,9 @@
 
 from llmc_cli.errors import UsageError
 from llmc_cli.models.config import ModelConfig
+from llmc_cli.models.preset_shapes import GPT2_DEPTHS, GPT3_WIDTHS
 
 GPT2_VOCAB_SIZE = 50257
-
-GPT2_DEPTHS = {  # layers: (channels, heads)
-    6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20),
-    48: (1600, 25), 60: (1920, 30), 72: (2880, 30), 84: (3456, 36),
-}  # fmt: skip
-
-GPT3_WIDTHS = {  # channels: (layers, head size)
-    384: (6, 64), 768: (12, 64), 1024: (24, 64), 1536: (24, 96),
-    2048: (24, 128), 2560: (32, 80), 4096: (32, 128), 12288: (96, 128),
-}  # fmt: skip
 
 PRESETS = {
     f"d{layers}": ModelConfig(1024, GPT2_VOCAB_SIZE, layers, heads, channels)
@@ -29,5 +20,8 @@ PRESETS |= {
 def get_preset(name: str) -> ModelConfig:
     """Return the preset of this name. Raises UsageError for an unknown name."""
     if name not in PRESETS:
-        raise UsageError(f"unknown model {name!r}: expected an existing model file or one of {', '.join(PRESETS)}")
+        presets = ", ".join(each for each in PRESETS if not each.startswith("gpt2:"))
+        raise UsageError(
+            f"unknown model {name!r}: expected an existing model file or Hugging Face config.json, or one of {presets}"
+        )
     return PRESETS[name]

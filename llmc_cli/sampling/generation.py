@@ -14,14 +14,13 @@ from llmc_cli.models.gpt2 import GPT2
 from llmc_cli.models.kv_cache import KVCache, cache_shapes
 from llmc_cli.rng import Xorshift
 from llmc_cli.sampling.filters import sample_generator, sample_token
-from llmc_cli.sampling.options import DEFAULT_SEED, SamplingOptions
+from llmc_cli.sampling.options import DEFAULT_MAX_TOKENS, DEFAULT_SEED, SamplingOptions
 from llmc_cli.sampling.stop_strings import StopStringMatcher
 from llmc_cli.tokenizer.base import Tokenizer
 
 FinishReason: TypeAlias = Literal["", "end-of-text", "stop", "length"]
 """Why a sample ended; empty while it is running."""
 
-DEFAULT_MAX_TOKENS = 256
 PREFILL_CHUNK = 256  # prompt positions per forward pass: bounds the scratch memory
 MAX_CACHE_BYTES = 1 << 30  # of the sequences of one batch
 MAX_BATCH = 32  # sequences

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from llmc_cli.errors import UsageError
 
 DEFAULT_SEED = 1337  # as in llm.c
+DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)

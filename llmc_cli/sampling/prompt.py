@@ -17,7 +17,7 @@ def find_tokenizer(config: ModelConfig, name: str | None) -> Tokenizer | None:
 
 
 def encode_prompt(prompt: str | BinaryIO | None, prompt_ids: str | None, tokenizer: Tokenizer | None) -> list[int]:
-    """Return the ids of a prompt, given as text, as a stream of UTF-8 text, or as ids separated by white space.
+    """Return the ids of a prompt, given as text, as a stream of UTF-8 text, or as ids separated by whitespace.
 
     An empty or missing prompt becomes the end-of-text token. Raises UsageError for options that contradict each other,
     and DataError for a stream that is not UTF-8.
@@ -25,10 +25,7 @@ def encode_prompt(prompt: str | BinaryIO | None, prompt_ids: str | None, tokeniz
     if prompt is not None and prompt_ids is not None:
         raise UsageError("PROMPT and --prompt-ids are mutually exclusive; give one of them")
     if prompt_ids is not None:
-        try:
-            return [int(word) for word in prompt_ids.split()]
-        except ValueError as error:
-            raise UsageError(f"--prompt-ids: expected whole numbers separated by spaces ({error})") from None
+        return [_parse_id(word) for word in prompt_ids.split()]
     if tokenizer is None:
         raise UsageError("a text prompt and end-of-text need a tokenizer; give --prompt-ids or --tokenizer")
     if prompt is not None and not isinstance(prompt, str):
@@ -37,3 +34,10 @@ def encode_prompt(prompt: str | BinaryIO | None, prompt_ids: str | None, tokeniz
         except UnicodeDecodeError as error:
             raise DataError(f"prompt from stdin: found bytes that are not UTF-8 ({error})") from None
     return tokenizer.encode(prompt).tolist() if prompt else [tokenizer.end_of_text]
+
+
+def _parse_id(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UsageError(f"--prompt-ids: found {word!r}, expected token ids separated by spaces") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc_cli.errors import MissingError, UsageError
+from llmc_cli.models.preset_shapes import PRESETS_HELP
 from llmc_cli.training.schedules import SCHEDULES
 
 SMALLEST, LARGEST = 1e-37, 1e38  # roughly the range of float32
@@ -62,7 +63,7 @@ class TrainOptions:
     """The options of ``llmc train`` that define a run. UsageError if a value is out of range."""
 
     model: str = course_option(
-        "d6", "--model -e", MODEL, "Model file, d6 … d84, gpt2:dN, gpt3:cN, or a Hugging Face config.json."
+        "d6", "--model -e", MODEL, f"Model file, Hugging Face config.json, or a preset: {PRESETS_HELP}."
     )
     data: str = option(
         DATA.format("train"), "--data -i", DATA_PANEL, "Training shards (a glob).", default_text="Tiny Shakespeare"
@@ -78,26 +79,28 @@ class TrainOptions:
     )
     keep: int = option(0, "--keep -nk", MODEL, "Number of most recent checkpoints to keep; 0: all.", min=0)
     major_every: int = option(
-        0, "--major-every -nm", MODEL, "Checkpoints at multiples of this step are never deleted.", min=0
-    )
+        0, "--major-every -nm", MODEL,
+        "Never delete checkpoints whose step is a multiple of this; 0: no exception.", min=0,
+    )  # fmt: skip
     resume: bool = option(False, "--resume -y", MODEL, "1: resume from the latest checkpoint in --out.", zero_one=True)
     force: bool = option(
-        False, "--force", MODEL, "Resume even if options that change the course of the run are different."
+        False, "--force", MODEL, "Resume even if options that affect training differ from those of the saved run."
     )
     batch: int = course_option(4, "--batch -b", LENGTH, "Sequences per micro-batch.", min=1)
     seq_len: int = course_option(1024, "--seq-len -t", LENGTH, "Sequence length in tokens.", min=1)
     total_batch: int = course_option(
-        -1, "--total-batch -d", LENGTH, "Tokens per step, a multiple of batch x sequence length; -1: that product.",
-        min=-1,
+        -1, "--total-batch -d", LENGTH,
+        "Tokens per step, a multiple of --batch x --seq-len; -1: one micro-batch per step.", min=-1,
     )  # fmt: skip
-    steps: int = course_option(-1, "--steps -x", LENGTH, "Number of steps; -1: one epoch.", min=-1)
+    steps: int = course_option(-1, "--steps -x", LENGTH, "Number of steps, at least 1; -1: one epoch.", min=-1)
     schedule: str = course_option(
-        "cosine", "--schedule -k", RATE, "Learning rate schedule after the warmup.", choices=SCHEDULES
-    )
+        "cosine", "--schedule -k", RATE,
+        "Learning rate schedule. wsd: warmup-stable-decay. constant: without warmup.", choices=SCHEDULES,
+    )  # fmt: skip
     lr: float = course_option(3e-4, "--lr -l", RATE, "Maximum learning rate.", min=0)
     warmup: int = course_option(0, "--warmup -u", RATE, "Steps of linear warmup.", min=0)
     lr_final: float = course_option(
-        1.0, "--lr-final -q", RATE, "Final learning rate as a fraction of the maximum.", min=0
+        1.0, "--lr-final -q", RATE, "Final learning rate as a fraction of the maximum; 1: no decay.", min=0
     )
     weight_decay: float = course_option(
         0.0, "--weight-decay -c", OPTIMIZER, "Weight decay of matrices and embeddings.", min=0
@@ -123,16 +126,17 @@ class TrainOptions:
     )
     clip: float = course_option(1.0, "--clip", OPTIMIZER, "Maximum gradient norm; 0: no clipping.", min=0)
     recompute: int = option(
-        2, "--recompute -r", LENGTH, "Recompute in the backward pass: 0 nothing, 1 GELU, 2 GELU and layernorm.",
-        min=0, max=2,
+        2, "--recompute -r", LENGTH,
+        "Recompute in the backward pass. 0: nothing; 1: GELU; 2: GELU and layernorm.", min=0, max=2,
     )  # fmt: skip
     shuffle: bool = course_option(
         True, "--shuffle/--no-shuffle", DATA_PANEL, "Shuffle the shards and the samples in them."
     )
     seed: int = course_option(42, "--seed", DATA_PANEL, "Seed of initial weights and shuffling.", min=0, max=2**32 - 1)
     master_weights: bool = option(
-        True, "--master-weights -w", COMPATIBILITY, "1: training states hold the weights in float32.", zero_one=True
-    )
+        True, "--master-weights -w", COMPATIBILITY,
+        "1: store float32 weights in training states, as llm.c does.", zero_one=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -155,13 +159,14 @@ class CompatibilityOptions:
         False, "--hellaswag -h", COMPATIBILITY, "HellaSwag evaluation; not implemented yet.", zero_one=True
     )
     zero: int = option(
-        0, "--zero -z", COMPATIBILITY, "ZeRO stage; 0 and 1 are equivalent with one process.", min=0, max=3
-    )
+        0, "--zero -z", COMPATIBILITY,
+        "ZeRO stage: 0 or 1, equivalent with one process; 2 and 3 are not implemented yet.", min=0, max=3,
+    )  # fmt: skip
     tf32: bool | None = option(
-        None, "--tf32 -f", COMPATIBILITY, "1: --precision tf32 instead of fp32, on a GPU.", zero_one=True
+        None, "--tf32 -f", COMPATIBILITY, "1: use tf32 if --precision is auto or fp32; GPUs only.", zero_one=True
     )
     gelu_fusion: int = option(
-        -1, "--gelu-fusion -ge", COMPATIBILITY, "Ignored; the CPU always fuses GELU.", min=-1, max=2
+        -1, "--gelu-fusion -ge", COMPATIBILITY, "Ignored; the backend decides whether GELU is fused.", min=-1, max=2
     )
     log_gpu_every: int = option(-1, "--log-gpu-every -lg", COMPATIBILITY, "Ignored.", min=-1)
     num_processes: int = option(
@@ -178,7 +183,12 @@ class CompatibilityOptions:
             field.metadata["option"].check(getattr(self, field.name))
         if self.hellaswag:
             raise MissingError("--hellaswag 1: HellaSwag evaluation is not implemented yet")
-        if self.num_processes > 1 or self.process_rank > 0:
-            raise MissingError("--num-processes, --process-rank: training in several processes is not implemented yet")
+        for name, value, expected in (
+            ("--num-processes", self.num_processes, 1), ("--process-rank", self.process_rank, 0)
+        ):  # fmt: skip
+            if value > expected:
+                raise MissingError(
+                    f"{name} {value}: multi-process training is not implemented yet; expected {expected}"
+                )
         if self.zero > 1:
-            raise MissingError(f"--zero {self.zero}: ZeRO stages 2 and 3 are not implemented yet")
+            raise MissingError(f"--zero {self.zero}: ZeRO stages 2 and 3 are not implemented yet; expected 0 or 1")

@@ -75,7 +75,7 @@ def make_plan(options: TrainOptions, backend: Backend) -> Plan:
         ("--sample-tokens", options.sample_tokens if options.sample_every else 0),
     ):
         if length > config.max_seq_len:
-            raise UsageError(f"{name} {length}: {options.model} has only {config.max_seq_len} positions")
+            raise UsageError(f"{name} {length}: {options.model} has a context of {config.max_seq_len} tokens")
     accumulation = accumulation_steps(options)
     train_data, val_data = train_batches(options, config), val_batches(options, config)
     steps = options.steps
@@ -117,16 +117,16 @@ def run_record(plan: Plan) -> dict[str, Any]:
 
 def train_batches(options: TrainOptions, config: ModelConfig) -> Batches:
     """The training data; with ``overfit``, the validation data in order, as in llm.c."""
-    pattern = options.val_data if options.overfit else options.data
+    pattern, option = (options.val_data, "--val-data") if options.overfit else (options.data, "--data")
     seed = options.seed if options.shuffle and not options.overfit else None
-    return Batches(pattern, options.batch, options.seq_len, config.vocab_size, shuffle_seed=seed)
+    return Batches(pattern, options.batch, options.seq_len, config.vocab_size, shuffle_seed=seed, option=option)
 
 
 def val_batches(options: TrainOptions, config: ModelConfig) -> Batches | None:
     """The validation data; None if there is no validation."""
     if not options.val_every:
         return None
-    return Batches(options.val_data, options.batch, options.seq_len, config.vocab_size)
+    return Batches(options.val_data, options.batch, options.seq_len, config.vocab_size, option="--val-data")
 
 
 def accumulation_steps(options: TrainOptions) -> int:
@@ -134,7 +134,10 @@ def accumulation_steps(options: TrainOptions) -> int:
     tokens = options.batch * options.seq_len
     total = tokens if options.total_batch == -1 else options.total_batch
     if total < tokens or total % tokens:
-        raise UsageError(f"--total-batch {total} is not a multiple of batch x sequence length = {tokens}")
+        raise UsageError(
+            f"--total-batch {total}: expected a multiple of --batch x --seq-len = {options.batch} x {options.seq_len} "
+            f"= {tokens}"
+        )
     return total // tokens
 
 

@@ -38,9 +38,21 @@ def check_state(
 
     The losses are compared with ``expected_losses`` (at least ``steps``), or if that is None with those of the float64
     reference, which takes minutes and about 10 GB for 124M parameters. A NaN or infinity in the state fails its check.
-    Raises FormatError if a file is damaged or the shapes of state and model differ.
+    Raises FormatError, at the call, if the state is damaged or its shapes are not those of the model, and later if the
+    model is damaged.
     """
     state = read_debug_state(state_path, read_header(model_path))
+    return _check_state(model_path, state, kernels, steps, expected_losses, precision)
+
+
+def _check_state(
+    model_path: Path,
+    state: DebugState,
+    kernels: Kernels,
+    steps: int,
+    expected_losses: Sequence[float] | None,
+    precision: str,
+) -> Iterator[Check]:
     model = load_model(model_path, kernels)
     ids, targets = state.x, state.y
     model.prepare(*ids.shape)

@@ -159,7 +159,7 @@ def test_file_that_is_not_a_shard_is_rejected(tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(2000))
     result = decode(tmp_path / "a.bin")
     assert result.exit_code == 3
-    assert "a.bin: found magic number 0 (unknown), expected " in result.stderr
+    assert "a.bin: found an unknown file format (magic number 0), expected " in result.stderr
 
 
 def test_options_out_of_range_are_rejected():

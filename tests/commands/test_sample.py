@@ -177,7 +177,7 @@ def test_text_streams(gpt2, monkeypatch):
         (["--max-tokens", 96, "--ids", "--prompt-ids", "1"], 2, "97 tokens, but the model's context holds 96"),
         (["--ids", "--prompt-ids", " ".join(["1"] * 96)], 2, "leave no room"),
         (["--ids", "--prompt-ids", "1 120"], 2, "token id 120 is outside the model's vocabulary, 0 to 119"),
-        (["--ids", "--prompt-ids", "1 x"], 2, "expected whole numbers"),
+        (["--ids", "--prompt-ids", "1 x"], 2, "--prompt-ids: found 'x', expected token ids separated by spaces"),
         (["--ids", "--prompt-ids", ""], 2, "the prompt is empty"),
         (["--ids", "Hello", "--prompt-ids", "1"], 2, "give one of them"),
         (["--ids", "Hello"], 2, "give --prompt-ids or --tokenizer"),

@@ -116,7 +116,8 @@ def test_missing_data_names_the_command_that_writes_them(tmp_path):
     ("more", "status", "text"),
     [
         (["-h", "1"], 4, "HellaSwag"),
-        (["-pn", "2"], 4, "several processes"),
+        (["-pn", "2"], 4, "--num-processes 2: multi-process training is not implemented yet; expected 1"),
+        (["-pr", "1"], 4, "--process-rank 1: multi-process training is not implemented yet; expected 0"),
         (["-z", "2"], 4, "--zero 2"),
         (["-f", "1"], 4, "tf32"),
         (["--device", "cuda:99"], 4, "--device cuda"),

@@ -103,7 +103,7 @@ def test_invalid_model_folders_are_rejected(tmp_path, tiny_folder):
         (np.array([20240803, 3], "<i4").tobytes(), MissingError, "Llama 3 model, which is not supported yet"),
         (np.array([0x616B3432, 1], "<i4").tobytes(), MissingError, "llama2.c model, which is not supported yet"),
         (np.array([20240520, 1], "<i4").tobytes(), DataError, "GPT-2 token shard, expected a GPT-2 model"),
-        (b"hello, world", FormatError, "a supported file format"),
+        (b"hello, world", FormatError, r"a GPT-2 model file \(\.bin\) or a Hugging Face model folder"),
     ],
 )
 def test_other_files_are_rejected(tmp_path, start, error, message):

@@ -175,8 +175,8 @@ def test_shard_that_changes_during_training_is_rejected(two_shards, tmp_path):
 
 
 def test_no_matching_file_is_rejected(tmp_path):
-    with pytest.raises(DataError, match="llmc prepro"):
-        Batches(str(tmp_path / "*.bin"), 1, 1, 10)
+    with pytest.raises(DataError, match=r"^--data .*\*\.bin: no file matches; run `llmc prepro` first"):
+        Batches(str(tmp_path / "*.bin"), 1, 1, 10, option="--data")
 
 
 def test_shard_smaller_than_a_batch_is_rejected(two_shards):

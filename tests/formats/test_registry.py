@@ -44,12 +44,15 @@ def test_identify_files_of_other_projects(tmp_path):
     assert identify(tmp_path / "z") is Kind.TORCH_ZIP
 
 
+@pytest.mark.parametrize("name", ["f.bin", "f.txt"])
 @pytest.mark.parametrize("content", [b"", b"abc", b"hello, world", struct.pack("<8i", *range(8)), b"PK\x03\x04 no zip"])
-def test_unknown_files_are_rejected(tmp_path, content):
-    (tmp_path / "f").write_bytes(content)
-    remedy = "empty or truncated" if len(content) < 4 else "headerless token file cannot be identified"
-    with pytest.raises(MagicError, match=remedy):
-        identify(tmp_path / "f")
+def test_unknown_files_are_rejected(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MagicError) as caught:
+        identify(tmp_path / name)
+    assert ("empty or truncated" in str(caught.value)) == (len(content) < 4)
+    may_be_headerless = name == "f.bin" and len(content) >= 4 and len(content) % 4 == 0
+    assert ("headerless token file cannot be identified" in str(caught.value)) == may_be_headerless
 
 
 def test_other_zip_file_is_rejected(tmp_path):
@@ -97,7 +100,9 @@ def test_truncated_header_is_a_size_error(tmp_path, size):
 
 def test_wrong_magic_number_is_reported(tmp_path):
     path = slots_file(tmp_path / "f", 20240522, 1)
-    with pytest.raises(MagicError, match=r"magic number 20240522 \(evaluation set\), expected magic number 20240520"):
+    with pytest.raises(
+        MagicError, match=r"found an evaluation set \(magic number 20240522\), expected a GPT-2 .*20240520"
+    ):
         header.read_slots(path, Kind.SHARD_GPT2)
 
 

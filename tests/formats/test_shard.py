@@ -127,15 +127,15 @@ def test_truncated_header_is_rejected(tmp_path):
 
 
 def test_other_kinds_and_versions_are_rejected(tmp_path):
-    (tmp_path / "f").write_bytes(HEADERLESS * 200)
+    (tmp_path / "f.bin").write_bytes(HEADERLESS * 200)
     with pytest.raises(MagicError, match="headerless"):
-        read_shard(tmp_path / "f")
-    (tmp_path / "f").write_bytes(struct.pack("<256i", 20240522, *[0] * 255))
+        read_shard(tmp_path / "f.bin")
+    (tmp_path / "f.bin").write_bytes(struct.pack("<256i", 20240522, *[0] * 255))
     with pytest.raises(MagicError, match="evaluation set"):
-        read_shard(tmp_path / "f")
-    (tmp_path / "f").write_bytes(struct.pack("<256i", 20240520, 2, *[0] * 254))
+        read_shard(tmp_path / "f.bin")
+    (tmp_path / "f.bin").write_bytes(struct.pack("<256i", 20240520, 2, *[0] * 254))
     with pytest.raises(VersionError):
-        read_shard(tmp_path / "f")
+        read_shard(tmp_path / "f.bin")
 
 
 @pytest.mark.parametrize(("count", "error"), [(-1, RangeError), (-(2**31), RangeError), (2**31 - 1, SizeError)])

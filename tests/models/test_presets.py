@@ -11,5 +11,5 @@ def test_channels_are_a_multiple_of_heads():
 
 
 def test_unknown_preset():
-    with pytest.raises(UsageError, match=r"unknown model 'd13': .*d84"):
+    with pytest.raises(UsageError, match=r"unknown model 'd13': .* config\.json, or one of d6, .*d84, gpt3:c384"):
         get_preset("d13")

@@ -36,7 +36,7 @@ def test_encode_prompt(gpt2, prompt, prompt_ids, expected):
 def test_invalid_prompts_are_rejected(gpt2):
     with pytest.raises(UsageError, match="give one of them"):
         encode_prompt("Hello", "1", gpt2)
-    with pytest.raises(UsageError, match="expected whole numbers"):
+    with pytest.raises(UsageError, match="expected token ids separated by spaces"):
         encode_prompt(None, "1 x", gpt2)
     with pytest.raises(UsageError, match="give --prompt-ids or --tokenizer"):
         encode_prompt("Hello", None, None)

@@ -37,9 +37,9 @@ def test_default_length_is_one_epoch(options_with, backend):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"total_batch": 50}, "not a multiple of batch x sequence length = 32"),
-        ({"total_batch": 0}, "not a multiple of batch x sequence length = 32"),
-        ({"seq_len": 33}, "has only 32 positions"),
+        ({"total_batch": 50}, r"expected a multiple of --batch x --seq-len = \d+ x \d+ = 32"),
+        ({"total_batch": 0}, r"expected a multiple of --batch x --seq-len = \d+ x \d+ = 32"),
+        ({"seq_len": 33}, "has a context of 32 tokens"),
         ({"model": "d7"}, "unknown model 'd7'"),
         ({"schedule": "cos"}, "--schedule cos: expected one of cosine, linear"),
         ({"out": None, "resume": True}, "--resume needs --out"),

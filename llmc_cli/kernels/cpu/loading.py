@@ -20,27 +20,29 @@ class Group(NamedTuple):
     parts: int = 0  # of ``tile_matmul`` only
 
 
-KERNELS = Group(f"{_PACKAGE}.kernels", "complete", "compiling kernels, once, about 10 s")
-ATTENTION = Group(f"{_PACKAGE}.attention", "complete-attention", "compiling attention, once, about 8 s")
+KERNELS = Group(f"{_PACKAGE}.kernels", "complete", "compiling kernels (first use only, about 10 s)")
+ATTENTION = Group(f"{_PACKAGE}.attention", "complete-attention", "compiling attention (first use only, about 8 s)")
 CACHED_ATTENTION = Group(
-    f"{_PACKAGE}.cached_attention", "complete-cached-attention", "compiling attention for sampling, once, about 4 s"
+    f"{_PACKAGE}.cached_attention",
+    "complete-cached-attention",
+    "compiling attention for sampling (first use only, about 4 s)",
 )
 SAMPLING = Group(
-    f"{_PACKAGE}.sampling", "complete-sampling", "compiling kernels for sampling, once, about 10 s",
+    f"{_PACKAGE}.sampling", "complete-sampling", "compiling kernels for sampling (first use only, about 10 s)",
     (KERNELS, CACHED_ATTENTION),
 )  # fmt: skip
 ROUNDED_MATMUL = Group(
-    f"{_PACKAGE}.rounded_matmul", "complete-rounded-matmul", "compiling the rounding to bf16, once, about 2 s",
-    (KERNELS,),
+    f"{_PACKAGE}.rounded_matmul", "complete-rounded-matmul",
+    "compiling the rounding to bf16 (first use only, about 2 s)", (KERNELS,),
 )  # fmt: skip
 TILE_ATTENTION = Group(
-    f"{_PACKAGE}.amx.attention", "complete-tile-attention", "compiling attention on tiles, once, about 10 s"
+    f"{_PACKAGE}.amx.attention", "complete-tile-attention", "compiling attention on tiles (first use only, about 10 s)"
 )
 
 
 def tile_matmul(parts: int) -> Group:
     """Return the group of matrix products on AMX tiles with float32 split into this many bf16 parts."""
-    marker, message = f"complete-tile-matmul-{parts}", "compiling matrix products, once, about 6 s"
+    marker, message = f"complete-tile-matmul-{parts}", "compiling matrix products (first use only, about 6 s)"
     return Group(f"{_PACKAGE}.amx.matmul", marker, message, (KERNELS,), parts)
 
 

@@ -26,7 +26,7 @@ OPTIONS = ("-std=c++17",)
 """Compiler options of every kernel, in addition to those that CuPy adds."""
 
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")
-INSTALL = "pip install 'llmc-cli[cuda13]' or 'llmc-cli[cuda12]' installs the libraries that CuPy needs"
+INSTALL = "run pip install 'llmc-cli[cuda13]' or 'llmc-cli[cuda12]' for the libraries that CuPy needs"
 MIN_CAPABILITY = 75  # compute capability times ten: the oldest architecture that CUDA 13 supports
 TENSOR_CORES = 80  # the oldest with bf16 tensor cores and asynchronous copies
 
@@ -280,12 +280,12 @@ def _import_cupy() -> Any:
     if len(found) > 1:
         raise MissingError(
             f"--device cuda: {' and '.join(found)} are both installed and overwrite each other's files; "
-            f"pip uninstall {' '.join(found)}, then install one of them"
+            f"run pip uninstall {' '.join(found)}, then install one of them"
         )
     if importlib.util.find_spec("cupy") is None:
         raise MissingError(
-            "--device cuda: CuPy is not installed; pip install 'llmc-cli[cuda13]', or 'llmc-cli[cuda12]' for a driver "
-            "older than 580 (see nvidia-smi)"
+            "--device cuda: CuPy is not installed; run pip install 'llmc-cli[cuda13]', or 'llmc-cli[cuda12]' for a "
+            "driver older than 580 (see nvidia-smi)"
         )
     try:
         import cupy

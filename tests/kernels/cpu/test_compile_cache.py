@@ -87,7 +87,7 @@ def compile_messages(process):
     return out.strip()
 
 
-COMPILING = "['compiling kernels, once, about 10 s']"
+COMPILING = "['compiling kernels (first use only, about 10 s)']"
 
 
 def test_cold_then_warm_then_edited(start, package, tmp_path):

@@ -155,7 +155,7 @@ def test_all_invalid_files_are_reported(tmp_path):
     assert [line.split("\t")[-1] for line in result.stdout.splitlines()[1:]] == ["0", "1", "0", "1"]
     first, second = result.stderr.splitlines()
     assert first.startswith(f"llmc: {tmp_path / 'shard.bin'}: found token id 50257")
-    assert second.startswith(f"llmc: {tmp_path / 'losses.txt'}: found magic")
+    assert second.startswith(f"llmc: {tmp_path / 'losses.txt'}: found an unknown file format (magic number ")
 
 
 def test_json_output_of_files(tmp_path):

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import typer
@@ -14,7 +15,7 @@ from support.paths import ROOT
 from llmc_cli.app import app
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -166,18 +167,24 @@ def test_readme_make_commands_exist():
         if line.startswith("make ")
     ]
     assert [line.split("#")[0].strip() for line in commands] == ["make demo", "make test"]
-    targets = re.findall(r"^(\w[\w-]*):", read(ROOT / "Makefile"), re.MULTILINE)
-    assert {"demo", "test"} <= set(targets)
 
 
-def test_paths_in_the_readme_tree_exist():
-    tree = next(content for language, kind, content, _ in blocks(ROOT / "README.md") if kind == "tree")
-    folder = ROOT
-    for line in tree.splitlines():
-        name, depth = line.split()[0], len(line) - len(line.lstrip())
-        if depth == 0:
-            folder = ROOT
-        path = (folder if depth else ROOT) / name
-        assert path.exists(), line
-        if depth == 0 and path.is_dir():
-            folder = path
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w[\w-]*):", read(ROOT / "Makefile"), re.MULTILINE))
+    callers = [*PAGES, ROOT / ".pre-commit-config.yaml", *sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    for path in callers:
+        for target in re.findall(r"(?:^|run: |entry: |`)make ([\w-]+)", read(path), re.MULTILINE):
+            assert target in targets, f"{path}: make {target}"
+
+
+def test_architecture_page_is_current():
+    page = runpy.run_path(str(ROOT / "fixtures" / "make_architecture.py"))["page"]
+    text = read(DOCS / "architecture.md")
+    assert page(text) == text, "out of date; run: python fixtures/make_architecture.py"
+
+
+def test_packages_are_installed():
+    """A package that pyproject.toml does not list would be missing from the wheel."""
+    listed = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "llmc_cli").rglob("__init__.py")}
+    assert set(listed) == {folder.replace("/", ".") for folder in folders} | {"llmc_cli.formats", "llmc_cli.commands"}

@@ -1,26 +1,28 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer and a package index.
+# `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-LLMC = $(VENV)/bin/llmc
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PIP = $(BIN)/python -m pip install --quiet
+LLMC = $(BIN)/llmc
 DEMO = runs/demo
 STEPS = 120
 
-.PHONY: demo test test-witness test-cuda soak lint clean
+.PHONY: demo test test-witness test-cuda test-gpu soak lint format docs clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable .
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 $(VENV)/installed-witness: $(VENV)/installed-dev
-	$(VENV)/bin/pip install --quiet --editable '.[dev,witness]'
+	$(PIP) --editable '.[dev,witness]'
 	touch $@
 
-# The main job on the bundled text: prepare, train, sample, decode.
+# The whole pipeline on the bundled text: prepare, train, sample, decode.
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(LLMC) prepro tinyshakespeare --source bundled --out $(DEMO)/data
@@ -30,33 +32,47 @@ demo: $(VENV)/installed
 	$(LLMC) sample $(DEMO)/model_00000$(STEPS).bin --ids --quiet --max-tokens 16 | $(LLMC) decode
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/pytest
+	$(BIN)/pytest
 
-# Against live PyTorch and transformers (gigabytes on many machines).
+# Compare with PyTorch and transformers, which take gigabytes on many machines.
 test-witness: $(VENV)/installed-witness
-	$(VENV)/bin/pytest -m witness
+	$(BIN)/pytest -m witness
 
-# The CUDA backend against CuPy and NVIDIA's compilers, without a device. They are kept out of the environment, so that
-# all other tests show that nothing else needs them.
+# Check the CUDA backend against CuPy and NVIDIA's compilers, without a GPU. They are installed outside the environment,
+# which shows that no other test needs them.
 $(VENV)/installed-cuda: $(VENV)/installed-dev
-	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target $(VENV)/cuda cupy-cuda12x==14.2.0 cuda-pathfinder \
+	$(PIP) --upgrade --no-deps --target $(VENV)/cuda cupy-cuda12x==14.2.0 cuda-pathfinder \
 	  nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvrtc-cu12==12.9.86
 	touch $@
 
 test-cuda: $(VENV)/installed-cuda
-	PYTHONPATH=$(VENV)/cuda $(VENV)/bin/pytest -m 'cupy or nvrtc'
+	PYTHONPATH=$(VENV)/cuda $(BIN)/pytest -m 'cupy or nvrtc'
 
-# What takes minutes: crashes at random moments, many times.
+# Run the CUDA backend on an NVIDIA GPU; install the extra `cuda12` or `cuda13` into .venv first.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/pytest -m gpu
+
+# Tests that take minutes: crashes at random moments, many times.
 soak: $(VENV)/installed-dev
-	$(VENV)/bin/pytest -m soak
+	$(BIN)/pytest -m soak
 
-# mypy sees the package as it is installed, not as it lies here: so it runs elsewhere.
+# mypy checks the installed package: it runs in an environment of its own, outside the repository's root.
 lint: $(VENV)/installed-dev
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(PYTHON) -m venv $(VENV)/typed
-	$(VENV)/typed/bin/pip install --quiet '.[dev]'
-	cd $(VENV)/typed && bin/mypy --config-file $(CURDIR)/pyproject.toml
+	$(VENV)/typed/$(notdir $(BIN))/python -m pip install --quiet '.[dev]'
+	cd $(VENV)/typed && $(notdir $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Regenerate the generated parts of docs/.
+docs: $(VENV)/installed-dev
+	$(BIN)/python fixtures/make_docs.py
+	$(BIN)/python fixtures/make_architecture.py
+	$(BIN)/python fixtures/make_cuda_paper.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,7 +72,7 @@ format: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(BIN)/python fixtures/make_docs.py
 	$(BIN)/python fixtures/make_architecture.py
-	$(BIN)/python fixtures/make_cuda_paper.py
+	$(BIN)/python fixtures/make_cuda_estimates.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Measure the machine's peak FLOP/s and memory bandwidth, of which benchmark results are given as shares."""
+"""Measure the machine's peak FLOP/s and memory bandwidth, which benchmark results are relative to."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

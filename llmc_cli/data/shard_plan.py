@@ -1,4 +1,7 @@
-"""The token files to write. This module imports nothing large, so that the command line can use its defaults."""
+"""Plan the names and sizes of the token files to write.
+
+This module imports nothing large, so that the command line can use its defaults.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

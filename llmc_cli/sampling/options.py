@@ -1,4 +1,4 @@
-"""Options of sampling, checked."""
+"""Sampling options and their validation."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Error bounds of the checks of models by precision."""
+"""Error bounds of model checks, for each precision."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The groups of CPU kernels. Each is compiled, or loaded from the cache, when it is first needed."""
+"""Load and compile the groups of CPU kernels. Each is compiled, or loaded from the cache, when it is first needed."""
 
 import importlib
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Clearing large arrays. The system provides memory when it is first touched, which takes most of the time."""
+"""Set large arrays to zero, with all threads.
+
+The system provides memory when it is first touched, which takes most of the time.
+"""
 
 from numba import prange
 

@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 	$(LLMC) sample $(DEMO)/model_00000$(STEPS).bin --ids --quiet --max-tokens 16 | $(LLMC) decode
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8
 
 # Compare with PyTorch and transformers, which take gigabytes on many machines.
 test-witness: $(VENV)/installed-witness

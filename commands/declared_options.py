@@ -1,4 +1,4 @@
-"""Command-line options from the fields of dataclasses, which declare them as ``training.options.Option``."""
+"""Build command-line options from the dataclass fields that are declared with ``training.options.Option``."""
 
 import dataclasses
 import functools

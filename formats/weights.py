@@ -1,4 +1,4 @@
-"""GPT-2 model files: a header and sixteen tensors, each of which holds all layers."""
+"""GPT-2 model files: a header and sixteen tensors; those of the layers are stacked over all layers."""
 
 import math
 from collections.abc import Mapping

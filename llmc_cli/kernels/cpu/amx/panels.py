@@ -1,4 +1,4 @@
-"""Packing float32 matrices of any size into panels for AMX tiles (see intrinsics.py), and other access by address."""
+"""Packing float32 matrices of any size into panels for AMX tiles (see intrinsics.py), and other reads and writes through addresses."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Packing float32 matrices of any size into panels for AMX tiles (see intrinsics.py), and other reads and writes through addresses."""
+"""Packing float32 matrices of any size into panels for AMX tiles (see intrinsics.py), and other uses of addresses."""
 
 from typing import NamedTuple
 

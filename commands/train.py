@@ -77,7 +77,7 @@ def show_plan(output: render.Output, plan: "Plan", backend: "Backend", dry_run: 
         ("model", f"{settings.model}: {c.num_layers} layers, {c.channels} channels, {c.num_heads} heads"),
         ("parameters", f"{plan.parameters:,}"),
         ("device", backend.description),
-        ("precision", f"{backend.precision} ({backend.reason})"),
+        ("precision", backend.precision + (f" ({backend.reason})" if backend.reason else "")),
         ("data", f"{plan.train_tokens:,} training tokens, {plan.val_tokens:,} validation tokens"),
         ("batch", f"{batch} = {plan.tokens_per_step:,} tokens per step"),
         ("steps", f"{plan.steps:,}" + (f", resuming at {plan.first_step:,}" if plan.first_step else "")),

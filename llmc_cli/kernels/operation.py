@@ -11,9 +11,9 @@ import numpy as np
 from llmc_cli.kernels.spec import Array, Kernels
 
 MATMUL_BOUNDS = {"fp32": 0.0, "bf16x3": 2.0**-13, "tf32": 2.0**-9, "bf16": 2.0**-6}
-"""Bounds on outputs of matrix products by precision: twice the largest error of one product. A product of two numbers
-rounded to bf16 has a relative error of up to 2^-7, rounded to TF32 2^-10; as three products of two bf16 parts each,
-3 · 2^-16."""
+"""Bounds on outputs of matrix products by precision: at least twice the largest relative error of one product; 0: the
+operation's own bound applies. The product of two numbers rounded to bf16 has a relative error of up to 2^-7, rounded to
+TF32 2^-10, and computed as three products of bf16 parts 3 · 2^-16."""
 
 BF16_ACTIVATION_BOUND = 2.0**-7
 """Bound on activations stored in bf16 and on their mean and rstd: twice the rounding error."""
@@ -108,7 +108,7 @@ class Operation:
     forward_results: tuple[str, ...] = ()  # inputs that must be results of the forward operation
     host_arguments: tuple[str, ...] = ()  # arrays whose elements the cost depends on
     matmul_outputs: tuple[str, ...] = ()  # outputs whose error depends on the precision of matrix products
-    bf16_bound: float = 0.0  # on every output with bf16 products, if larger
+    bf16_bound: float = 0.0  # lower limit of every output's bound if matrix products are in bf16
 
     @functools.cached_property
     def arguments(self) -> tuple[Argument, ...]:

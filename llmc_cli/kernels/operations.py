@@ -16,7 +16,8 @@ from llmc_cli.kernels.spec import Array, Kernels
 EPS = 1e-5
 
 ATTENTION_BF16_BOUND = 2.0**-4
-"""The error of a score is an error in an exponent, and scores reach 10."""
+"""Larger than for other products: the rounding error of a score, of magnitude up to 10, becomes a relative error of
+its exponential."""
 
 
 def _embedding_forward(x: Array, wte: Array, wpe: Array, ids: Array, positions: Array) -> Cost:
@@ -129,7 +130,7 @@ def _random_targets(sizes: Sizes, rng: np.random.Generator, args: dict[str, Any]
 
 
 def _cache_lengths(sizes: Sizes, rng: np.random.Generator, args: dict[str, Any]) -> Array:
-    """From an empty cache to one that the new positions fill."""
+    """Return lengths from 0 (empty cache) to Tmax - T (the new positions fill the cache)."""
     return np.linspace(0, sizes["Tmax"] - sizes["T"], sizes["S"]).astype(np.int32)
 
 
@@ -215,7 +216,7 @@ OPERATIONS = {
         {"res": 2e-7, "y": 2e-6, "mean": 1e-6, "rstd": 1e-6}, _residual_norm_forward, NORM_SIZES,
         ({}, {"bias": None}, {"delta": None, "bias": None, "res": None}),
         values=EPSILON,
-        normal={"res": (2.0, 3.0), "delta": (2.0, 1.0)},  # the variance must not lose digits to the mean
+        normal={"res": (2.0, 3.0), "delta": (2.0, 1.0)},  # a nonzero mean, to detect cancellation in the variance
         defaults={"res": "x"},
     ),
     "residual_norm_backward": Operation(

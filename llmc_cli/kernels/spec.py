@@ -103,11 +103,15 @@ class Runtime(Protocol):
         ...
 
     def bind(self, master: Array) -> Weight:
-        """Return the weight of ``master`` (O,I), a view that the caller keeps and updates; see ``publish``."""
+        """Return a ``Weight`` for ``master`` (O,I), the matrix in ``dtype`` that the caller owns and updates; see
+        ``publish``."""
         ...
 
     def publish(self, weights: list[Weight]) -> None:
-        """Update ``weights`` from their masters. Must be called after every change of a master."""
+        """Convert the master matrices of ``weights`` to the form that products read.
+
+        Must be called after every change of a master.
+        """
         ...
 
 

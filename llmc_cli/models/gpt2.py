@@ -70,7 +70,10 @@ class GPT2:
             self.scratch = Arena(alloc, gradient_shapes(config, B, T), dtype, ALIGN)
 
     def _run(self, method: Callable[..., None], *arguments: object) -> None:
-        """Call a method of this class through ``Kernels.recorded``. It must not transfer data to or from the host."""
+        """Call a method of this class as recorded by ``Kernels.record``.
+
+        It must not transfer data to or from the host.
+        """
         key = (self.kernels, method, *arguments)
         if key not in self._recorded:
             model = weakref.proxy(self)  # a strong reference would be a cycle, which delays freeing the memory

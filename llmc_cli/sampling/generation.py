@@ -38,7 +38,7 @@ class SampleChunk:
 class Decoder:
     """Computes the next-token logits of a cache's S sequences, in memory allocated once.
 
-    The operations of ``step`` are recorded, which a GPU backend replays as one launch.
+    ``step`` records its operations with ``Kernels.record``; a GPU backend replays them as one CUDA graph.
     """
 
     def __init__(self, model: GPT2, cache: KVCache) -> None:

@@ -153,7 +153,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class CompatibilityOptions:
-    """Options of llm.c's trainer that do not change a run here. MissingError if one asks for a missing feature."""
+    """Options of llm.c's trainer that are accepted for compatibility; only --tf32 has an effect.
+
+    MissingError if one asks for a missing feature.
+    """
 
     hellaswag: bool = option(
         False, "--hellaswag -h", COMPATIBILITY, "HellaSwag evaluation; not implemented yet.", zero_one=True

@@ -82,7 +82,7 @@ def make_plan(options: TrainOptions, backend: Backend) -> Plan:
     if steps == -1:  # one epoch
         steps = train_data.num_tokens // (options.batch * options.seq_len * accumulation)
         if steps == 0:
-            raise UsageError(f"{train_data.pattern}: {train_data.num_tokens:,} tokens are less than one step takes")
+            raise UsageError(f"{train_data.pattern}: {train_data.num_tokens:,} tokens are fewer than one step needs")
     if steps < 1:
         raise UsageError(f"--steps {steps}: expected at least 1, or -1 for one epoch")
     if options.val_every and options.val_steps == 0:
@@ -189,7 +189,7 @@ def _first_step(options: TrainOptions, folder: RunFolder | None) -> int:
         return 0
     if not options.resume:
         raise UsageError(
-            f"{options.out} holds a finished checkpoint (step {steps[-1]}); resume from it with --resume 1, "
+            f"{options.out} holds a complete checkpoint (step {steps[-1]}); resume from it with --resume 1, "
             "or use another --out"
         )
     return steps[-1]

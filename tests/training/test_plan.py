@@ -7,7 +7,7 @@ from llmc_cli.training.plan import make_plan
 
 def test_fresh_run_into_a_finished_one_is_refused(tiny_options, backend):
     run(tiny_options, backend)
-    with pytest.raises(UsageError, match=r"holds a finished checkpoint \(step 20\)"):
+    with pytest.raises(UsageError, match=r"holds a complete checkpoint \(step 20\)"):
         make_plan(tiny_options, backend)
 
 
@@ -45,7 +45,7 @@ def test_default_length_is_one_epoch(options_with, backend):
         ({"out": None, "resume": True}, "--resume needs --out"),
         ({"steps": 0}, "--steps 0: expected at least 1"),
         ({"val_steps": 0}, "--val-steps 0"),
-        ({"steps": -1, "total_batch": 3200}, "less than one step takes"),
+        ({"steps": -1, "total_batch": 3200}, "fewer than one step needs"),
     ],
 )
 def test_contradictory_options_are_refused(options_with, backend, change, text):

@@ -1,7 +1,8 @@
 """Decorators for the CPU kernels, and their compilation.
 
-A kernel is a function over whole arrays with one signature. Its decorator only registers it; ``compile_registered``
-compiles it, with or without an on-disk cache. A helper is a function that kernels call; it is compiled with them.
+A kernel is a function over whole arrays with fixed argument types. Its decorator only registers it;
+``compile_registered`` compiles it, with or without an on-disk cache. A helper is a function that kernels call; it is
+compiled with them.
 
 Kernels are parallel over outputs and divide their work into pieces whose size does not depend on the number of threads,
 so the same inputs give the same bits. Only those fast-math flags are used that preserve NaN and infinity: ``REORDER``
@@ -29,6 +30,7 @@ REORDER = {"contract", "reassoc", "nsz", "arcp"}
 
 void, boolean, int64, float32, float64 = types.void, types.boolean, types.int64, types.float32, types.float64
 ubytes1 = types.uint8[::1]
+# C-contiguous arrays by element type and number of dimensions: float2 is a float32 matrix, not CUDA's vector type
 float1 = types.float32[::1]
 float2 = types.float32[:, ::1]
 double1 = types.float64[::1]
@@ -74,7 +76,7 @@ def kernel(*arguments: Any, fastmath: set[str], parallel: bool = True) -> Decora
 
 
 def specialized(function: Callable[..., Any]) -> Any:
-    """Make a kernel without a signature; pass each of its signatures to ``register``."""
+    """Return a kernel that can have several signatures; pass the argument types of each to ``register``."""
     return njit(function, parallel=True, fastmath=CONTRACT, error_model="numpy", boundscheck=False)
 
 

@@ -212,7 +212,7 @@ def byte_product(rows: int, group: int) -> Any:
     return product
 
 
-WIDE = LANES == 16  # then there are 32 vector registers, else 16
+WIDE = LANES == 16  # AVX-512, with 32 vector registers; AVX2 has 16
 ROWS, BYTE_ROWS = 2, 4
 GROUP_ROWS, GROUP_BYTE_ROWS = (2, 2) if WIDE else (1, 1)
 float_single, float_group = float_product(ROWS, 1), float_product(GROUP_ROWS, GROUP)
@@ -263,8 +263,10 @@ def float_rows(y, act, x, w, scales, b, scaled, biased, apply_gelu):
 
 @helper(CONTRACT, inline=False)
 def split_digits(high, low, x):
-    """Write x (K,) as multiples of the returned step, in two digits (K,) of signed bytes. If x is not finite, the step
-    is not finite either."""
+    """Quantize x (K,) as step · (256 · high + low), where high and low (K,) are int8; return step.
+
+    If x is not finite, the step is not finite either.
+    """
     largest = largest_magnitude(x)
     inverse = FINE_STEPS / largest if largest > ZERO else ZERO
     for j in range(x.size):

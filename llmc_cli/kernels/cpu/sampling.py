@@ -61,7 +61,9 @@ class SamplingKernels(CpuKernels):
 
     def products_name(self) -> str:
         """Describe how the products of a token are computed."""
-        arithmetic = "products of bytes" if self.precision == "int8" and self.byte_products else "float32 arithmetic"
+        arithmetic = (
+            "int8 dot products (VNNI)" if self.precision == "int8" and self.byte_products else "float32 arithmetic"
+        )
         return f"{self.precision} weights, {arithmetic}"
 
     def bind(self, master: Float32) -> SamplingWeight:

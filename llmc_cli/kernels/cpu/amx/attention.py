@@ -25,7 +25,7 @@ from llmc_cli.kernels.cpu.softmax import MASKED, dot, mask, update_maximum
 SPAN = 8
 GROUP = 4
 STEP = 2 * intrinsics.TILE  # bytes of a step of a panel
-PARTS = (0,)
+PARTS = (0,)  # one bf16 part, see intrinsics.py
 
 
 class Forward(NamedTuple):

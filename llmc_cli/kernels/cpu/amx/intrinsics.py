@@ -1,8 +1,8 @@
 """Intrinsics for Intel AMX tiles, and for the vector instructions that fill them.
 
 A tile is 16 rows of 64 bytes. A block is 2 x 2 tiles, 32 x 32 sums in float32: the product of a panel of a (32 rows)
-and a panel of b (32 columns). For each step of 32 k, and each of the ``parts`` of its numbers, a panel holds two
-consecutive tiles: of a [16 rows][32 k] in bf16, of b [16 pairs of k][16 columns][2 k].
+and a panel of b (32 columns). For each step of 32 indices k, and each of the ``parts`` of its numbers, a panel holds
+two consecutive tiles: of a [16 rows][32 k] in bf16, of b [16 pairs of k][16 columns][2 k].
 
 The number of parts is the length of a tuple, so that it is a compile-time constant. The first part is the number
 rounded to bf16, which has 8 significant bits; each further part is the remainder, rounded to bf16; three parts hold all

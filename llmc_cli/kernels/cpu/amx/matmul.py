@@ -107,7 +107,9 @@ def multiply_panels(c, rows, columns, start, activation, gelu, a, a_panel, b, st
     replaces incomplete blocks of c, and for two more blocks. ``stream``: write whole blocks past the caches.
     """
     size = 2 * intrinsics.TILE * len(parts)
-    separate = len(parts) == FLOAT32_PARTS  # each round of steps sums from zero, so that small sums round finely
+    separate = (
+        len(parts) == FLOAT32_PARTS
+    )  # for full float32 precision, each group of ``cached_steps`` steps is summed from zero and then added
     partial = sums + (rows + SIDE - 1) // SIDE * BLOCK
     other = partial + BLOCK
     for step in range(0, steps, cached_steps):

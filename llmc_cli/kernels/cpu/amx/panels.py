@@ -11,7 +11,7 @@ from llmc_cli.kernels.cpu.compiling import CONTRACT, helper
 SIDE = intrinsics.SIDE
 BLOCK = SIDE * SIDE * 4  # bytes of 32 x 32 float32
 ROW = SIDE * 4  # bytes of a row of a block
-EDGE = 2048  # bytes of the float32 numbers of a tile
+EDGE = 2048  # bytes of scratch memory to pad an incomplete tile: 512 float32
 
 
 class Operand(NamedTuple):

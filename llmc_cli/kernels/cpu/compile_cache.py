@@ -62,8 +62,8 @@ def is_complete(marker: str) -> bool:
 def compile_kernels(marker: str) -> None:
     """Load the registered kernels from the cache, or compile them into it.
 
-    ``marker`` is the marker file of their group. If the cache is unusable (read-only, full, no home folder, a file system without locks), compile them for this
-    process only.
+    ``marker`` is the marker file of their group. If the cache is unusable (read-only, full, no home folder, a file
+    system without locks), compile them for this process only.
     """
     try:
         if is_complete(marker):

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import importlib.metadata
 import io
 import os
 import signal
@@ -71,7 +70,9 @@ def error_message(error: Exception) -> tuple[str, int]:
 
 def print_version(requested: bool) -> None:
     if requested:
-        print(f"llmc {importlib.metadata.version('llmc-cli')}")
+        from importlib.metadata import version as package_version  # loads much that --help does not need
+
+        print(f"llmc {package_version('llmc-cli')}")
         raise typer.Exit
 
 

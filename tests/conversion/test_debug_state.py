@@ -35,7 +35,7 @@ def test_debug_state_matches_golden_file(tmp_path, shard):
 def test_invalid_batches_are_rejected(tmp_path, shard, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "state.bin"
-    with pytest.raises(UsageError, match="24 positions"):
+    with pytest.raises(UsageError, match="context of 24 tokens"):
         convert(MODEL, debug_state=state, seq_len=25, data=shard)
     with pytest.raises(DataError, match="33 tokens, expected 97"):
         convert(MODEL, debug_state=state, data=shard)

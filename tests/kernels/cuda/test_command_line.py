@@ -154,7 +154,7 @@ def test_missing_cupy_is_an_error(tmp_path):
     (tmp_path / "hidden.py").write_text(hidden + "from llmc_cli.app import main; main()")
     run = subprocess.run([sys.executable, tmp_path / "hidden.py"], capture_output=True, text=True)
     assert run.returncode == 4, run.stderr
-    assert "CuPy is not installed; pip install 'llmc-cli[cuda13]'" in " ".join(run.stderr.split())
+    assert "CuPy is not installed; run pip install 'llmc-cli[cuda13]'" in " ".join(run.stderr.split())
 
 
 def test_two_cupy_packages_are_an_error(tmp_path):

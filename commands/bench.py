@@ -35,7 +35,7 @@ def bench(
     seq_len: Annotated[
         int,
         typer.Option(
-            "--seq-len", "-t", metavar="N", min=1, help="Sequence length; in sample, tokens already in the cache."
+            "--seq-len", "-t", metavar="N", min=1, help="Sequence length; for sample, tokens already in the KV cache."
         ),
     ] = 64,
     steps: Annotated[
@@ -110,8 +110,8 @@ def bench(
     divided by llmc's: above 1 llmc is faster. With --precision bf16 PyTorch trains under autocast.
 
     The start section measures the time until llmc train has finished its first step, with cached kernels and with an
-    empty cache. --baseline compares the times of whole rows, not of the operations within a training step. On a GPU,
-    memory is that of the GPU, and the kernel launches per step are counted.
+    empty kernel cache. --baseline compares the times of whole rows, not of the operations within a training step. On a
+    GPU, the memory shown is GPU memory, and the number of kernel launches per step is shown, too.
     """
     from llmc_cli.benchmark import chart
     from llmc_cli.benchmark.baseline import file_name

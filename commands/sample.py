@@ -47,7 +47,9 @@ def sample(
     min_p: Annotated[
         float,
         typer.Option(
-            "--min-p", metavar="P", help="Exclude tokens less likely than P times the most likely one; 0 disables it."
+            "--min-p",
+            metavar="P",
+            help="Exclude tokens with less than P times the probability of the most likely one; 0 disables it.",
         ),
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")] = DEFAULT_SEED,
@@ -85,11 +87,11 @@ def sample(
 ) -> None:
     """Generate text with a model.
 
-    Print the prompt and stream its continuation until an end-of-text token, a --stop string or --max-tokens. With
-    --num N, print N samples: one line of ids, one text, or one line of JSON each, depending on --ids and --json. With
-    the same --seed, the samples are the same for every --num, up to rounding. With --ids, if a --stop string begins
-    inside a token, the part of the token before it is encoded again, so that `llmc decode` prints the same text as
-    without --ids.
+    Print the prompt and stream its continuation until an end-of-text token, a --stop string or --max-tokens. With --num
+    N, print N samples: one line of ids, one text, or one line of JSON each, depending on --ids and --json. With the
+    same --seed, a larger --num only adds samples; the first ones stay the same, up to rounding. With --ids, if a --stop
+    string begins inside a token, the part of the token before it is encoded again, so that `llmc decode` prints the
+    same text as without --ids.
     """
     import sys
     import time

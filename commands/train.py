@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def train(
     train_options: TrainOptions,
     compatibility: CompatibilityOptions,
-    dry_run: Annotated[bool, typer.Option("--dry-run", rich_help_panel=MODEL, help="Print the plan and exit.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel=MODEL, help="Print the plan (memory, time) and exit.")
+    ] = False,
     device: options.Device = "auto",
     precision: options.TrainPrecision = "auto",
     threads: options.Threads = None,

@@ -119,7 +119,7 @@ def backward_layout(start, panels, wide):
 def work_floats(T: int, HS: int) -> int:
     """Return the scratch memory of a worker, forward or backward, in floats."""
     panels, wide = -(-T // SIDE), -(-HS // SIDE)
-    ends = forward_layout.py_func(0, panels, wide).end, backward_layout.py_func(0, panels, wide).end
+    ends: tuple[int, int] = forward_layout.py_func(0, panels, wide).end, backward_layout.py_func(0, panels, wide).end
     return max(ends) // 4
 
 
